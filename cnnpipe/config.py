@@ -1,0 +1,194 @@
+"""The settings of every step, as frozen pydantic models: validated once, written to every run, read back from TOML.
+
+The same models are the parameters of the Prefect flows, so the descriptions below are what the UI's form shows.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cnnpipe.errors import ConfigError
+
+__all__ = [
+    "BUILT_IN_DATASETS",
+    "ClassifySettings",
+    "Device",
+    "EvaluateSettings",
+    "ExportSettings",
+    "PrepareSettings",
+    "PromoteSettings",
+    "RetrainSettings",
+    "Settings",
+    "TrainSettings",
+    "dump_toml",
+    "load_toml",
+    "validate_settings",
+]
+
+BUILT_IN_DATASETS = ("digits", "cifar10")
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
+ImageSize = Annotated[int, Field(ge=8, le=1024)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and a misspelt name is an error rather than a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrepareSettings(Settings):
+    """Which images to learn from, and how to split them."""
+
+    dataset: str = Field(
+        "digits",
+        min_length=1,
+        description="`digits` (built in), `cifar10` (the official archive), or the path of a folder of images: "
+        "<root>/{train,val,test}/<class>/* or <root>/<class>/*",
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="what the model is called; default: the dataset's or the folder's own name",
+    )
+    image_size: tuple[ImageSize, ImageSize] = Field((32, 32), description="(height, width) of the model, pixels")
+    val_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of train that becomes val if there is none")
+    test_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of all that becomes test if there is none")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides which images go to which split")
+    min_images_per_class: int = Field(10, ge=1, description="a class with fewer images in train stops the run")
+    max_unreadable_fraction: Fraction = Field(0.01, description="a larger share of unreadable images stops the run")
+    max_leaked_fraction: Fraction = Field(0.01, description="a larger share of test images also in train stops the run")
+    max_imbalance: float = Field(100.0, ge=1.0, description="a larger ratio of largest to smallest class stops the run")
+
+    @property
+    def resolved_name(self) -> str:
+        """The name of the dataset, of its models and of their folder: `name`, or made from `dataset`."""
+        if self.name is not None:
+            return self.name
+        if self.dataset in BUILT_IN_DATASETS:
+            return self.dataset
+        own = Path(self.dataset).expanduser().resolve().name
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")[:64] or "dataset"
+
+
+class TrainSettings(Settings):
+    """Which network to train, and how. What is left empty is the preset's."""
+
+    preset: Literal["baseline"] = Field("baseline", description="`baseline`: the classic tutorial's CNN and settings")
+    epochs: int | None = Field(None, ge=1, le=100_000, description="passes over the training images")
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step")
+    learning_rate: float | None = Field(None, gt=0.0, le=100.0, description="the optimizer's rate")
+    augment: bool | None = Field(None, description="random flips and shifts of the training images")
+    seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
+    device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
+
+
+class EvaluateSettings(Settings):
+    """How to score a model on the test split."""
+
+    top_k: int = Field(5, ge=1, description="an image is top-k correct if its class is among the k likeliest")
+    calibration_bins: int = Field(15, ge=1, le=1000, description="equal-width bins of the expected calibration error")
+
+
+class ExportSettings(Settings):
+    """How to write the ONNX model, and how closely it must agree with the trained one."""
+
+    opset: int = Field(17, ge=13, le=21, description="version of the ONNX operator set")
+    min_agreement: Fraction = Field(0.999, description="share of test images that must get the same class")
+    max_difference: float = Field(1e-4, gt=0.0, description="largest allowed difference of any probability")
+
+
+class PromoteSettings(Settings):
+    """When a new model takes the champion's place."""
+
+    min_accuracy: Fraction = Field(0.5, description="test accuracy below this is never promoted, first run included")
+
+
+class RetrainSettings(Settings):
+    """Everything one retraining needs; written to `config.toml` of its run."""
+
+    prepare: PrepareSettings = Field(default_factory=PrepareSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+    promote: PromoteSettings = Field(default_factory=PromoteSettings)
+
+
+class ClassifySettings(Settings):
+    """Which images to classify, with which model, and where the table goes."""
+
+    folder: str = Field(min_length=1, description="folder of images; searched to the bottom")
+    model: str | None = Field(
+        None,
+        description="a name (its champion), an alias file, a run folder or an .onnx file; "
+        "default: the only champion there is",
+    )
+    output: str | None = Field(
+        None,
+        description="table to write; .csv, .jsonl or .parquet; "
+        "default: a new folder below artifacts/predictions with predictions.csv",
+    )
+    overwrite: bool = Field(False, description="replace `output` if it exists")
+    device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step; default: 32 on cpu, 256 on cuda")
+    workers: int | None = Field(None, ge=1, le=1024, description="decoding processes; default: one a core")
+    top_k: int = Field(1, ge=1, description="classes to report for each image")
+    max_failure_rate: Fraction = Field(0.1, description="a larger share of unreadable images ends with exit status 3")
+
+    @model_validator(mode="after")
+    def _output_has_known_suffix(self) -> Self:
+        if self.output is not None and Path(self.output).suffix not in (".csv", ".jsonl", ".parquet"):
+            raise ValueError(f"output must end in .csv, .jsonl or .parquet, received {self.output!r}")
+        return self
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def validate_settings(model: type[SettingsT], values: dict[str, Any], origin: str) -> SettingsT:
+    """Build settings from plain values.
+
+    Args:
+        origin: where the values come from, for the message, such as a file's name.
+    Raises:
+        ConfigError: a value does not fit; names the first setting, what it received and what it must be.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        setting = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "extra_forbidden":
+            message = f"no setting is called {setting}, in {origin}; see the settings in the README"
+        elif first["type"] == "missing":
+            message = f"{setting} is missing in {origin}; give it"
+        else:
+            message = f"{setting}: {first['msg']}, received {first['input']!r}, in {origin}"
+        raise ConfigError(" ".join(message.split())) from error
+
+
+def load_toml(model: type[SettingsT], path: Path) -> SettingsT:
+    """Read settings from a TOML file; what it leaves out has its default.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or a value does not fit.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}; check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; mend that line") from error
+    return validate_settings(model, values, str(path))
+
+
+def dump_toml(settings: Settings) -> str:
+    """Return settings as TOML that `load_toml` reads back to an equal value; TOML has no null, so None is left out."""
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,1 @@
+"""The wing that applies a model: needs only onnxruntime, Pillow and NumPy."""

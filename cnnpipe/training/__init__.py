@@ -1,0 +1,1 @@
+"""The wing that trains: needs TensorFlow/Keras."""
