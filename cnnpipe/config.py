@@ -84,7 +84,7 @@ class TrainSettings(Settings):
     preset: Literal["baseline"] = Field("baseline", description="`baseline`: the classic tutorial's CNN and settings")
     epochs: int | None = Field(None, ge=1, le=100_000, description="passes over the training images")
     batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step")
-    learning_rate: float | None = Field(None, gt=0.0, le=100.0, description="the optimizer's rate")
+    learning_rate: float | None = Field(None, gt=0.0, description="the optimizer's rate")
     augment: bool | None = Field(None, description="random flips and shifts of the training images")
     seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
     device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
@@ -152,11 +152,14 @@ class ClassifySettings(Settings):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def validate_settings(model: type[SettingsT], values: dict[str, Any], origin: str) -> SettingsT:
+def validate_settings(
+    model: type[SettingsT], values: dict[str, Any], origin: str, error_type: type[ConfigError] = ConfigError
+) -> SettingsT:
     """Build settings from plain values.
 
     Args:
         origin: where the values come from, for the message, such as a file's name.
+        error_type: what to raise.
     Raises:
         ConfigError: a value does not fit; names the first setting, what it received and what it must be.
     """
@@ -169,9 +172,11 @@ def validate_settings(model: type[SettingsT], values: dict[str, Any], origin: st
             message = f"no setting is called {setting}, in {origin}; see the settings in the README"
         elif first["type"] == "missing":
             message = f"{setting} is missing in {origin}; give it"
+        elif first["type"] == "value_error":  # written in this module, and complete
+            message = f"{first['ctx']['error']}, in {origin}"
         else:
             message = f"{setting}: {first['msg']}, received {first['input']!r}, in {origin}"
-        raise ConfigError(" ".join(message.split())) from error
+        raise error_type(" ".join(message.split())) from error
 
 
 def load_toml(model: type[SettingsT], path: Path) -> SettingsT:

@@ -2,6 +2,7 @@
 
 CnnpipeError                     exit status 1
 ├── ConfigError                  a setting or a settings file is wrong
+│   └── UsageError               exit status 2: an option of the command line is wrong
 ├── DatasetError                 a dataset cannot be prepared or read
 │   ├── DownloadError            a dataset could not be fetched whole
 │   └── ImageError               one image cannot be decoded; carries its `kind`
@@ -35,6 +36,7 @@ __all__ = [
     "ServerError",
     "StorageError",
     "TrainingError",
+    "UsageError",
 ]
 
 
@@ -46,6 +48,12 @@ class CnnpipeError(Exception):
 
 class ConfigError(CnnpipeError):
     """A setting or a settings file is wrong."""
+
+
+class UsageError(ConfigError):
+    """An option of the command line is wrong."""
+
+    exit_status = 2
 
 
 class DatasetError(CnnpipeError):

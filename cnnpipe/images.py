@@ -32,6 +32,7 @@ __all__ = [
     "find_files",
     "read_file",
     "read_image",
+    "resize_pixels",
 ]
 
 RGBImage = npt.NDArray[np.uint8]  # (H, W, 3), red green blue, 0-255
@@ -46,6 +47,7 @@ ERROR_KINDS: Final = {
     "corrupt": "the image's data contradict themselves",
     "unsupported": "an image, but of a kind that has no agreed conversion to 8-bit RGB",
     "too_large": f"more than {2**30:,} bytes, or more pixels than the limit",
+    "crashed": "the decoder ended its process; only ever seen from a worker process",
 }
 """Why a file could not be turned into pixels: kind -> meaning."""
 
@@ -61,8 +63,11 @@ MAX_FILE_BYTES: Final = 2**30
 Image.MAX_IMAGE_PIXELS = None
 
 # What a decoder may raise on damaged data, seen by fuzzing Pillow's plugins; anything else is a bug and is not hidden.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError,
-                   AttributeError, RuntimeError, struct.error, zlib.error)  # fmt: skip
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError,
+                   AttributeError, RuntimeError, ArithmeticError, struct.error, zlib.error)  # fmt: skip
+
+_TRUNCATED: Final = ("truncated", "but only got", "unexpected end", "requires a buffer of at least")
+_UNSUPPORTED: Final = ("unsupported", "not supported", "cannot find loader")
 
 # Source: EXIF 2.32, tag 0x0112; 1 is upright, values outside 2-8 are ignored.
 _UPRIGHT: Final = {
@@ -74,6 +79,8 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_POSTSCRIPT: Final = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # the second opens an EPS file with a preview
+
 _SIDEWAYS: Final = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 
 
@@ -138,17 +145,12 @@ def read_file(path: Path) -> bytes:
     try:
         # Non-blocking, so that a pipe that takes the file's place between listing and reading cannot hang us.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not_a_file", "not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
-            data = file.read(MAX_FILE_BYTES)
+        try:
+            data = _read_regular(descriptor)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         raise ImageError("not_found", "no such file, or a link to nothing") from error
-    except IsADirectoryError as error:
-        raise ImageError("not_a_file", "a folder that cannot be walked") from error
     except OSError as error:
         # A socket cannot be opened at all (ENXIO); its type says more than the errno.
         regular = _is_regular(path)
@@ -157,6 +159,28 @@ def read_file(path: Path) -> bytes:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     return data
+
+
+def _read_regular(descriptor: int) -> bytes:
+    """Read an open file to its end, if it is a regular one; straight system calls, for there may be millions."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("not_a_file", "a folder that cannot be walked")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not_a_file", "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
+    data = os.read(descriptor, status.st_size + 1)
+    if len(data) == status.st_size:  # one byte less than asked for: that was the end
+        return data
+    parts = [data]  # it grows while it is read, or the read was cut short
+    received = len(data)
+    while part := os.read(descriptor, 2**20):
+        parts.append(part)
+        received += len(part)
+        if received > MAX_FILE_BYTES:
+            raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+    return b"".join(parts)
 
 
 def _is_regular(path: Path) -> bool:
@@ -189,12 +213,11 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
                 raise ImageError("too_large", f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,} in all")
             orientation = _orientation(image)
             size = (height, width) if orientation in _SIDEWAYS else (width, height)
-            if image.format == "JPEG":
+            if image.format == "JPEG" and image.width >= 4 * size[0] and image.height >= 4 * size[1]:
                 # Lets the JPEG decoder itself shrink by 2, 4 or 8, keeping at least twice the target for the filter.
                 image.draft(None, (2 * size[0], 2 * size[1]))
             rgb = _to_rgb(image)
-            if rgb.size != size:
-                rgb = rgb.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+            rgb = _resize(rgb, size)
             if orientation in _UPRIGHT:
                 rgb = rgb.transpose(_UPRIGHT[orientation])
             return np.asarray(rgb)
@@ -205,19 +228,53 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     except MemoryError as error:
         raise ImageError("too_large", "not enough memory to unpack it") from error
     except _DECODER_ERRORS as error:
-        kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "corrupt"
-        raise ImageError(kind, _one_line(error)) from error
+        raise ImageError(_error_kind(error), _one_line(error)) from error
+
+
+def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
+    """Bring pixels that never were a file to the model's size, exactly as `decode_image` would.
+
+    Args:
+        pixels: RGB array, shape (H, W, 3), uint8.
+        image_size: target (height, width) in pixels.
+    Returns:
+        RGB array, shape (height, width, 3), uint8; `pixels` itself where it has that size already.
+    """
+    height, width = image_size
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(_resize(Image.fromarray(pixels), (width, height)))
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Stretch to (width, height) with the one filter; averages whole blocks first where that is far smaller."""
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+
+
+def _error_kind(error: Exception) -> str:
+    """Sort what a decoder said; Pillow tells kinds of damage apart by their text only."""
+    text = str(error).lower()
+    if isinstance(error, EOFError) or any(sign in text for sign in _TRUNCATED):
+        return "truncated"
+    return "unsupported" if any(sign in text for sign in _UNSUPPORTED) else "corrupt"
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Read an image's header; JPEG, the bulk of all photos, skips Pillow's trial of every format."""
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    if data.startswith(_POSTSCRIPT):
+        # Pillow would hand it to Ghostscript: a stranger's program, run on this machine.
+        raise ImageError("unsupported", "PostScript is a program, which is not run; convert it to PNG")
     return Image.open(io.BytesIO(data))
 
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1-8; 1 where there is none or it cannot be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF itself, while it loads the pixels
     if "exif" not in image.info and image.format in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
         return 1  # by far the most common; parsing EXIF costs as much as decoding a small image
     try:
@@ -235,6 +292,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if mode.startswith("I;16"):
         high_byte = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    if mode == "I" and image.format == "PPM":  # Pillow scales these to 16 bits, whatever their maximum
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
         raise ImageError("unsupported", f"32-bit pixels (mode {mode}) have no agreed range; convert it to 8 bits")
     if image.has_transparency_data:

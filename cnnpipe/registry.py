@@ -5,7 +5,7 @@
     artifacts/<name>/promotions.jsonl     what moved the alias, when and why, oldest first
 
 The alias is the truth; the history explains it. The history is written first, so that the alias never moves
-unexplained: after a crash in between, promoting the same run again completes the move.
+unexplained: after a crash in between, the same move made again completes it, and any other move goes from the alias.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "CHAMPION_FILE",
     "HISTORY_FILE",
     "Promotion",
+    "RunSummary",
     "champion_run",
     "create_run",
     "list_names",
@@ -38,6 +39,7 @@ __all__ = [
     "resolve_model_file",
     "resolve_run",
     "rollback",
+    "summarize_runs",
 ]
 
 CHAMPION_FILE: Final = "champion"
@@ -57,6 +59,20 @@ class Promotion:
     previous: str | None
     """The champion before."""
     reason: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of the list of runs."""
+
+    name: str
+    run_id: str
+    champion: bool
+    preset: str | None
+    accuracy: float | None
+    """On the test split, 0-1; None while the run is incomplete, like `preset`."""
+    state: Literal["passed", "refused", "incomplete"]
+    """What the promotion gate said."""
 
 
 def create_run(artifacts: Path, name: str) -> Path:
@@ -90,7 +106,31 @@ def list_names(artifacts: Path) -> list[str]:
 def list_runs(artifacts: Path, name: str) -> list[Path]:
     """Return the run folders of a name, oldest first, complete or not."""
     runs = artifacts / name / "runs"
-    return sorted(run for run in runs.iterdir() if run.is_dir()) if runs.is_dir() else []
+    if not runs.is_dir():
+        return []
+    return sorted(run for run in runs.iterdir() if run.is_dir() and not run.name.startswith("."))
+
+
+def summarize_runs(artifacts: Path, name: str | None = None) -> list[RunSummary]:
+    """Return every run of a name, or of all names, newest first.
+
+    Raises:
+        RegistryError: a run's manifest is damaged.
+    """
+    summaries = []
+    for each in list_names(artifacts) if name is None else [name]:
+        champion = _alias_content(artifacts / each / CHAMPION_FILE)
+        for run in reversed(list_runs(artifacts, each)):
+            if (run / MANIFEST_FILE).is_file():
+                manifest = read_manifest(run)
+                state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
+                summary = RunSummary(
+                    each, run.name, run.name == champion, manifest.model.preset, manifest.model.test_accuracy, state
+                )
+            else:
+                summary = RunSummary(each, run.name, False, None, None, "incomplete")
+            summaries.append(summary)
+    return summaries
 
 
 def champion_run(artifacts: Path, name: str) -> Path | None:
@@ -104,14 +144,23 @@ def champion_run(artifacts: Path, name: str) -> Path | None:
 
 
 def _read_alias(alias: Path) -> Path:
-    run_id = alias.read_text(encoding="utf-8").strip()
-    run = alias.parent / "runs" / run_id
-    if not run_id or not (run / MANIFEST_FILE).is_file():
+    run_id = _alias_content(alias)
+    if run_id is None or not (alias.parent / "runs" / run_id / MANIFEST_FILE).is_file():
         raise RegistryError(
-            f"{alias} names the run {run_id!r}, which is not complete in {alias.parent / 'runs'}; "
+            f"{alias} names the run {run_id or ''!r}, which is not complete in {alias.parent / 'runs'}; "
             "choose another with `cnnpipe models promote`"
         )
-    return run
+    return alias.parent / "runs" / run_id
+
+
+def _alias_content(alias: Path) -> str | None:
+    """Return the run id that an alias file names, whether there is such a run or not; None without one."""
+    try:
+        return alias.read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegistryError(f"{alias} cannot be read: {error}; promote a run again") from error
 
 
 def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
@@ -124,8 +173,9 @@ def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
     if not path.is_file():
         return []
     try:
-        return [Promotion(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (ValueError, TypeError) as error:
+        # Not splitlines(): a reason may hold a Unicode line separator, which JSON leaves as it is.
+        return [Promotion(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, TypeError) as error:
         raise RegistryError(f"{path} is damaged: {error}; mend or remove the line") from error
 
 
@@ -133,63 +183,107 @@ def promote_run(artifacts: Path, name: str, run_id: str, reason: str) -> Promoti
     """Make a complete run the champion; promoting the champion again changes nothing.
 
     Raises:
-        RegistryError: the run is missing or not complete.
+        RegistryError: the run is missing or not complete, or the history is damaged.
         StorageError: the alias or the history cannot be written.
     """
-    return _move_alias(artifacts, name, "promote", run_id, reason)
+    with _lock(artifacts, name):
+        return _move_alias(artifacts, name, "promote", run_id, reason)
 
 
 def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None) -> Promotion:
     """Give the alias back to the champion before the present one, or to a given run.
 
+    Going back again goes further back: what a rollback left is not returned to, unless it was promoted again.
+
     Raises:
-        RegistryError: there is no earlier champion, or the run is missing or not complete.
+        RegistryError: there is no earlier champion, the run is missing or not complete, or the history is damaged.
         StorageError: the alias or the history cannot be written.
     """
+    with _lock(artifacts, name):
+        if run_id is None:
+            champions = _champions(promotion_history(artifacts, name), _alias_content(artifacts / name / CHAMPION_FILE))
+            if len(champions) < 2:
+                raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
+            run_id = champions[-2]
+        return _move_alias(artifacts, name, "rollback", run_id, reason)
+
+
+def _champions(history: list[Promotion], champion: str | None) -> list[str]:
+    """Return the champions that can be gone back to, oldest first, the present one last.
+
+    Args:
+        history: every move, oldest first.
+        champion: what the alias names.
+    """
+    champions: list[str] = []
+    for move in history:
+        _return_to(champions, move.previous)  # differs from the last only where a move was written, but never made
+        if move.action == "rollback":
+            _return_to(champions, move.run_id)
+        elif champions[-1:] != [move.run_id]:
+            champions.append(move.run_id)
+    _return_to(champions, champion)
+    return champions
+
+
+def _return_to(champions: list[str], run_id: str | None) -> None:
+    """Drop the champions after the latest place of `run_id`; one that was never champion follows the others."""
     if run_id is None:
-        champions: list[str] = []
-        for move in promotion_history(artifacts, name):
-            if move.action == "rollback" and move.run_id in champions:
-                del champions[champions.index(move.run_id) + 1 :]
-            else:
-                champions.append(move.run_id)
-        if len(champions) < 2:
-            raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
-        run_id = champions[-2]
-    return _move_alias(artifacts, name, "rollback", run_id, reason)
+        champions.clear()
+    elif run_id not in champions:
+        champions.append(run_id)
+    else:
+        while champions[-1] != run_id:
+            champions.pop()
 
 
 def _move_alias(
     artifacts: Path, name: str, action: Literal["promote", "rollback"], run_id: str, reason: str
 ) -> Promotion:
+    """Move the alias and write the history; the caller holds the lock."""
     folder = artifacts / name
-    read_manifest(folder / "runs" / run_id)
-    with _lock(folder):
-        history = promotion_history(artifacts, name)
-        alias = folder / CHAMPION_FILE
-        previous = alias.read_text(encoding="utf-8").strip() if alias.is_file() else None
-        explained = bool(history) and history[-1].run_id == run_id
-        if explained and previous == run_id:
-            return history[-1]
-        if explained:  # the crash between history and alias: only the alias is missing
-            move = history[-1]
-        else:
-            move = Promotion(datetime.now(UTC).isoformat(timespec="seconds"), action, run_id, previous, reason)
-            lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in [*history, move]]
-            write_text(folder / HISTORY_FILE, "\n".join(lines) + "\n")
-        write_text(alias, run_id + "\n")
-        return move
+    _require_complete(folder, run_id)
+    history = promotion_history(artifacts, name)
+    alias = folder / CHAMPION_FILE
+    previous = _alias_content(alias)
+    explained = bool(history) and history[-1].run_id == run_id
+    if explained and previous == run_id:
+        return history[-1]
+    if explained:  # the crash between history and alias: only the alias is missing
+        move = history[-1]
+    else:
+        move = Promotion(datetime.now(UTC).isoformat(timespec="seconds"), action, run_id, previous, reason)
+        lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in [*history, move]]
+        write_text(folder / HISTORY_FILE, "\n".join(lines) + "\n")
+    write_text(alias, run_id + "\n")
+    return move
+
+
+def _require_complete(folder: Path, run_id: str) -> None:
+    run = folder / "runs" / run_id
+    # A run id is one name: `..` or a path would let the alias leave its folder.
+    if run.name != run_id or run.parent != folder / "runs" or run_id == ".." or not run.is_dir():
+        raise RegistryError(
+            f"no run is called {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {folder.name}`"
+        )
+    read_manifest(run)
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(artifacts: Path, name: str) -> Iterator[None]:
     """Let one process at a time move an alias; the lock ends with the process, even if it is killed."""
+    folder = artifacts / name
+    if not folder.is_dir():
+        raise RegistryError(
+            f"nothing is called {name!r} in {artifacts} (there is: {', '.join(list_names(artifacts)) or 'nothing'})"
+            "; check the name"
+        )
     lock = FileLock(folder / ".lock")
-    try:
-        with storage_errors(folder):
+    with storage_errors(folder):
+        try:
             lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
-    except Timeout as error:
-        raise RegistryError(f"another process holds {folder / '.lock'}; wait for it and try again") from error
+        except Timeout as error:  # inside, because it is an OSError too
+            raise RegistryError(f"another process holds {folder / '.lock'}; wait for it and try again") from error
     try:
         yield
     finally:
@@ -208,19 +302,26 @@ def resolve_run(model: str, artifacts: Path) -> Path:
     path = Path(model).expanduser()
     if path.name == CHAMPION_FILE and path.is_file():
         return _read_alias(path)
-    if path.is_dir() and path.parent.name == "runs":
-        return path
-    if path.is_dir() and (path / CHAMPION_FILE).is_file():
-        return _read_alias(path / CHAMPION_FILE)
+    if path.is_dir():
+        run = path.resolve()  # `.` inside a run folder has a parent only so
+        if run.parent.name == "runs" or (run / MANIFEST_FILE).is_file():
+            return run
+        if (run / CHAMPION_FILE).is_file():
+            return _read_alias(run / CHAMPION_FILE)
     name, _, run_id = model.partition("/")
     if run_id and (artifacts / name / "runs" / run_id).is_dir():
         return artifacts / name / "runs" / run_id
-    champion = champion_run(artifacts, model) if name == model and name not in ("", ".", "..") else None
-    if champion is not None:
+    names = list_names(artifacts)
+    if model in names:
+        champion = champion_run(artifacts, model)
+        if champion is None:
+            raise ModelError(
+                f"{model} has no champion yet in {artifacts}; promote a run with `cnnpipe models promote`, "
+                f"or give one as {model}/<run id>"
+            )
         return champion
-    names = ", ".join(list_names(artifacts)) or "none"
     raise ModelError(
-        f"no model is called {model!r}; give a name with a champion ({names} in {artifacts}), a run folder, "
+        f"no model is called {model!r}; give a name ({', '.join(names) or 'none'} in {artifacts}), a run folder, "
         "or an .onnx file"
     )
 

@@ -6,13 +6,14 @@ a temporary name in the same folder, is flushed to the disk, and takes the final
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free some space" if error.errno == 28 else "check the folder, its permissions and the disk"
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "check the folder, its permissions and the disk"
+        reason = " ".join(str(error.strerror or error).split())
+        raise StorageError(f"cannot write {path}: {reason}; {remedy}") from error
 
 
 def make_folder(path: Path) -> Path:
@@ -65,20 +68,18 @@ def write_file(path: Path) -> Iterator[Path]:
         StorageError: the folder or the file cannot be written.
     """
     make_folder(path.parent)
-    with storage_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:64]}.", suffix=path.suffix, dir=path.parent)
-        os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary_name(path)
     try:
         with storage_errors(path):
+            # 0o666 and not mkstemp's 0o600: the umask decides, so a result is as readable as any file of the user's.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-            # mkstemp makes private files; a result is as readable as any file of the user's.
-            temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has just failed must not hide the error that says so
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -92,13 +93,12 @@ def write_folder(path: Path) -> Iterator[Path]:
         StorageError: the folder cannot be written.
     """
     make_folder(path.parent)
-    with storage_errors(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
+    temporary = _temporary_name(path)
     try:
         with storage_errors(path):
+            temporary.mkdir()
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 _sync(file)
             try:
                 os.rename(temporary, path)
@@ -140,15 +140,13 @@ def _sync(path: Path) -> None:
     """Flush a file or a folder to the disk, so that a rename never outlives its content."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    """Return the process's umask, which can be read only by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary_name(path: Path) -> Path:
+    """Return a free hidden name beside `path`; only a few letters of its own, as 16 may be 64 bytes of UTF-8."""
+    return path.with_name(f".{path.stem[:16]}.{secrets.token_hex(8)}{path.suffix}")

@@ -1,0 +1,80 @@
+# `make` alone lists what there is. Every target first sets up .venv, and does so once.
+#
+# Settings are given behind the target: make retrain DATASET="my photos" EPOCHS=20. Anything else that the command
+# takes goes into ARGS: make retrain ARGS='--min-accuracy 0.9 --seed 1'; ARGS=--help shows what there is.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup retrain classify serve stop test test-slow test-browser check bench lock
+
+# Set here so that variables of the caller's environment are not taken for settings.
+DATASET :=
+PRESET :=
+NAME :=
+EPOCHS :=
+FOLDER :=
+MODEL :=
+OUTPUT :=
+ARGS :=
+
+# Prefect's telemetry stays off wherever it is imported, also in the tests.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+python := .venv/bin/python
+
+# $(call quote,a b) is 'a b' for the shell; $(call option,--name,a b) is --name 'a b', or nothing if it is empty.
+quote = '$(subst ','\'',$(1))'
+option = $(if $(2),$(1) $(call quote,$(2)))
+training = $(call option,,$(DATASET)) $(call option,--preset,$(PRESET)) $(call option,--name,$(NAME)) \
+	$(call option,--epochs,$(EPOCHS))
+
+help: ## list the targets
+	@echo 'make TARGET [SETTING=value ...]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## make .venv from the lock file (PYTHON= CUDA=0|1); all other targets do it too
+	@sh scripts/setup.sh
+
+retrain: setup ## train, check, export and promote a model (DATASET= PRESET= NAME= EPOCHS= ARGS=)
+	@$(python) -m flows.retrain $(training) $(ARGS)
+
+ifneq ($(filter classify,$(MAKECMDGOALS)),)
+ifeq ($(strip $(FOLDER)),)
+$(error FOLDER is not given; name a folder of images: make classify FOLDER=photos/)
+endif
+endif
+classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= ARGS=)
+	@$(python) -m flows.classify $(call quote,$(FOLDER)) \
+		$(call option,--model,$(MODEL)) $(call option,--output,$(OUTPUT)) $(ARGS)
+
+serve: setup ## retrain every night and take orders, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= ARGS=)
+	@$(python) -m flows.serve $(training) $(ARGS)
+
+stop: setup ## stop the Prefect server and the scheduler of this project
+	@$(python) -m flows.server stop $(ARGS)
+
+test: setup ## run the tests
+	@$(python) -m pytest $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	@$(python) -m pytest -m slow $(ARGS)
+
+test-browser: setup ## run the tests in headless Chromium (Debian, Ubuntu: apt-get install chromium chromium-driver)
+	@$(python) -m pytest -m browser $(ARGS)
+
+check: setup ## ruff and strict mypy
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+bench: setup ## measure the program against its peers
+	@$(python) -m benchmarks $(ARGS)
+
+# Without --python-version the lock would begin at the Python of .venv instead of 3.11.
+compile = $(python) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command 'make lock' --group dev pyproject.toml
+
+lock: setup ## renew both lock files after a change of pyproject.toml (ARGS=--upgrade: to the newest of everything)
+	@$(compile) $(ARGS) --output-file requirements.lock
+	@$(compile) --extra cuda --constraint requirements.lock --output-file requirements-cuda.lock
+	@echo 'locked; the next make installs what changed'

@@ -1,0 +1,183 @@
+"""What a command shows: log and progress on stderr, the result on stdout, one line for an error, the exit status."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from cnnpipe.errors import CnnpipeError
+
+__all__ = ["JsonOption", "command", "field_lines", "print_note", "progress_bar", "set_signature", "show_result", "table_lines"]
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells give it."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")]
+
+_stderr = Console(stderr=True, highlight=False)
+_SECONDS_BETWEEN_LINES = 10.0
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+ProgressCallback = Callable[[str, int, int], None]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Run a command's body with its log on stderr, and turn what goes wrong into one line and an exit status.
+
+    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`.
+    """
+
+    @functools.wraps(function)
+    def run(*, debug: bool = False, **options: Any) -> None:
+        _log_to_stderr(debug)
+        try:
+            function(**options)
+        except CnnpipeError as error:
+            if debug:
+                _stderr.print_exception()
+            message = " ".join(str(error).split())
+            _stderr.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+            if options.get("as_json"):
+                failure = {"status": "failed", "error": message, "kind": type(error).__name__}
+                typer.echo(json.dumps(failure, ensure_ascii=False))
+            raise typer.Exit(error.exit_status) from error
+        except KeyboardInterrupt as error:
+            _stderr.print("interrupted; what was finished is kept")
+            raise typer.Exit(INTERRUPTED) from error
+
+    own = inspect.signature(function, eval_str=True).parameters.values()
+    set_signature(run, [*own, inspect.Parameter("debug", _KEYWORD, default=False, annotation=DebugOption)])
+    return run
+
+
+def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function the keyword parameters that typer is to make options of."""
+    keywords = [each.replace(kind=_KEYWORD) for each in parameters]
+    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in keywords}
+
+
+def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
+    """Print a command's result on stdout: one JSON object, or lines for a person."""
+    if as_json:
+        typer.echo(json.dumps({"status": "ok", **values}, ensure_ascii=False))
+    else:
+        for line in lines:
+            typer.echo(line)
+
+
+def print_note(line: str) -> None:
+    """Print a line beside the result, on stderr."""
+    _stderr.print(line, soft_wrap=True, markup=False)
+
+
+def field_lines(values: dict[str, Any]) -> list[str]:
+    """Return nested values as aligned lines, `outer.inner  value`."""
+    flat = list(_flatten(values))
+    width = max((len(key) for key, _ in flat), default=0)
+    return [f"{key:<{width}}  {value}" for key, value in flat]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield prefix + key, f"{value:.6g}"
+        else:
+            yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of text, the header first, as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+class _StderrHandler(logging.Handler):
+    """Print log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        _stderr.print(Text(self.format(record), style=style), soft_wrap=True)
+
+
+def _log_to_stderr(debug: bool) -> None:
+    if debug:
+        os.environ["CNNPIPE_DEBUG"] = "1"
+    logger = logging.getLogger("cnnpipe")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+        logger.propagate = False
+
+
+@contextmanager
+def progress_bar(unit: str = "images") -> Iterator[ProgressCallback]:
+    """Give a callback `(what, done, total)` that shows a bar with the rate and the time left.
+
+    Where stderr is no terminal, such as a nightly log, a line every ten seconds takes the bar's place.
+    A total of 0 means that it is not known yet.
+    """
+    if not _stderr.is_terminal:
+        yield _print_lines(unit)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        shown: dict[str, tuple[TaskID, float]] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            # The part before the colon names the stage; a new stage begins a new bar.
+            stage = what.partition(":")[0]
+            if stage not in shown:
+                for task, _ in shown.values():
+                    bar.remove_task(task)
+                shown.clear()
+                shown[stage] = (bar.add_task(what, total=None, rate=""), time.perf_counter())
+            task, started = shown[stage]
+            rate = done / max(time.perf_counter() - started, 1e-3)
+            bar.update(task, description=what, completed=done, total=total or None, rate=f"{_rounded(rate)} {unit}/s")
+
+        yield update
+
+
+def _print_lines(unit: str) -> ProgressCallback:
+    begun: dict[str, float] = {}
+    printed = time.perf_counter()
+
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal printed
+        now = time.perf_counter()
+        started = begun.setdefault(what.partition(":")[0], now)
+        if now - printed < _SECONDS_BETWEEN_LINES or now <= started:
+            return
+        printed = now
+        rate = done / (now - started)
+        left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
+        of = f"/{total:,}" if total else ""
+        _stderr.print(f"{what}: {done:,}{of} {unit}, {_rounded(rate)} {unit}/s{left}", soft_wrap=True)
+
+    return update
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"

@@ -1,0 +1,171 @@
+"""What a classification did, in `summary.json` beside its table and as lines for a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from cnnpipe.errors import FailureBudgetError
+from cnnpipe.images import display_path
+from cnnpipe.inference.engine import Prediction
+from cnnpipe.storage import write_json
+
+__all__ = ["SUMMARY_FILE", "ClassificationSummary", "FailedFile", "ModelUsed", "RowCounts", "StageReport",
+           "check_failure_rate", "write_summary"]  # fmt: skip
+
+SUMMARY_FILE: Final = "summary.json"
+"""Written after the table: its presence means that the table is complete."""
+
+_FAILED_FILES_SHOWN: Final = 10
+_COUNTS_SHOWN: Final = 10
+
+
+@dataclass(frozen=True)
+class FailedFile:
+    """A file that has no label."""
+
+    path: str
+    kind: str
+    """One of `cnnpipe.images.ERROR_KINDS`."""
+    message: str
+
+
+@dataclass(frozen=True)
+class ModelUsed:
+    """Which model made the labels."""
+
+    name: str
+    run_id: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """Seconds in each stage; they overlap, and `decode` is summed over the workers."""
+
+    total: float
+    start_up: float
+    """Until the model was loaded and the first file could be worked on."""
+    list: float
+    decode: float
+    inference: float
+    write: float
+
+
+@dataclass(frozen=True)
+class ClassificationSummary:
+    """Counts, rates and circumstances of one finished classification."""
+
+    table: str
+    """Path of the table."""
+    folder: str
+    found: int
+    """Files found; `ok + error = found`."""
+    ok: int
+    error: int
+    failure_rate: float
+    """`error / found`, 0-1."""
+    max_failure_rate: float
+    classes: dict[str, int]
+    """Files by their likeliest class, in the model's order; classes without files are left out."""
+    error_kinds: dict[str, int]
+    """Most frequent first."""
+    first_errors: tuple[FailedFile, ...]
+    images_per_second: float
+    """Files found by the time after start-up."""
+    images_per_second_with_start_up: float
+    seconds: StageReport
+    slowest_stage: str
+    """The one that would have to become faster: decode counts by the worker."""
+    device: str
+    """`cpu` or `cuda:N`, as really used."""
+    provider: str
+    """onnxruntime's name for it."""
+    batch_size: int
+    workers: int
+    """Decoding processes, at most."""
+    threads: int
+    """Of onnxruntime, on the CPU."""
+    top_k: int
+    model: ModelUsed
+    versions: dict[str, str]
+    started: str
+    """UTC, ISO 8601."""
+    finished: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `summary.json`."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return the result for a person, the table's path last."""
+        lines = [
+            f"{self.found:,} files: {self.ok:,} classified, {self.error:,} failed ({self.failure_rate:.1%})",
+            f"{self.images_per_second:,.0f} images/s on {self.device}, {self.seconds.total:.1f} s with "
+            f"{self.seconds.start_up:.1f} s of start-up; slowest stage: {self.slowest_stage}",
+            "classes: " + (_list_counts(self.classes) or "none"),
+        ]
+        if self.error:
+            lines.append("errors: " + _list_counts(self.error_kinds))
+        return [*lines, self.table]
+
+
+@dataclass
+class RowCounts:
+    """Counts the rows that pass."""
+
+    ok: int = 0
+    error: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    error_kinds: Counter[str] = field(default_factory=Counter)
+    first_errors: list[FailedFile] = field(default_factory=list)
+
+    def add(self, rows: Sequence[Prediction]) -> None:
+        """Count rows."""
+        for row in rows:
+            if row.status == "ok":
+                self.ok += 1
+                self.labels[row.labels[0]] += 1
+                continue
+            self.error += 1
+            self.error_kinds[row.error_kind] += 1
+            if len(self.first_errors) < _FAILED_FILES_SHOWN:
+                self.first_errors.append(FailedFile(display_path(row.path), row.error_kind, row.error))
+
+
+def _list_counts(counts: dict[str, int]) -> str:
+    """Return the largest counts as text; of a thousand classes a person wants the first."""
+    largest = Counter(counts).most_common(_COUNTS_SHOWN)
+    others = f", and {len(counts) - _COUNTS_SHOWN:,} more" if len(counts) > _COUNTS_SHOWN else ""
+    return ", ".join(f"{name} {count:,}" for name, count in largest) + others
+
+
+def write_summary(summary: ClassificationSummary) -> Path:
+    """Write `summary.json` beside the table, and return its path.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    path = Path(summary.table).parent / SUMMARY_FILE
+    write_json(path, summary.to_json())
+    return path
+
+
+def check_failure_rate(summary: ClassificationSummary) -> None:
+    """Refuse to call it a success when more files failed than allowed.
+
+    Raises:
+        FailureBudgetError: `failure_rate` is above `max_failure_rate`; equal is allowed, so 1 allows everything.
+    """
+    if summary.failure_rate <= summary.max_failure_rate:
+        return
+    first = ", ".join(f"{failed.path} ({failed.kind})" for failed in summary.first_errors[:3])
+    raise FailureBudgetError(
+        f"{summary.error:,} of {summary.found:,} files failed, {summary.failure_rate:.1%} where --max-failure-rate "
+        f"allows {summary.max_failure_rate:.1%}: {first}{', …' if summary.error > 3 else ''}; "
+        f"the table is complete, see its column error: {summary.table}"
+    )

@@ -1,0 +1,135 @@
+"""Settings as command-line options: one option for every field of a pydantic model, with its description as help.
+
+So the command line, the Prefect form and `config.toml` offer the same settings, and none of them can lag behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from pydantic.fields import FieldInfo
+
+from cnnpipe.config import Settings, load_toml, validate_settings
+from cnnpipe.console import set_signature
+from cnnpipe.errors import UsageError
+
+__all__ = ["ArtifactsOption", "DataOption", "takes_settings"]
+
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", envvar="CNNPIPE_ARTIFACTS", help="Folder of runs and champions.")
+]
+DataOption = Annotated[Path, typer.Option("--data", envvar="CNNPIPE_DATA", help="Folder of raw and prepared datasets.")]
+
+_RENAMED: Final = {("prepare", "seed"): "split_seed"}
+"""Options whose plain names would be taken twice."""
+
+
+def takes_settings(
+    model: type[Settings], argument: str, sections: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command's first parameter `settings` be filled from options, over the values of a `--config` file.
+
+    Args:
+        model: what `settings` is.
+        argument: the field that is the command's one positional argument.
+        sections: the fields of `model` that are settings themselves and are offered; none for a flat model.
+    """
+    fields = _fields(model, sections)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            config: Path | None = values.pop("config")
+            given = {key: values.pop(key) for key in fields}
+            settings = _build_settings(model, config, {fields[key][0]: value for key, value in given.items()})
+            function(settings=settings, **values)
+
+        own = [
+            each for name, each in inspect.signature(function, eval_str=True).parameters.items() if name != "settings"
+        ]
+        offered = [_parameter(key, field, key == argument) for key, (_, field) in fields.items()]
+        offered.sort(key=lambda each: each.name != argument)  # the positional one first
+        set_signature(run, [*offered, _CONFIG_PARAMETER, *own])
+        return run
+
+    return decorate
+
+
+_CONFIG_PARAMETER: Final = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")],
+)
+
+
+def _fields(model: type[Settings], sections: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], FieldInfo]]:
+    """Return, by option name, where each setting sits in the model and what it is."""
+    if not sections:
+        return {name: ((name,), field) for name, field in model.model_fields.items()}
+    return {
+        _RENAMED.get((section, name), name): ((section, name), field)
+        for section in sections
+        for name, field in model.model_fields[section].annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
+    description = (field.description or "").strip()
+    text = description[:1].upper() + description[1:] + "." if not description.startswith("`") else description + "."
+    if not field.is_required() and field.default is not None and "default:" not in description:
+        shown = "x".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text += f" [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
+    kind = _plain_type(field.annotation)
+    if positional:
+        required = field.is_required()
+        details = typer.Argument(help=text, show_default=False, metavar=name.upper())
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if required else None,
+            annotation=Annotated[str if required else str | None, details],  # type: ignore[valid-type]
+        )
+    option = "--" + name.replace("_", "-")
+    declaration = f"{option}/--no-{name.replace('_', '-')}" if kind is bool else option
+    details = typer.Option(declaration, help=text, show_default=False)
+    annotation = Annotated[kind | None, details]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> type:
+    """Return the type that the command line parses: int, float, bool or, for anything else, text."""
+    if typing.get_origin(annotation) is Annotated:
+        return _plain_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _plain_type(next(each for each in typing.get_args(annotation) if each is not type(None)))
+    return annotation if annotation in (int, float, bool) else str
+
+
+def _build_settings(model: type[Settings], config: Path | None, given: dict[tuple[str, ...], Any]) -> Settings:
+    values: dict[str, Any] = load_toml(model, config).model_dump(exclude_unset=True) if config else {}
+    for place, value in given.items():
+        if value is None:
+            continue
+        target = values
+        for section in place[:-1]:
+            target = target.setdefault(section, {})
+        target[place[-1]] = _image_size(value) if place[-1] == "image_size" else value
+    return validate_settings(model, values, "the command line", UsageError)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Read `HEIGHTxWIDTH`, or one number for a square."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise UsageError(f"--image-size must be HEIGHTxWIDTH in pixels, such as 32x32, received {text!r}")
+    height, width = match.groups()
+    return int(height), int(width or height)

@@ -1,0 +1,102 @@
+"""Keras and the device it computes on: the only module that knows which backend does the arithmetic.
+
+The others take `keras` from here, because TensorFlow prints several lines on every import that tell a user nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from cnnpipe.devices import ask_driver
+from cnnpipe.errors import ProviderError
+
+__all__ = ["keras", "select_device"]
+
+_CHATTER: Final = re.compile(r"I0000 |WARNING: All log messages before absl::|E0000 .* failed call to cuInit")
+"""Lines of TensorFlow's C++, written whatever its log level: remarks, and that a machine without a GPU has none."""
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold back the process's stderr, and let through afterwards all of it but TensorFlow's chatter."""
+    if "CNNPIPE_DEBUG" in os.environ:
+        yield
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+            held.seek(0)
+            for line in held.read().decode("utf-8", "replace").splitlines(keepends=True):
+                if not _CHATTER.match(line):
+                    sys.stderr.write(line)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+with _without_chatter():
+    import keras
+
+    keras.distribution.list_devices()  # TensorFlow reports its search for a driver here, else at the first operation
+
+
+def select_device(device: str) -> str:
+    """Make Keras use the device that was asked for.
+
+    Args:
+        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+    Returns:
+        What is used: `cpu` or `cuda:N`.
+    Raises:
+        ProviderError: there is no such device, or this process already uses another.
+    """
+    gpus = _visible_gpus()
+    index = None if device == "cpu" or (device == "auto" and not gpus) else int(device.partition(":")[2] or 0)
+    if index is not None and index >= len(gpus):
+        raise ProviderError(
+            f"device {device!r} was asked for, but {keras.backend.backend()} sees {len(gpus)} GPUs: "
+            f"{ask_driver().problem or 'run `make setup CUDA=1` for the libraries of CUDA'}"
+        )
+    _use_only(gpus, index)
+    return "cpu" if index is None else f"cuda:{index}"
+
+
+def _visible_gpus() -> list[Any]:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return list(tf.config.list_physical_devices("GPU"))
+    if backend == "jax":
+        import jax
+
+        return [each for each in jax.devices() if each.platform == "gpu"]
+    raise ProviderError(f"KERAS_BACKEND must be tensorflow or jax, received {backend!r}; set one of them")
+
+
+def _use_only(gpus: list[Any], index: int | None) -> None:
+    """Hide the other GPUs; with no index, all of them."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        wanted = [] if index is None else [gpus[index]]
+        if tf.config.get_visible_devices("GPU") == wanted:
+            return
+        try:
+            tf.config.set_visible_devices(wanted, "GPU")
+        except RuntimeError as error:
+            raise ProviderError(f"TensorFlow already uses another device: {error}; start a new process") from error
+    else:
+        import jax
+
+        jax.config.update("jax_default_device", jax.devices("cpu")[0] if index is None else gpus[index])

@@ -1,0 +1,207 @@
+"""What is wrong with a dataset, and whether it is too wrong to learn from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cnnpipe.config import PrepareSettings
+from cnnpipe.errors import DatasetError
+from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL
+
+__all__ = ["DataReport", "Leak", "Unreadable", "build_report", "check_gates", "compute_statistics"]
+
+_CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A source file that is no image, or a damaged one."""
+
+    path: str
+    kind: str
+    """One of `cnnpipe.images.ERROR_KINDS`."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Leak:
+    """An image that a model is judged on, and exactly the same image among those it has learnt from."""
+
+    path: str
+    split: str
+    other_path: str
+    other_split: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was found while preparing a dataset; written to its `dataset.json`."""
+
+    unreadable: tuple[Unreadable, ...]
+    leaks: tuple[Leak, ...]
+    """Images of val that are also in train, and of test that are also in train or val."""
+    duplicates: int
+    """Images that repeat an earlier one of the same split."""
+    class_counts: dict[str, dict[str, int]]
+    """Split -> class -> number of images."""
+    imbalance: float
+    """Images of the largest class in train for each one of the smallest; ≥ 1."""
+    warnings: tuple[str, ...]
+
+
+def build_report(
+    class_names: Sequence[str],
+    labels: npt.NDArray[np.int64],
+    splits: npt.NDArray[np.int8],
+    digests: Sequence[str],
+    paths: Sequence[str],
+    unreadable: Sequence[Unreadable],
+    warnings: Sequence[str],
+) -> DataReport:
+    """Find leaks, duplicates, contradictions and small classes.
+
+    Args:
+        labels, splits, digests, paths: of each readable image, N in all; `splits` indexes `SPLITS`.
+        warnings: of the source, put first.
+    """
+    leaks, duplicates = _find_leaks(splits, digests, paths)
+    counts = {
+        name: dict(zip(class_names, _count(labels[splits == split], len(class_names)), strict=True))
+        for split, name in enumerate(SPLITS)
+    }
+    train = counts[SPLITS[TRAIN]].values()
+    return DataReport(
+        unreadable=tuple(unreadable),
+        leaks=tuple(leaks),
+        duplicates=duplicates,
+        class_counts=counts,
+        imbalance=max(train) / max(min(train), 1),  # none at all counts as one; JSON has no infinity
+        warnings=(*warnings, *_contradictions(labels, digests, paths)),
+    )
+
+
+def _count(labels: npt.NDArray[np.int64], num_classes: int) -> list[int]:
+    return [int(count) for count in np.bincount(labels, minlength=num_classes)]
+
+
+def _find_leaks(splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]) -> tuple[list[Leak], int]:
+    """Return the leaks in the order of the images, and the number of duplicates within splits."""
+    first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
+    duplicates = 0
+    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
+        duplicates += first[split].setdefault(digest, index) != index
+    leaks = []
+    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
+        for other in range(split):  # train comes before val, and val before test
+            if (twin := first[other].get(digest)) is not None:
+                leaks.append(Leak(paths[index], SPLITS[split], paths[twin], SPLITS[other]))
+                break
+    return leaks, duplicates
+
+
+def _contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return a warning if the same image is in two classes: one of its labels is wrong."""
+    first: dict[str, int] = {}
+    pairs = []
+    for index, digest in enumerate(digests):
+        twin = first.setdefault(digest, index)
+        if labels[twin] != labels[index]:
+            pairs.append(f"{paths[twin]} and {paths[index]}")
+    return [f"{len(pairs)} images are in two classes: {_first_few(pairs)}"] if pairs else []
+
+
+def check_gates(report: DataReport, settings: PrepareSettings, details: str) -> None:
+    """Refuse a dataset that is too bad to learn from.
+
+    Args:
+        settings: the limits; they do not touch what is prepared, so a milder limit needs no new preparation.
+        details: where the whole report is, for the messages.
+    Raises:
+        DatasetError: a limit is passed; names it, what it received, and the first of the images.
+    """
+    num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
+    _check_share(
+        [f"{file.path} ({file.kind})" for file in report.unreadable],
+        sum(num_images.values()) + len(report.unreadable),
+        settings.max_unreadable_fraction,
+        ("files are unreadable", "max_unreadable_fraction", "mend or remove them"),
+        details,
+    )
+    for name, count in report.class_counts["train"].items():
+        if count < settings.min_images_per_class:
+            raise DatasetError(
+                f"class {name!r} has {count} images in train, need at least {settings.min_images_per_class} "
+                f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
+            )
+    for split in ("val", "test"):
+        _check_share(
+            [f"{leak.path} = {leak.other_path}" for leak in report.leaks if leak.split == split],
+            num_images[split],
+            settings.max_leaked_fraction,
+            (f"images of {split} are also in another split", "max_leaked_fraction", "remove them from one"),
+            details,
+        )
+    if report.imbalance > settings.max_imbalance:
+        counts = report.class_counts["train"]
+        largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        raise DatasetError(
+            f"class {largest!r} has {counts[largest]:,} images in train and {smallest!r} has {counts[smallest]:,}, "
+            f"{report.imbalance:.4g} times fewer; at most {settings.max_imbalance:g} are allowed (max_imbalance); "
+            f"balance them or raise the limit; see {details}"
+        )
+
+
+def _check_share(offenders: list[str], total: int, limit: float, words: tuple[str, str, str], details: str) -> None:
+    what, setting, remedy = words
+    if total and len(offenders) / total > limit:
+        raise DatasetError(
+            f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {_first_few(offenders)}; "
+            f"{remedy}, or raise the limit; see {details}"
+        )
+
+
+def _first_few(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
+
+
+def compute_statistics(
+    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], num_classes: int
+) -> TrainingStatistics:
+    """Measure the training images, a few at a time.
+
+    An image's brightness is the mean of all its values, the three channels alike.
+
+    Args:
+        images: shape (N, H, W, 3), uint8; may be a mapped file larger than the memory. N ≥ 1.
+        labels: shape (N,).
+    """
+    num_pixels = images.shape[1] * images.shape[2]
+    step = max(1, _CHUNK_BYTES // (num_pixels * 3))
+    histogram = np.zeros((3, 256))  # of each channel; exact, as are the sums that follow from it
+    sums = np.empty(len(images))
+    for start in range(0, len(images), step):
+        chunk = np.ascontiguousarray(images[start : start + step])
+        # Pillow counts several times faster than NumPy adds along an axis of three.
+        counted = Image.fromarray(chunk.reshape(-1, images.shape[2], 3)).histogram()
+        histogram += np.array(counted).reshape(3, 256)
+        sums[start : start + step] = chunk.reshape(len(chunk), -1).sum(axis=1, dtype=np.uint64)
+    total = len(images) * num_pixels
+    values = np.arange(256)
+    mean = histogram @ values / total
+    std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0.0))
+    brightness = sums / (3 * num_pixels)
+    counts = Counter(labels.tolist())
+    return TrainingStatistics(
+        num_images=len(images),
+        channel_mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        channel_std=(float(std[0]), float(std[1]), float(std[2])),
+        brightness_deciles=tuple(float(value) for value in np.percentile(brightness, range(0, 101, 10))),
+        class_shares=tuple(counts[label] / len(images) for label in range(num_classes)),
+    )

@@ -1,0 +1,173 @@
+"""The promotion decision: whether a finished run takes the champion's place, and the completion of the run.
+
+The rules, in order: the test accuracy reaches a floor, also on the first run; then it is not worse than the
+champion's on the same test images. A champion whose figures were measured on another test split is scored anew on
+this one; one that answers another question (other classes, other image size) is left to a person.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from cnnpipe.config import PromoteSettings
+from cnnpipe.errors import RegistryError
+from cnnpipe.inference.session import open_session
+from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
+from cnnpipe.registry import champion_run, promote_run, promotion_history
+from cnnpipe.storage import write_json
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.evaluation import METRICS_FILE, predict_onnx
+from cnnpipe.training.export import MODEL_FILE, PARITY_FILE
+
+__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
+
+logger = logging.getLogger(__name__)
+
+PROMOTION_FILE: Final = "promotion.json"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a run is promoted, and why."""
+
+    promoted: bool
+    reason: str
+    """One sentence."""
+    run_id: str
+    accuracy: float
+    """Of the candidate on the test split, 0-1."""
+    min_accuracy: float
+    champion: str | None
+    """The run id of the champion it was compared with."""
+    champion_accuracy: float | None
+    """On the same test images."""
+    num_images: int
+    dataset_fingerprint: str
+    time: str
+    """UTC, ISO 8601."""
+
+
+def decide_promotion(info: ModelInfo, champion: Path | None, dataset: PreparedDataset, min_accuracy: float) -> Decision:
+    """Apply the rules to a candidate.
+
+    Args:
+        info: of the candidate's exported model, measured on `dataset`.
+        champion: the champion's run folder, or None before the first promotion.
+        dataset: whose test split decides.
+        min_accuracy: the floor, 0-1.
+    """
+    accuracy, champion_accuracy = info.test_accuracy, None
+    if accuracy < min_accuracy:
+        promoted, reason = False, f"test accuracy {accuracy:.4f} is below the floor of {min_accuracy:.4f}"
+    elif champion is None or champion.name == info.run_id:
+        promoted, reason = True, f"first champion: test accuracy {accuracy:.4f} reaches the floor of {min_accuracy:.4f}"
+    else:
+        champion_accuracy = _accuracy_on(champion, info, dataset)
+        if champion_accuracy is None:
+            promoted = False
+            reason = (
+                f"the champion {champion.name} has other classes or another image size, so the two cannot be compared; "
+                f"to replace it: cnnpipe models promote {info.name}/{info.run_id} --force"
+            )
+        else:
+            promoted = accuracy >= champion_accuracy
+            verdict = "is not worse than" if promoted else "is worse than"
+            reason = f"test accuracy {accuracy:.4f} {verdict} the champion's {champion_accuracy:.4f} on the same images"
+    return Decision(
+        promoted=promoted,
+        reason=reason,
+        run_id=info.run_id,
+        accuracy=accuracy,
+        min_accuracy=min_accuracy,
+        champion=champion.name if champion else None,
+        champion_accuracy=champion_accuracy,
+        num_images=dataset.num_images["test"],
+        dataset_fingerprint=dataset.fingerprint,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _accuracy_on(champion: Path, info: ModelInfo, dataset: PreparedDataset) -> float | None:
+    """Return the champion's accuracy on the dataset's test split, or None if it answers another question."""
+    theirs = read_manifest(champion).model
+    if theirs.class_names != info.class_names or theirs.image_size != info.image_size:
+        return None
+    if theirs.dataset_fingerprint == dataset.fingerprint:
+        return theirs.test_accuracy
+    logger.info("the test split has changed since the champion %s was measured: scoring it anew", champion.name)
+    predicted = predict_onnx(open_session(champion / MODEL_FILE, "cpu"), dataset.images("test")).argmax(axis=1)
+    return float(np.mean(predicted == dataset.labels("test")))
+
+
+def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings) -> Decision:
+    """Decide on an exported run, complete it, and move the champion alias if it is promoted.
+
+    Writes `promotion.json` and, last, `manifest.json`. A run that is complete already keeps the decision it has. Its
+    alias is moved if an interruption had kept it from moving, but a rollback that came after is not undone.
+
+    Raises:
+        RegistryError: the run lacks the files of an earlier stage, or another process holds the registry.
+        ModelError: the exported model cannot be read.
+        StorageError: the files cannot be written.
+    """
+    artifacts, name = run.parent.parent.parent, run.parent.parent.name
+    if (run / MANIFEST_FILE).is_file():
+        decision = read_decision(run)
+    else:
+        info = open_session(run / MODEL_FILE, "cpu").info
+        decision = decide_promotion(info, champion_run(artifacts, name), dataset, settings.min_accuracy)
+        write_json(run / PROMOTION_FILE, asdict(decision))
+        _complete_run(run, info, decision, dataset)
+    moves = [move.run_id for move in promotion_history(artifacts, name)]
+    if decision.promoted and (run.name not in moves or run.name == moves[-1]):
+        promote_run(artifacts, name, run.name, decision.reason)
+    logger.info("%s %s: %s", name, "promoted" if decision.promoted else "not promoted", decision.reason)
+    return decision
+
+
+def read_decision(run: Path) -> Decision:
+    """Read a run's `promotion.json`.
+
+    Raises:
+        RegistryError: there is none, or it is damaged.
+    """
+    path = run / PROMOTION_FILE
+    try:
+        return Decision(**json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise RegistryError(f"no {PROMOTION_FILE} in {run}: conclude it with `cnnpipe models promote`") from error
+    except (ValueError, TypeError) as error:
+        raise RegistryError(f"{path} is damaged: {error}; conclude the run again") from error
+
+
+def _complete_run(run: Path, info: ModelInfo, decision: Decision, dataset: PreparedDataset) -> None:
+    """Write the manifest, the last file of a run."""
+    try:
+        metrics = json.loads((run / METRICS_FILE).read_bytes())
+        parity = json.loads((run / PARITY_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"{run} cannot be completed: {error}; evaluate and export it first") from error
+    plain = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    manifest = RunManifest(
+        model=info,
+        created=decision.time,
+        dataset={
+            "name": dataset.name,
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "num_images": dataset.num_images,
+        },
+        metrics=plain,
+        parity=parity,
+        promoted=decision.promoted,
+        promotion_reason=decision.reason,
+        files=digest_files(run),
+    )
+    write_manifest(run, manifest)

@@ -1,0 +1,158 @@
+"""Apply a model, Keras or ONNX, to labelled images in memory: a batch at a time, every image counted."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cnnpipe.errors import DatasetError, ModelError
+from cnnpipe.inference.session import ClassifierSession, open_session
+from cnnpipe.training.datasets import PreparedDataset
+
+__all__ = ["load_keras_model", "model_image_size", "predict_keras", "predict_model", "predict_onnx"]
+
+Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
+Probabilities = npt.NDArray[np.float32]  # (N, classes)
+
+
+def predict_model(
+    model: Path, dataset: PreparedDataset, recorded_classes: tuple[str, ...] | None = None
+) -> Probabilities:
+    """Return a model file's probabilities for a dataset's test split, (N, classes) float32.
+
+    Args:
+        model: a `.keras` or `.onnx` file.
+        recorded_classes: what is known of the classes of a `.keras` file, which does not name them itself.
+    Raises:
+        ModelError: the file is no model, or its classes or image size are not the dataset's.
+        DatasetError: the test split is empty.
+    """
+    images = dataset.images("test")
+    if not len(images):
+        raise DatasetError(f"{dataset.path} has no test images; prepare the dataset with a test split")
+    if model.suffix == ".onnx":
+        session = open_session(model)
+        _require_classes(model, session.info.class_names, dataset)
+        _require_image_size(model, session.info.image_size, dataset)
+        return predict_onnx(session, images)
+    if model.suffix == ".keras":
+        _require_classes(model, recorded_classes, dataset)
+        network = load_keras_model(model)
+        _require_image_size(model, network.input_shape[1:3], dataset)
+        return predict_keras(network, images)
+    raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {model}; check the path")
+
+
+def model_image_size(model: Path) -> tuple[int, int]:
+    """Return the (height, width) that a `.keras` or `.onnx` file wants, in pixels.
+
+    Raises:
+        ModelError: the file is no model.
+    """
+    if model.suffix == ".onnx":
+        return open_session(model, "cpu").info.image_size
+    height, width = load_keras_model(model).input_shape[1:3]
+    return height, width
+
+
+def _require_classes(model: Path, class_names: tuple[str, ...] | None, dataset: PreparedDataset) -> None:
+    if class_names is None or class_names == dataset.class_names:
+        return
+    if sorted(class_names) == sorted(dataset.class_names):
+        difference = "the same in another order"
+    else:
+        missing = [name for name in class_names if name not in dataset.class_names]
+        unknown = [name for name in dataset.class_names if name not in class_names]
+        difference = "; ".join(
+            f"{where} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            for where, names in (("only the model", missing), ("only the dataset", unknown))
+            if names
+        )
+    raise ModelError(
+        f"{model} knows {len(class_names)} classes, the dataset {dataset.name} has {len(dataset.class_names)}, "
+        f"and they differ: {difference}; evaluate it on a dataset with its own classes"
+    )
+
+
+def _require_image_size(model: Path, image_size: tuple[int | None, ...], dataset: PreparedDataset) -> None:
+    if tuple(image_size) != dataset.image_size:
+        raise ModelError(
+            f"{model} takes images of {image_size[0]}x{image_size[1]} pixels, the dataset {dataset.name} was prepared "
+            f"with {dataset.image_size[0]}x{dataset.image_size[1]}; prepare it with the model's --image-size"
+        )
+
+
+def load_keras_model(path: Path) -> Any:
+    """Load a `.keras` file as a `keras.Model`, ready to predict.
+
+    Raises:
+        ModelError: the file is missing, no Keras model, or has no image input and class output.
+    """
+    # Imported here: an ONNX model is evaluated without waiting for TensorFlow.
+    import cnnpipe.training.models  # noqa: F401  registers our layers, so that they can be loaded
+    from cnnpipe.training.backend import keras
+
+    if not path.is_file():
+        raise ModelError(f"no model file at {path}; check the path")
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} is not a Keras model that can be loaded: {reason}; train again") from error
+    shapes = [getattr(model, name, None) for name in ("input_shape", "output_shape")]
+    if [len(shape) if isinstance(shape, tuple) else None for shape in shapes] != [4, 2]:
+        raise ModelError(
+            f"{path} must map (batch, height, width, 3) images to (batch, classes), received input {shapes[0]} and "
+            f"output {shapes[1]}; use a model trained by `cnnpipe train`"
+        )
+    return model
+
+
+def predict_keras(model: Any, images: Images, batch_size: int = 256) -> Probabilities:
+    """Return a Keras model's probabilities.
+
+    Args:
+        model: the path of a `.keras` file, or the model that `load_keras_model` returned.
+        images: (N, H, W, 3) uint8; may be a memory map, of which one batch at a time is read.
+        batch_size: images a step; every image counts, the last batch too.
+    Returns:
+        (N, classes) float32.
+    Raises:
+        ModelError: the file is no model.
+    """
+    network = load_keras_model(model) if isinstance(model, Path) else model
+    size = max(1, min(batch_size, len(images)))
+
+    def run(batch: Images) -> Probabilities:
+        # Filled up to one shape for all batches, because the backend compiles the network anew for every shape.
+        padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
+        return np.asarray(network.predict_on_batch(np.pad(batch, padding)), dtype=np.float32)[: len(batch)]
+
+    return _predict_in_batches(run, images, size, network.output_shape[-1])
+
+
+def predict_onnx(session: ClassifierSession, images: Images, batch_size: int | None = None) -> Probabilities:
+    """Return an ONNX session's probabilities, (N, classes) float32.
+
+    Args:
+        images: (N, H, W, 3) uint8; may be a memory map, of which one batch at a time is read.
+        batch_size: images a step; None is what suits the session's device. The last batch counts too.
+    Raises:
+        ModelError: the images are not of the model's size, or the model failed.
+    """
+    size = session.default_batch_size if batch_size is None else batch_size
+    return _predict_in_batches(session.run, images, size, len(session.info.class_names))
+
+
+def _predict_in_batches(
+    run: Callable[[Images], Probabilities], images: Images, batch_size: int, num_classes: int
+) -> Probabilities:
+    probabilities = np.empty((len(images), num_classes), dtype=np.float32)
+    for start in range(0, len(images), batch_size):
+        probabilities[start : start + batch_size] = run(np.ascontiguousarray(images[start : start + batch_size]))
+    return probabilities

@@ -1,0 +1,145 @@
+"""The stages of a retraining, each from paths to paths: run by hand from the command line, or by Prefect as tasks.
+
+    prepare -> train -> evaluate -> plot -> export -> promote
+
+Every stage reads what the one before it left on the disk, so each can be run again alone. Keras is imported only by
+the stages that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnnpipe.config import EvaluateSettings, PrepareSettings, RetrainSettings, load_toml
+from cnnpipe.errors import RegistryError
+from cnnpipe.manifest import MANIFEST_FILE
+from cnnpipe.registry import create_run, resolve_model_file, resolve_run
+from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
+
+if TYPE_CHECKING:
+    from cnnpipe.training.evaluation import Evaluation
+    from cnnpipe.training.export import Parity
+    from cnnpipe.training.fit import TrainingResult
+    from cnnpipe.training.gate import Decision
+
+__all__ = ["conclude_run", "evaluate_any", "evaluate_run", "export_run", "load_run", "plot_run", "train_run"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
+    """Return the settings a run was made with and the prepared dataset it was made from.
+
+    Raises:
+        RegistryError: the folder is no run, or its dataset is gone.
+        ConfigError: its `config.toml` is damaged.
+        DatasetError: the prepared dataset is damaged.
+    """
+    try:
+        environment = json.loads((run / "environment.json").read_bytes())
+        prepared = Path(environment["dataset"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RegistryError(
+            f"{run} is no run folder: its environment.json cannot be read ({error}); check the path"
+        ) from error
+    return load_toml(RetrainSettings, run / "config.toml"), load_prepared(prepared)
+
+
+def train_run(
+    settings: RetrainSettings, prepared: Path, artifacts: Path, progress: Progress | None = None
+) -> TrainingResult:
+    """Train in a new run folder `artifacts/<name>/runs/<run id>`; see `fit.train_model`."""
+    from cnnpipe.training.fit import train_model
+
+    dataset = load_prepared(prepared)
+    run = create_run(artifacts, settings.prepare.resolved_name)
+    logger.info("run folder: %s", run)
+    return train_model(settings, dataset, run, progress)
+
+
+def evaluate_run(run: Path) -> Evaluation:
+    """Score `model.keras` on the test split and write the figures; see `evaluation.evaluate_model`."""
+    from cnnpipe.training.evaluation import evaluate_model
+
+    settings, dataset = load_run(run)
+    evaluation = evaluate_model(run / "model.keras", dataset, settings.evaluate, output=run)
+    logger.info(
+        "test: accuracy %.4f, loss %.4f, top-%d %.4f on %d images",
+        *(evaluation.accuracy, evaluation.loss, evaluation.top_k, evaluation.top_k_accuracy, evaluation.num_images),
+    )
+    return evaluation
+
+
+def plot_run(run: Path) -> list[Path]:
+    """Draw every plot of an evaluated run; see `plots.plot_run`."""
+    from cnnpipe.training import plots
+
+    return plots.plot_run(run, load_run(run)[1])
+
+
+def export_run(run: Path) -> Parity:
+    """Write `model.onnx` of an evaluated run and check it; see `export.export_onnx`."""
+    from cnnpipe.training.export import export_onnx
+
+    settings, dataset = load_run(run)
+    return export_onnx(run, settings.train.preset, dataset, settings.export)
+
+
+def conclude_run(run: Path) -> Decision:
+    """Decide on an exported run, complete it, and promote it if it passes; see `gate.conclude_run`."""
+    from cnnpipe.training import gate
+
+    settings, dataset = load_run(run)
+    return gate.conclude_run(run, dataset, settings.promote)
+
+
+def evaluate_any(
+    model: str,
+    dataset: str | None,
+    settings: EvaluateSettings,
+    data: Path,
+    artifacts: Path,
+    progress: Progress | None = None,
+) -> tuple[Path, Evaluation]:
+    """Score whatever a user means by `model` on a test split.
+
+    Args:
+        model: a `.keras` or `.onnx` file, a run folder, or a name (its champion).
+        dataset: built-in dataset, folder of images, or prepared dataset; None is the one the run was trained on.
+    Returns:
+        The file that was scored, and its evaluation. Written to the run only if the run is not complete.
+    Raises:
+        ModelError: there is no such model, or it does not fit the dataset.
+        DatasetError: the dataset cannot be prepared, or None was given for a file outside any run.
+    """
+    from cnnpipe.training.evaluation import evaluate_model
+
+    unfinished = None
+    if Path(model).suffix in (".keras", ".onnx"):
+        file = resolve_model_file(model, artifacts)
+    else:
+        run = resolve_run(model, artifacts)
+        unfinished = None if (run / MANIFEST_FILE).is_file() else run
+        file = run / ("model.keras" if unfinished else "model.onnx")
+    if dataset is None:
+        prepared = load_run(file.parent)[1]
+        output = unfinished
+    else:
+        prepared, output = _prepared_for(dataset, file, data, progress), None
+    return file, evaluate_model(file, prepared, settings, output=output)
+
+
+def _prepared_for(dataset: str, model: Path, data: Path, progress: Progress | None) -> PreparedDataset:
+    """Prepare a dataset at the model's image size, or load it if it is prepared already."""
+    if (Path(dataset) / DATASET_FILE).is_file():
+        return load_prepared(Path(dataset))
+    from cnnpipe.training.scoring import model_image_size
+
+    settings = PrepareSettings(dataset=dataset, image_size=model_image_size(model))
+    return prepare_dataset(settings, data, progress=progress)

@@ -1,0 +1,57 @@
+"""The flow `classify`: a folder of images to a table, with the summary in the UI. Loads no TensorFlow."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # The command finds or starts a server first, whose address Prefect reads when it is imported, just below.
+    from flows.commands import run_classify
+
+    run_classify()
+    raise SystemExit
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime, task
+
+from cnnpipe.config import ClassifySettings
+from cnnpipe.inference.classify import predict_folder
+from cnnpipe.inference.summary import check_failure_rate
+from flows import reports
+from flows.logs import send_library_logs
+from flows.progress import progress_artifact
+
+__all__ = ["classify"]
+
+
+def _run_name() -> str:
+    """Name a run by its folder and the time it was meant to start, such as photos-2026-11-22-0200."""
+    settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
+    folder = Path(settings.folder).expanduser().resolve().name or "root"
+    return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
+
+
+@flow(name="classify", flow_run_name=_run_name)
+def classify(settings: ClassifySettings, artifacts: str = "artifacts") -> dict[str, Any]:
+    """Classify every file of a folder with an exported model, one row each.
+
+    Args:
+        settings: folder, model, output and the rest.
+        artifacts: folder of runs and champions.
+    Returns:
+        The content of `summary.json`.
+    Raises:
+        FailureBudgetError: more images failed than allowed; the table is complete all the same.
+    """
+    send_library_logs()
+    return classify_images(settings, artifacts)
+
+
+@task(name="classify")
+def classify_images(settings: ClassifySettings, artifacts: str) -> dict[str, Any]:
+    """Run the engine over the folder and show the summary in the UI."""
+    with progress_artifact("classification-progress", "images") as progress:
+        summary = predict_folder(settings, Path(artifacts), progress=progress)
+    reports.publish_classification(summary)
+    check_failure_rate(summary)
+    return summary.to_json()

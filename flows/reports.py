@@ -1,0 +1,151 @@
+"""What a run shows in the Prefect UI: markdown and table artifacts, the pictures inside them as `data:` URIs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from cnnpipe.config import RetrainSettings, load_toml
+
+if TYPE_CHECKING:
+    from cnnpipe.inference.summary import ClassificationSummary
+    from cnnpipe.training.datasets import PreparedDataset
+    from cnnpipe.training.evaluation import Evaluation
+    from cnnpipe.training.gate import Decision
+
+__all__ = ["publish_classification", "publish_dataset", "publish_decision", "publish_metrics", "publish_plots"]
+
+
+def publish_dataset(dataset: PreparedDataset) -> None:
+    """Show what was learned from: images of each split and class, and what is wrong with them."""
+    lines = [
+        f"# Dataset {dataset.name}",
+        "",
+        f"Source `{dataset.source}`, fingerprint `{dataset.fingerprint[:12]}`",
+        "",
+    ]
+    splits = list(dataset.num_images)
+    counts = dataset.report.class_counts
+    rows = [[name, *(counts[split].get(name, 0) for split in splits)] for name in dataset.class_names]
+    lines += _table(["class", *splits], [*rows, ["**all**", *dataset.num_images.values()]])
+    lines += ["", "## Warnings", ""] if dataset.report.warnings else ["", "Nothing to warn about."]
+    lines += [f"- {warning}" for warning in dataset.report.warnings]
+    create_markdown_artifact("\n".join(lines), key="dataset", description=f"{dataset.name}: images by split and class")
+
+
+def publish_metrics(evaluation: Evaluation) -> None:
+    """Show the figures of the test split, the whole and by class."""
+    whole = {
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        f"top-{evaluation.top_k} accuracy": evaluation.top_k_accuracy,
+        "macro F1": evaluation.macro_f1,
+        "expected calibration error": evaluation.expected_calibration_error,
+    }
+    whole |= {f"F1 of {each.name}": each.f1 for each in evaluation.per_class}
+    rows = [{"metric": name, "value": f"{value:.4f}"} for name, value in whole.items()]
+    description = f"test accuracy {evaluation.accuracy:.4f} on {evaluation.num_images:,} images"
+    create_table_artifact(rows, key="metrics", description=description)
+
+
+def publish_plots(run: Path) -> None:
+    """Show the training report with the curves in place, and the confusion matrix."""
+    from cnnpipe.training.evaluation import read_evaluation
+
+    settings = load_toml(RetrainSettings, run / "config.toml")
+    with (run / "history.csv").open(encoding="utf-8", newline="") as file:
+        history = list(csv.DictReader(file))
+    best = max(history, key=lambda row: float(row["val_accuracy"]))
+    seconds = sum(float(row["seconds"]) for row in history)
+    evaluation = read_evaluation(run)
+    lines = [
+        f"# {settings.prepare.resolved_name}: {evaluation.accuracy:.2%} of the test images are right",
+        "",
+        f"Run `{run.name}`: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
+        "which had no part in the training.",
+        "",
+        f"Preset `{settings.train.preset}`, seed {settings.train.seed}: {len(history)} epochs in {seconds:,.0f} s; "
+        f"best validation accuracy **{float(best['val_accuracy']):.4f}** in epoch {best['epoch']}.",
+        "",
+        _picture("Accuracy by epoch", run / "accuracy.png"),
+        "",
+        _picture("Loss by epoch", run / "loss.png"),
+        "",
+        "## Test images, as predicted",
+        "",
+        _picture("Sample predictions", run / "samples.png"),
+        "",
+        "## The most confident mistakes",
+        "",
+        _picture("Mistakes", run / "mistakes.png"),
+        "",
+        f"Everything is in `{run}`.",
+    ]
+    create_markdown_artifact("\n".join(lines), key="training-report", description="curves, samples and mistakes")
+    matrix = f"# Confusion matrix\n\n{_picture('Confusion matrix', run / 'confusion_matrix.png')}"
+    create_markdown_artifact(matrix, key="confusion-matrix", description="actual classes against predicted ones")
+
+
+def publish_decision(run: Path, decision: Decision) -> None:
+    """Show whether the run became the champion, and why."""
+    verdict = "Promoted" if decision.promoted else "Not promoted"
+    champion = "none yet" if decision.champion is None else f"`{decision.champion}`"
+    rows = [
+        ["this run", f"`{decision.run_id}`", f"{decision.accuracy:.4f}"],
+        [
+            "champion before",
+            champion,
+            "" if decision.champion_accuracy is None else f"{decision.champion_accuracy:.4f}",
+        ],
+        ["floor", "", f"{decision.min_accuracy:.4f}"],
+    ]
+    lines = [f"# {verdict}", "", decision.reason[:1].upper() + decision.reason[1:] + ".", ""]
+    lines += _table(["", "run", "test accuracy"], rows)
+    lines += ["", f"Measured on {decision.num_images:,} test images of `{decision.dataset_fingerprint[:12]}`.", ""]
+    lines += [f"The model is `{run / 'model.onnx'}`."]
+    create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {decision.reason}")
+
+
+def publish_classification(summary: ClassificationSummary) -> None:
+    """Show what came of a folder: counts by status, class and kind of error, and where the time went."""
+    rows = [["classified", summary.ok], ["failed", summary.error], ["**found**", summary.found]]
+    lines = [f"# {summary.found:,} files of `{summary.folder}`", "", *_table(["status", "files"], rows)]
+    lines += ["", "## Classes", "", *_table(["class", "files"], summary.classes.items())]
+    if summary.error:
+        lines += ["", "## Errors", "", *_table(["kind", "files"], summary.error_kinds.items()), "", "The first:", ""]
+        lines += _table(
+            ["file", "kind", "reason"], [[each.path, each.kind, each.message] for each in summary.first_errors]
+        )
+    spent = summary.seconds
+    stages = [
+        ["start-up", f"{spent.start_up:.2f}"],
+        ["list", f"{spent.list:.2f}"],
+        [f"decode (sum over {summary.workers} processes)", f"{spent.decode:.2f}"],
+        ["inference", f"{spent.inference:.2f}"],
+        ["write", f"{spent.write:.2f}"],
+        ["**in all** (stages overlap)", f"{spent.total:.2f}"],
+    ]
+    lines += ["", "## Time", "", *_table(["stage", "seconds"], stages), ""]
+    lines += [
+        f"{summary.images_per_second:,.0f} images/s after start-up on `{summary.device}` ({summary.provider}), "
+        f"slowest stage: {summary.slowest_stage}.",
+        "",
+        f"Model `{summary.model.name}/{summary.model.run_id}`; table `{summary.table}`.",
+    ]
+    description = f"{summary.ok:,} classified, {summary.error:,} failed"
+    create_markdown_artifact("\n".join(lines), key="classification-summary", description=description)
+
+
+def _picture(alt: str, path: Path) -> str:
+    """Return markdown that shows a PNG with no file hosting."""
+    return f"![{alt}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')})"
+
+
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = [list(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]

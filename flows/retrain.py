@@ -1,0 +1,137 @@
+"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task a stage.
+
+A task's result is a path, kept under a key of its inputs and the flow run: when a failed run is retried, the stages
+that were finished are not done again. Every task calls one function of cnnpipe; what is here is what Prefect adds.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # The command finds or starts a server first, whose address Prefect reads when it is imported, just below.
+    from flows.commands import run_retrain
+
+    run_retrain()
+    raise SystemExit
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime, task
+from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
+from prefect.states import Completed
+
+from cnnpipe.config import (
+    EvaluateSettings,
+    ExportSettings,
+    PrepareSettings,
+    PromoteSettings,
+    RetrainSettings,
+    TrainSettings,
+)
+from flows import reports
+from flows.logs import send_library_logs
+from flows.progress import progress_artifact
+
+__all__ = ["retrain"]
+
+DEFAULTS = RetrainSettings()
+_ONCE_A_RUN = {"cache_policy": INPUTS + TASK_SOURCE + RUN_ID, "persist_result": True}
+
+
+def _run_name() -> str:
+    """Name a run by its dataset and the time it was meant to start, such as digits-2026-11-22-0200."""
+    parameters = runtime.flow_run.parameters
+    settings = PrepareSettings.model_validate(parameters.get("prepare") or {})
+    start = runtime.flow_run.scheduled_start_time
+    return f"{settings.resolved_name}-{start:%Y-%m-%d-%H%M}"
+
+
+@flow(name="retrain", flow_run_name=_run_name, persist_result=True)
+def retrain(
+    prepare: PrepareSettings = DEFAULTS.prepare,
+    train: TrainSettings = DEFAULTS.train,
+    evaluate: EvaluateSettings = DEFAULTS.evaluate,
+    export: ExportSettings = DEFAULTS.export,
+    promote: PromoteSettings = DEFAULTS.promote,
+    data: str = "data",
+    artifacts: str = "artifacts",
+) -> Any:
+    """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
+
+    Args:
+        data: folder of raw and prepared datasets.
+        artifacts: folder of runs and champions.
+    Returns:
+        A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
+    """
+    send_library_logs()
+    settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
+    prepared = prepare_dataset(prepare, data)
+    run = train_model(settings, prepared, artifacts)
+    evaluate_model(run)
+    plot_training(run)
+    export_model(run)
+    decision = promote_model(run)
+    name = "Promoted" if decision["promoted"] else "NotPromoted"
+    return Completed(name=name, message=decision["reason"], data={"run": run, **decision})
+
+
+@task(name="prepare", **_ONCE_A_RUN)
+def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
+    """Decode the dataset, or find it decoded; return the folder."""
+    from cnnpipe.training.datasets import prepare_dataset as prepare_arrays
+
+    with progress_artifact("prepare-progress", "images") as progress:
+        dataset = prepare_arrays(prepare, Path(data), progress=progress)
+    reports.publish_dataset(dataset)
+    return str(dataset.path)
+
+
+@task(name="train", **_ONCE_A_RUN)
+def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
+    """Train a network; return the run folder."""
+    from cnnpipe.training.stages import train_run
+
+    with progress_artifact("training-progress", "images") as progress:
+        result = train_run(settings, Path(prepared), Path(artifacts), progress)
+    return str(result.run)
+
+
+@task(name="evaluate", **_ONCE_A_RUN)
+def evaluate_model(run: str) -> float:
+    """Score the best weights on the test split; return the accuracy."""
+    from cnnpipe.training.stages import evaluate_run
+
+    evaluation = evaluate_run(Path(run))
+    reports.publish_metrics(evaluation)
+    return evaluation.accuracy
+
+
+@task(name="plot", **_ONCE_A_RUN)
+def plot_training(run: str) -> list[str]:
+    """Draw the plots and show them in the UI; return their paths."""
+    from cnnpipe.training.stages import plot_run
+
+    plots = plot_run(Path(run))
+    reports.publish_plots(Path(run))
+    return [str(path) for path in plots]
+
+
+@task(name="export", **_ONCE_A_RUN)
+def export_model(run: str) -> float:
+    """Write the ONNX model, checked against the trained one; return the share of equal classes."""
+    from cnnpipe.training.stages import export_run
+
+    return export_run(Path(run)).agreement
+
+
+@task(name="promote", **_ONCE_A_RUN)
+def promote_model(run: str) -> dict[str, Any]:
+    """Decide on the run, complete it, and move the champion alias if it passes."""
+    from dataclasses import asdict
+
+    from cnnpipe.training.stages import conclude_run
+
+    decision = conclude_run(Path(run))
+    reports.publish_decision(Path(run), decision)
+    return asdict(decision)

@@ -1,0 +1,256 @@
+"""The command line as a user meets it: exit statuses, one-line errors, `--json`, help."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from cnnpipe.cli import app
+from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
+from cnnpipe.registry import champion_run
+from cnnpipe.training.datasets import PreparedDataset
+
+COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return value
+
+
+def assert_one_line_error(result: Result, status: int, *words: str) -> None:
+    assert result.exit_code == status, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.mark.parametrize("arguments", [[], *[[name] for name in COMMANDS], ["models", "promote"]])
+def test_help_of_every_command_says_what_it_does(arguments: list[str]) -> None:
+    result = run(*arguments, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("model", [PrepareSettings, TrainSettings])
+def test_every_setting_is_an_option(model: type[PrepareSettings | TrainSettings]) -> None:
+    text = run("train", "--help").stdout
+    for name in model.model_fields:
+        if name != "dataset":
+            assert f"--{name.replace('_', '-')}" in text
+
+
+def test_stages_run_by_hand_make_a_complete_run_and_a_champion(data: Path, tmp_path: Path) -> None:
+    places = ["--artifacts", str(tmp_path / "artifacts")]
+    prepared = last_json(run("prepare", "digits", "--data", data, "--json"))
+    trained = run("train", "digits", "--data", data, *places, "--epochs", "3", "--json")
+    folder = last_json(trained)["run"]
+
+    assert prepared["num_images"] == {"train": 1151, "val": 287, "test": 359}
+    assert "epoch 3/3" in trained.stderr
+    assert last_json(run("evaluate", folder, *places, "--json"))["accuracy"] > 0.5
+    assert len(run("plot", folder, *places).stdout.splitlines()) == 5
+    assert last_json(run("export", folder, *places, "--json"))["parity"]["agreement"] == 1.0
+    assert last_json(run("models", "promote", folder, *places, "--json"))["promoted"] is True
+    assert champion_run(tmp_path / "artifacts", "digits") == Path(folder)
+
+
+def test_a_settings_file_is_overridden_by_options(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "nightly.toml"
+    config.write_text('[prepare]\ndataset = "digits"\n[train]\nepochs = 9\nseed = 4\n')
+
+    result = run("train", "--config", config, "--epochs", "1", "--data", data, "--artifacts", tmp_path / "a", "--json")
+
+    from cnnpipe.config import load_toml
+
+    settings = load_toml(RetrainSettings, Path(last_json(result)["run"]) / "config.toml")
+    assert (settings.train.epochs, settings.train.seed) == (1, 4)
+
+
+def test_evaluate_scores_keras_onnx_run_and_champion_alike(artifacts: Path, finished_run: Path, data: Path) -> None:
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    before = {file.name: file.stat().st_mtime_ns for file in finished_run.iterdir()}
+
+    for model in ("digits", finished_run, finished_run / "model.keras", finished_run / "model.onnx"):
+        figures = last_json(run("evaluate", model, "--artifacts", artifacts, "--data", data, "--json"))
+        assert figures["accuracy"] == metrics["accuracy"]
+        assert figures["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert {file.name: file.stat().st_mtime_ns for file in finished_run.iterdir()} == before
+
+
+def test_evaluate_takes_any_dataset(artifacts: Path, data: Path) -> None:
+    result = run("evaluate", "digits", "--dataset", "digits", "--artifacts", artifacts, "--data", data, "--json")
+    assert last_json(result)["num_images"] == 359
+
+
+def test_classify_gives_a_row_for_every_file(artifacts: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table.csv"
+
+    result = run("classify", photos, "--artifacts", artifacts, "--output", output, "--json")
+
+    assert result.exit_code == 0, result.output
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13
+    assert [row["status"] for row in rows].count("error") == 1
+    assert rows[-1]["path"] == "zz-notes.png"
+    assert rows[-1]["error"].startswith("not_an_image")
+    summary = last_json(result)
+    assert (summary["found"], summary["ok"], summary["error"]) == (13, 12, 1)
+    assert json.loads((tmp_path / "summary.json").read_text())["device"] == "cpu"
+
+
+def test_too_many_failures_end_with_status_3_and_a_complete_table(
+    artifacts: Path, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "table.jsonl"
+    options = ["--artifacts", artifacts, "--output", output, "--max-failure-rate", "0.05"]
+
+    assert_one_line_error(run("classify", photos, *options), 3, "1 of 13", "zz-notes.png")
+    assert len(output.read_text().splitlines()) == 13
+
+
+def test_models_lists_shows_promotes_and_rolls_back(artifacts: Path) -> None:
+    first = champion_run(artifacts, "digits")
+    assert first is not None
+    second = first.with_name("20990101T000000Z")
+    shutil.copytree(first, second)
+    places = ["--artifacts", str(artifacts)]
+
+    listing = run("models", "list", *places)
+    assert listing.stdout.splitlines()[0].split() == ["NAME", "RUN", "PRESET", "ACCURACY", "STATE"]
+    assert [line.split()[-4] for line in listing.stdout.splitlines()[1:]] == [second.name, first.name]
+    assert listing.stdout.splitlines()[2].startswith("*")
+    assert first.name in run("models", "show", "digits", *places).stdout
+
+    assert run("models", "promote", second, *places).exit_code == 0
+    assert champion_run(artifacts, "digits") == second
+    back = run("models", "rollback", "digits", *places)
+    assert back.exit_code == 0
+    assert champion_run(artifacts, "digits") == first
+    assert_one_line_error(run("models", "rollback", "digits", *places), 1, "no earlier champion")
+
+
+def test_a_refused_run_is_promoted_only_by_force(artifacts: Path) -> None:
+    first = champion_run(artifacts, "digits")
+    assert first is not None
+    second = first.with_name("20990101T000000Z")
+    shutil.copytree(first, second)
+    decision = json.loads((second / "promotion.json").read_text())
+    (second / "promotion.json").write_text(json.dumps({**decision, "promoted": False, "reason": "too bad"}))
+
+    refused = run("models", "promote", second, "--artifacts", artifacts)
+    assert "not promoted: too bad" in refused.stdout
+    assert champion_run(artifacts, "digits") == first
+
+    run("models", "promote", second, "--force", "--reason", "the classes changed", "--artifacts", artifacts)
+    assert champion_run(artifacts, "digits") == second
+
+
+def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
+    report = last_json(run("doctor", "--artifacts", artifacts, "--json"))
+
+    assert report["artifacts"]["champions"] == {"digits": champion_run(artifacts, "digits").name}  # type: ignore[union-attr]
+    assert report["versions"]["keras"].startswith("3.")
+    assert report["cores"] == len(os.sched_getaffinity(0))
+    assert "devices" in report
+
+
+def make_classes(root: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(root / name / f"{index}.png")
+    return root
+
+
+class TestBadInput:
+    def test_wrong_path(self, tmp_path: Path) -> None:
+        missing = tmp_path / "nowhere"
+        assert_one_line_error(run("train", missing, "--data", tmp_path), 1, "nowhere")
+        assert_one_line_error(run("classify", missing, "--artifacts", tmp_path), 1, "nowhere", "does not exist")
+
+    def test_empty_folder(self, tmp_path: Path, artifacts: Path) -> None:
+        (tmp_path / "void").mkdir()
+        assert_one_line_error(run("train", tmp_path / "void", "--data", tmp_path), 1, "void")
+        assert_one_line_error(run("classify", tmp_path / "void", "--artifacts", artifacts), 1, "no files in")
+
+    def test_one_class_only(self, tmp_path: Path) -> None:
+        folder = make_classes(tmp_path / "pets", {"cat": 20})
+        assert_one_line_error(run("prepare", folder, "--data", tmp_path), 1, "cat")
+
+    def test_class_without_images(self, tmp_path: Path) -> None:
+        folder = make_classes(tmp_path / "pets", {"cat": 20, "dog": 20, "eel": 0})
+        assert_one_line_error(run("prepare", folder, "--data", tmp_path), 1, "eel")
+
+    def test_a_model_that_is_no_model(self, tmp_path: Path, photos: Path) -> None:
+        fake = tmp_path / "fake.onnx"
+        fake.write_text("not a model")
+        assert_one_line_error(run("classify", photos, "--model", fake), 1, "fake.onnx")
+        assert_one_line_error(run("classify", photos, "--model", photos / "zz-notes.png"), 1, "is no model")
+        assert_one_line_error(run("classify", photos, "--model", "nobody", "--artifacts", tmp_path), 1, "nobody")
+        fake_keras = tmp_path / "fake.keras"
+        fake_keras.write_text("not a model")
+        assert_one_line_error(run("evaluate", fake_keras, "--dataset", "digits", "--data", tmp_path), 1, "fake.keras")
+
+    def test_a_wrong_value_is_a_usage_error(self, tmp_path: Path, photos: Path) -> None:
+        assert_one_line_error(run("train", "--epochs", "0"), 2, "epochs", "0")
+        assert_one_line_error(run("prepare", "--image-size", "big"), 2, "--image-size must be HEIGHTxWIDTH", "big")
+        assert_one_line_error(run("classify", photos, "--output", "table.xls"), 2, ".csv, .jsonl or .parquet")
+        assert run("train", "--no-such-option").exit_code == 2
+
+    def test_a_wrong_settings_file(self, tmp_path: Path) -> None:
+        config = tmp_path / "settings.toml"
+        config.write_text("[train]\nepoch = 3\n")
+        assert_one_line_error(run("train", "--config", config), 1, "no setting is called train.epoch", "settings.toml")
+
+    def test_errors_are_json_too_where_json_is_asked_for(self, tmp_path: Path) -> None:
+        result = run("classify", tmp_path / "nowhere", "--json")
+        assert last_json(result)["status"] == "failed"
+        assert last_json(result)["kind"] == "DatasetError"
+
+    def test_a_traceback_is_shown_only_with_debug(self, tmp_path: Path) -> None:
+        assert "Traceback" in run("classify", tmp_path / "nowhere", "--debug").stderr
+
+    def test_an_unwritable_place_is_one_line(self, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        result = run("train", "digits", "--epochs", "1", "--data", data, "--artifacts", tmp_path / "file" / "below")
+        assert_one_line_error(result, 1, "cannot write")
+
+
+def test_ctrl_c_ends_training_with_one_line_and_status_130(data: Path, digits: PreparedDataset, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cnnpipe.cli", "train", "digits", "--epochs", "1000"]
+    process = subprocess.Popen(
+        [*command, "--data", str(data), "--artifacts", str(tmp_path / "artifacts")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    history = tmp_path / "artifacts" / "digits" / "runs"
+    while process.poll() is None and not list(history.glob("*/history.csv")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert list(history.glob("*/model.keras"))
+    assert not list(history.glob("*/manifest.json"))

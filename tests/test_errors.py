@@ -1,0 +1,56 @@
+"""The exception tree: what the docstring draws is what the code has, and errors survive the way between processes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+
+from cnnpipe import errors
+from cnnpipe.errors import CnnpipeError, ImageError
+
+
+def _drawn_parents() -> dict[str, str]:
+    """Read the tree of the module's docstring: class -> parent."""
+    parents, above = {}, ["CnnpipeError"]
+    for line in (errors.__doc__ or "").splitlines():
+        drawn = re.match(r"([│ ]*)[├└]── (\w+)", line)
+        if drawn:
+            depth = len(drawn[1]) // 4 + 1
+            parents[drawn[2]] = above[depth - 1]
+            above[depth:] = [drawn[2]]
+    return parents
+
+
+def _real_classes() -> dict[str, type[CnnpipeError]]:
+    return {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, CnnpipeError)
+    }
+
+
+def test_tree_in_the_docstring_is_the_real_tree() -> None:
+    real = {name: value.__mro__[1].__name__ for name, value in _real_classes().items() if value is not CnnpipeError}
+    assert _drawn_parents() == real
+
+
+def test_every_error_is_exported() -> None:
+    assert sorted(errors.__all__) == sorted(_real_classes())
+
+
+def test_exit_status_is_1_but_for_usage_and_the_failure_budget() -> None:
+    other = {name: value.exit_status for name, value in _real_classes().items() if value.exit_status != 1}
+    assert other == {"UsageError": 2, "FailureBudgetError": 3}
+
+
+def test_image_error_keeps_its_kind_through_pickle() -> None:
+    copy = pickle.loads(pickle.dumps(ImageError("truncated", "ends after 12 bytes")))
+    assert (type(copy), copy.kind, str(copy)) == (ImageError, "truncated", "ends after 12 bytes")
+
+
+def test_every_other_error_keeps_its_message_through_pickle() -> None:
+    for error in _real_classes().values():
+        if error is not ImageError:
+            copy = pickle.loads(pickle.dumps(error("what, received, how to mend")))
+            assert (type(copy), str(copy)) == (error, "what, received, how to mend")

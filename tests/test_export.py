@@ -1,0 +1,130 @@
+"""The ONNX model as the contract says it is, and the parity check that guards it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from cnnpipe import __version__
+from cnnpipe.config import ExportSettings
+from cnnpipe.errors import ModelError, ParityError
+from cnnpipe.manifest import ModelInfo
+from cnnpipe.training.backend import keras
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.export import compare_probabilities, export_onnx
+from cnnpipe.training.models import build_model
+
+
+def dims(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def test_input_and_output_are_the_contracts(finished_run: Path) -> None:
+    model = onnx.load(finished_run / "model.onnx")
+    (image_input,), (output,) = model.graph.input, model.graph.output
+
+    assert (image_input.name, image_input.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    assert dims(image_input) == ["batch", 32, 32, 3]
+    assert (output.name, output.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
+    assert dims(output) == ["batch", 10]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_no_shape_arithmetic_is_left_in_the_graph(finished_run: Path) -> None:
+    graph = onnx.load(finished_run / "model.onnx").graph
+
+    leftovers = {"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Identity"}
+    assert leftovers.isdisjoint(node.op_type for node in graph.node)
+    assert [node.op_type for node in graph.node].count("Add") == 2  # the biases of the two dense layers
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_any_batch_size_gives_the_trained_models_probabilities(
+    finished_run: Path, digits: PreparedDataset, batch: int
+) -> None:
+    session = onnxruntime.InferenceSession(finished_run / "model.onnx", providers=["CPUExecutionProvider"])
+    images = np.asarray(digits.images("test")[:batch])
+
+    (probabilities,) = session.run(None, {"images": images})
+
+    trained = keras.saving.load_model(finished_run / "model.keras").predict(images, verbose=0)
+    np.testing.assert_allclose(probabilities, trained, atol=1e-5)
+
+
+def test_the_file_tells_a_client_all_it_needs(finished_run: Path, digits: PreparedDataset) -> None:
+    metadata = {each.key: each.value for each in onnx.load(finished_run / "model.onnx").metadata_props}
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+
+    assert json.loads(metadata["class_names"]) == [str(digit) for digit in range(10)]
+    assert json.loads(metadata["image_size"]) == [32, 32]
+    assert json.loads(metadata["test_accuracy"]) == metrics["accuracy"]
+    assert metadata["dataset_fingerprint"] == digits.fingerprint
+    assert metadata["run_id"] == finished_run.name
+    assert metadata["cnnpipe_version"] == __version__
+    info = ModelInfo.from_metadata(metadata, finished_run)
+    assert info.training_statistics.num_images == digits.num_images["train"]
+
+
+def test_parity_is_recorded_with_the_digest_of_the_file(finished_run: Path, digits: PreparedDataset) -> None:
+    parity = json.loads((finished_run / "parity.json").read_text())["fp32"]
+
+    assert parity["num_images"] == digits.num_images["test"]
+    assert parity["agreement"] >= 0.999
+    assert parity["max_difference"] <= 1e-4
+
+
+def test_comparison_names_the_images_that_disagree() -> None:
+    reference = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], np.float32)
+    exported = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]], np.float32)
+
+    parity = compare_probabilities(reference, exported, ["a.png", "b.png", "c.png"])
+
+    assert parity.agreement == pytest.approx(2 / 3)
+    assert parity.max_difference == pytest.approx(0.3)
+    assert parity.disagreements == ("b.png",)
+
+
+def test_a_model_that_disagrees_fails_the_run_and_is_not_kept(
+    finished_run: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "artifacts" / "digits" / "runs" / finished_run.name
+    shutil.copytree(finished_run, run)
+    (run / "model.onnx").unlink()
+
+    with pytest.raises(ParityError, match=r"differs by \d\.\de-\d+ \(at most 1\.0e-30\); it was not kept"):
+        export_onnx(run, "baseline", digits, ExportSettings(max_difference=1e-30))
+
+    assert not (run / "model.onnx").exists()
+    assert not list(run.glob(".model*"))
+
+
+def test_a_run_without_a_trained_model_is_refused(finished_run: Path, digits: PreparedDataset, tmp_path: Path) -> None:
+    run = tmp_path / "artifacts" / "digits" / "runs" / "empty"
+    run.mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"model\.keras"):
+        export_onnx(run, "baseline", digits, ExportSettings())
+
+
+@pytest.mark.parametrize(("image_size", "num_classes"), [((16, 24), 2), ((64, 64), 100)])
+def test_other_sizes_and_numbers_of_classes_export_too(
+    image_size: tuple[int, int], num_classes: int, tmp_path: Path
+) -> None:
+    from cnnpipe.training.export import convert_model
+
+    model = build_model("baseline", image_size, num_classes)
+    images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
+
+    graph = convert_model(model, image_size, opset=17)
+
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (probabilities,) = session.run(None, {"images": images})
+    np.testing.assert_allclose(probabilities, model.predict(images, verbose=0), atol=1e-5)
+    assert not {"Shape", "Concat"} & {node.op_type for node in graph.graph.node}

@@ -1,0 +1,111 @@
+"""Training: what it writes, what it keeps, where it stops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
+from cnnpipe.errors import ProviderError, TrainingError
+from cnnpipe.registry import create_run
+from cnnpipe.training.backend import keras
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.fit import HISTORY_COLUMNS, train_model
+from cnnpipe.training.scoring import predict_keras
+
+
+def history_of(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_history_has_a_row_for_every_epoch(finished_run: Path) -> None:
+    rows = history_of(finished_run)
+
+    assert tuple(rows[0]) == HISTORY_COLUMNS
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row["learning_rate"]) == pytest.approx(1e-3) for row in rows)
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+def test_the_kept_model_is_the_one_of_the_best_validation_accuracy(finished_run: Path, digits: PreparedDataset) -> None:
+    model = keras.saving.load_model(finished_run / "model.keras")
+    predicted = predict_keras(model, digits.images("val")).argmax(axis=1)
+
+    best = max(float(row["val_accuracy"]) for row in history_of(finished_run))
+    assert np.mean(predicted == digits.labels("val")) == pytest.approx(best, abs=1e-6)
+
+
+def test_settings_and_environment_are_written_to_the_run(finished_run: Path, digits: PreparedDataset) -> None:
+    settings = load_toml(RetrainSettings, finished_run / "config.toml")
+    environment = json.loads((finished_run / "environment.json").read_text())
+
+    assert settings.train == TrainSettings(epochs=3, seed=1)
+    assert environment["device"] == "cpu"
+    assert environment["dataset"] == str(digits.path)
+    assert environment["versions"]["keras"] == keras.__version__
+
+
+def test_the_same_seed_gives_the_same_weights(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=1, seed=7, augment=True))
+    weights = []
+    for name in ("first", "second"):
+        run = create_run(tmp_path, name)
+        train_model(settings, digits, run)
+        weights.append(keras.saving.load_model(run / "model.keras").get_weights())
+
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_the_saved_model_has_no_augmentation_in_it(digits: PreparedDataset, tmp_path: Path) -> None:
+    run = create_run(tmp_path, "digits")
+    train_model(RetrainSettings(train=TrainSettings(epochs=1, augment=True)), digits, run)
+
+    kinds = {type(layer).__name__ for layer in keras.saving.load_model(run / "model.keras").layers}
+    assert "Augmentation" not in kinds
+    assert "Conv2D" in kinds
+
+
+def test_progress_counts_every_training_image_of_every_epoch(digits: PreparedDataset, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    train_model(
+        RetrainSettings(train=TrainSettings(epochs=2)),
+        digits,
+        create_run(tmp_path, "digits"),
+        lambda *update: seen.append(update),
+    )
+
+    total = 2 * digits.num_images["train"]
+    assert seen[-1][1:] == (total, total)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert "epoch 2/2" in seen[-1][0]
+
+
+def test_a_diverging_loss_stops_with_one_line(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=3, learning_rate=1e30))
+
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) in epoch 1; .* smaller --learning-rate"):
+        train_model(settings, digits, create_run(tmp_path, "digits"))
+
+
+def test_cuda_without_a_gpu_is_refused(digits: PreparedDataset, tmp_path: Path) -> None:
+    if keras.distribution.list_devices("gpu"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ProviderError, match="'cuda' was asked for, but tensorflow sees 0 GPUs"):
+        train_model(RetrainSettings(train=TrainSettings(device="cuda")), digits, create_run(tmp_path, "digits"))
+
+
+def test_the_summary_of_the_model_is_logged(
+    digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cnnpipe")
+    train_model(RetrainSettings(train=TrainSettings(epochs=1)), digits, create_run(tmp_path, "digits"))
+
+    assert "319,178" in caplog.text
+    assert "epoch 1/1" in caplog.text

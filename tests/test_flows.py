@@ -1,0 +1,192 @@
+"""The flows under a real Prefect server: states, caching of finished stages, artifacts, logs, parameters."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import State
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.exceptions import ParameterTypeError
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry
+
+from cnnpipe.config import ClassifySettings, PromoteSettings, TrainSettings
+from cnnpipe.errors import FailureBudgetError, RegistryError
+from cnnpipe.registry import champion_run, list_runs
+from flows.classify import classify
+from flows.retrain import retrain
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+ONE_EPOCH = TrainSettings(epochs=1)
+
+
+@pytest.fixture
+def client() -> SyncPrefectClient:
+    return get_client(sync_client=True)
+
+
+def flow_run_id(state: State[Any]) -> UUID:
+    identifier = state.state_details.flow_run_id
+    assert identifier is not None
+    return identifier
+
+
+def artifacts_of(client: SyncPrefectClient, state: State[Any]) -> dict[str, Any]:
+    found = client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
+    )
+    return {artifact.key: artifact.data for artifact in found if artifact.key}
+
+
+def task_states(client: SyncPrefectClient, state: State[Any]) -> dict[str, list[str]]:
+    """Return the names of the states of each task's runs, by the task's name."""
+    runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id(state)])))
+    states: dict[str, list[str]] = {}
+    for run in sorted(runs, key=lambda each: each.expected_start_time or each.created):  # type: ignore[arg-type,return-value]
+        states.setdefault(run.name.rsplit("-", 1)[0], []).append(run.state_name or "")
+    return states
+
+
+def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
+    client: SyncPrefectClient, data: Path, tmp_path: Path
+) -> None:
+    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+
+    assert (state.type.value, state.name) == ("COMPLETED", "Promoted")
+    run = champion_run(tmp_path, "digits")
+    assert run is not None
+    assert state.result()["run"] == str(run)
+    assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote"}
+
+    shown = artifacts_of(client, state)
+    keys = {"dataset", "metrics", "training-report", "confusion-matrix", "promotion-decision", "training-progress"}
+    assert keys <= set(shown)
+    assert shown["training-report"].count("](data:image/png;base64,") == 4
+    assert shown["confusion-matrix"].count("](data:image/png;base64,") == 1
+    assert shown["promotion-decision"].startswith("# Promoted")
+    assert shown["training-progress"] == 100.0
+
+
+def test_a_run_is_named_by_its_dataset_and_date(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
+    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+
+    flow_run = client.read_flow_run(flow_run_id(state))
+    assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
+
+
+def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
+    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+
+    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(state)]))
+    text, deadline = "", time.monotonic() + 20
+    while "promoted:" not in text and time.monotonic() < deadline:
+        time.sleep(0.5)  # logs are sent in batches, every two seconds
+        text = "\n".join(log.message for log in client.read_logs(log_filter=own, limit=200))
+    assert "319,178" in text
+    assert "epoch 1/1" in text
+    assert "test: accuracy" in text
+
+
+def test_a_model_below_the_floor_completes_the_run_unpromoted(data: Path, tmp_path: Path) -> None:
+    state = retrain(
+        train=ONE_EPOCH,
+        promote=PromoteSettings(min_accuracy=1.0),
+        data=str(data),
+        artifacts=str(tmp_path),
+        return_state=True,
+    )
+
+    assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
+    assert state.message is not None
+    assert "below the floor of 1.0000" in state.message
+    assert champion_run(tmp_path, "digits") is None
+
+
+def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
+    client: SyncPrefectClient, data: Path, tmp_path: Path
+) -> None:
+    alias = tmp_path / "digits" / "champion"
+    alias.parent.mkdir()
+    alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
+    failed = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+    with pytest.raises(RegistryError, match="20200101T000000Z"):
+        failed.result()
+    (run,) = list_runs(tmp_path, "digits")
+    before = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+
+    alias.unlink()
+    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
+    retried: State[Any] = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+
+    assert retried.name == "Promoted"
+    assert list_runs(tmp_path, "digits") == [run]
+    after = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+    assert set(after) - set(before) == {"promotion.json", "manifest.json"}
+    del after["promotion.json"], after["manifest.json"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train", {"epochs": 0}),
+        ("train", {"epoch": 3}),
+        ("prepare", {"val_fraction": 2}),
+        ("promote", {"min_accuracy": 50}),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ParameterTypeError, match=next(iter(value))):
+        retrain(**{name: value}, artifacts=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_form_offers_every_setting_with_its_description() -> None:
+    schema = retrain.parameters
+    assert list(schema.properties) == ["prepare", "train", "evaluate", "export", "promote", "data", "artifacts"]
+    assert not schema.required
+    fields = schema.definitions["TrainSettings"]["properties"]
+    assert set(fields) == set(TrainSettings.model_fields)
+    assert all(field.get("description") for field in fields.values())
+    assert set(classify.parameters.definitions["ClassifySettings"]["properties"]) == set(ClassifySettings.model_fields)
+
+
+def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path) -> None:
+    settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"))
+
+    state = classify(settings, artifacts=str(artifacts), return_state=True)
+
+    assert state.result()["found"] == 13
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 13
+    shown = artifacts_of(client, state)
+    assert shown["classification-summary"].startswith("# 13 files of")
+    assert "not_an_image" in shown["classification-summary"]
+
+
+def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
+    client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"), max_failure_rate=0.0)
+
+    state = classify(settings, artifacts=str(artifacts), return_state=True)
+
+    assert state.type.value == "FAILED"
+    with pytest.raises(FailureBudgetError, match="1 of 13 files failed"):
+        state.result()
+    assert (tmp_path / "table.csv").exists()
+    assert "classification-summary" in artifacts_of(client, state)

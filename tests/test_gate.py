@@ -1,0 +1,173 @@
+"""The promotion gate: the floor, the comparison with the champion, and a run's completion."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cnnpipe.config import PromoteSettings
+from cnnpipe.errors import RegistryError
+from cnnpipe.manifest import ModelInfo, RunManifest, read_manifest, write_manifest
+from cnnpipe.registry import champion_run, list_runs, promotion_history, rollback
+from cnnpipe.storage import sha256_file
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.gate import conclude_run, decide_promotion
+
+RUN_FILES = {
+    "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx", "metrics.json", "parity.json",
+    "classification_report.csv", "predictions_test.csv", "accuracy.png", "loss.png", "confusion_matrix.png",
+    "samples.png", "mistakes.png", "promotion.json",
+}  # fmt: skip
+
+
+def candidate(run: Path, accuracy: float) -> ModelInfo:
+    return read_manifest(run).model.model_copy(update={"run_id": "20990101T000000Z", "test_accuracy": accuracy})
+
+
+def second_run(artifacts: Path) -> Path:
+    """Copy the finished run as one that is exported but not concluded."""
+    first = list_runs(artifacts, "digits")[0]
+    second = first.with_name("20990101T000000Z")
+    shutil.copytree(first, second)
+    (second / "manifest.json").unlink()
+    (second / "promotion.json").unlink()
+    return second
+
+
+def lower_accuracy(run: Path, accuracy: float) -> None:
+    """Rewrite what a run says of its accuracy."""
+    manifest = read_manifest(run)
+    model = manifest.model.model_copy(update={"test_accuracy": accuracy})
+    write_manifest(run, RunManifest.model_validate({**manifest.model_dump(), "model": model.model_dump()}))
+
+
+def test_the_floor_holds_on_the_first_run_too(finished_run: Path, digits: PreparedDataset) -> None:
+    below = decide_promotion(candidate(finished_run, 0.49), None, digits, min_accuracy=0.5)
+    reached = decide_promotion(candidate(finished_run, 0.50), None, digits, min_accuracy=0.5)
+
+    assert not below.promoted
+    assert below.reason == "test accuracy 0.4900 is below the floor of 0.5000"
+    assert reached.promoted
+    assert reached.champion is None
+
+
+def test_a_worse_model_never_replaces_the_champion(artifacts: Path, digits: PreparedDataset) -> None:
+    champion = champion_run(artifacts, "digits")
+    assert champion is not None
+    accuracy = read_manifest(champion).model.test_accuracy
+    one_image = 1 / digits.num_images["test"]
+
+    worse = decide_promotion(candidate(champion, accuracy - one_image), champion, digits, 0.5)
+    equal = decide_promotion(candidate(champion, accuracy), champion, digits, 0.5)
+
+    assert not worse.promoted
+    assert f"is worse than the champion's {accuracy:.4f}" in worse.reason
+    assert equal.promoted
+    assert equal.champion_accuracy == accuracy
+
+
+def test_a_champion_measured_on_other_images_is_scored_anew(artifacts: Path, digits: PreparedDataset) -> None:
+    champion = champion_run(artifacts, "digits")
+    assert champion is not None
+    honest = read_manifest(champion).model.test_accuracy
+    lower_accuracy(champion, 0.01)  # what it says of itself must not count on another test split
+
+    decision = decide_promotion(candidate(champion, 0.6), champion, replace(digits, fingerprint="f" * 64), 0.5)
+
+    assert decision.champion_accuracy == pytest.approx(honest)
+    assert not decision.promoted
+
+
+def test_a_champion_of_other_classes_is_left_to_a_person(artifacts: Path, digits: PreparedDataset) -> None:
+    champion = champion_run(artifacts, "digits")
+    assert champion is not None
+    info = candidate(champion, 0.99).model_copy(update={"class_names": ("cat", "dog")})
+
+    decision = decide_promotion(info, champion, digits, 0.5)
+
+    assert not decision.promoted
+    assert "cannot be compared" in decision.reason
+    assert "--force" in decision.reason
+
+
+def test_a_complete_run_holds_every_file_and_their_digests(finished_run: Path) -> None:
+    manifest = read_manifest(finished_run)
+
+    assert set(manifest.files) == RUN_FILES
+    assert {file.name for file in finished_run.iterdir()} == RUN_FILES | {"manifest.json"}
+    for name, digest in manifest.files.items():
+        assert digest.bytes == (finished_run / name).stat().st_size
+        assert digest.sha256 == sha256_file(finished_run / name)
+
+
+def test_the_first_passing_run_becomes_the_champion(finished_run: Path) -> None:
+    artifacts = finished_run.parents[2]
+
+    assert champion_run(artifacts, "digits") == finished_run
+    (move,) = promotion_history(artifacts, "digits")
+    assert (move.action, move.run_id, move.previous) == ("promote", finished_run.name, None)
+    decision = json.loads((finished_run / "promotion.json").read_text())
+    assert decision["promoted"] is True
+    assert decision["reason"] == move.reason
+
+
+def test_an_equal_second_run_is_promoted_and_the_history_says_so(artifacts: Path, digits: PreparedDataset) -> None:
+    run = second_run(artifacts)
+
+    decision = conclude_run(run, digits, PromoteSettings())
+
+    assert decision.promoted
+    assert champion_run(artifacts, "digits") == run
+    assert [move.run_id for move in promotion_history(artifacts, "digits")] == [decision.champion, run.name]
+
+
+def test_a_refused_run_is_complete_but_not_champion(artifacts: Path, digits: PreparedDataset) -> None:
+    champion, run = champion_run(artifacts, "digits"), second_run(artifacts)
+
+    decision = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0))
+
+    assert not decision.promoted
+    assert not read_manifest(run).promoted
+    assert champion_run(artifacts, "digits") == champion
+
+
+def test_concluding_twice_keeps_the_first_decision(artifacts: Path, digits: PreparedDataset) -> None:
+    run = second_run(artifacts)
+    refused = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0))
+
+    assert conclude_run(run, digits, PromoteSettings(min_accuracy=0.0)) == refused
+
+
+def test_an_interruption_before_the_alias_moved_is_made_good(artifacts: Path, digits: PreparedDataset) -> None:
+    first, run = champion_run(artifacts, "digits"), second_run(artifacts)
+    conclude_run(run, digits, PromoteSettings())
+    assert first is not None
+    (artifacts / "digits" / "champion").write_text(first.name + "\n")
+
+    conclude_run(run, digits, PromoteSettings())
+
+    assert champion_run(artifacts, "digits") == run
+    assert len(promotion_history(artifacts, "digits")) == 2
+
+
+def test_concluding_again_does_not_undo_a_rollback(artifacts: Path, digits: PreparedDataset) -> None:
+    first, run = champion_run(artifacts, "digits"), second_run(artifacts)
+    conclude_run(run, digits, PromoteSettings())
+    rollback(artifacts, "digits", "it was worse in production")
+
+    conclude_run(run, digits, PromoteSettings())
+
+    assert champion_run(artifacts, "digits") == first
+
+
+def test_a_run_without_metrics_cannot_be_completed(artifacts: Path, digits: PreparedDataset) -> None:
+    run = second_run(artifacts)
+    (run / "metrics.json").unlink()
+
+    with pytest.raises(RegistryError, match=r"cannot be completed: .*evaluate and export it first"):
+        conclude_run(run, digits, PromoteSettings())
+    assert not (run / "manifest.json").exists()

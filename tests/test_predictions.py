@@ -1,0 +1,174 @@
+"""The table of predictions: columns, formats, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnnpipe.errors import PredictionsError
+from cnnpipe.inference.engine import Prediction
+from cnnpipe.inference.predictions import check_output, open_table, table_columns
+
+MODEL = "tiny/20260101T000000Z"
+ODD_NAMES = (
+    'a"b.png',
+    "a,b.png",
+    "a\nb.png",
+    "a\rb.png",
+    "a\r\nb.png",
+    " a .png",
+    "=1+1.png",
+    "ü/日本.png",
+    "\\x41.png",
+)
+
+
+def ok(path: str, *likeliest: tuple[str, float]) -> Prediction:
+    labels, probabilities = zip(*likeliest, strict=True)
+    return Prediction(path, "ok", labels, probabilities, "", "", "a" * 64, MODEL)
+
+
+def failed(path: str, sha256: str = "b" * 64) -> Prediction:
+    return Prediction(path, "error", (), (), "truncated", 'ends, "too early"', sha256, MODEL)
+
+
+def write(path: Path, rows: list[Prediction], top_k: int = 1) -> Path:
+    with open_table(path, top_k) as (table, _):
+        for row in rows:
+            table.write([row])
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of any format, with None for what is empty and float32 for probabilities."""
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+    else:
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+    return [
+        {name: np.float32(value) if name.startswith("prob") and value else value or None for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def test_columns_grow_with_top_k() -> None:
+    assert table_columns(1) == ["path", "status", "label", "probability", "error", "sha256", "model"]
+    assert table_columns(3)[2:8] == ["label", "probability", "label_2", "probability_2", "label_3", "probability_3"]
+
+
+def test_csv_is_plain_text_with_empty_cells_for_errors(tmp_path: Path) -> None:
+    rows = [ok("a.png", ("cat", 0.1), ("dog", 1e-7)), failed("b.png", sha256="")]
+    assert write(tmp_path / "t.csv", rows, 2).read_bytes().decode() == (
+        "path,status,label,probability,label_2,probability_2,error,sha256,model\n"
+        f"a.png,ok,cat,0.1,dog,1e-07,,{'a' * 64},{MODEL}\n"
+        f'b.png,error,,,,,"truncated: ends, ""too early""",,{MODEL}\n'
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_format_holds_the_same_values(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        *(ok(name, ("cat", 0.33333334), ("dog, small", 1e-45)) for name in ODD_NAMES),
+        failed("b.png"),
+        failed("c.png", sha256=""),
+    ]
+    found = read(write(tmp_path / f"t{suffix}", rows, 2))
+    assert [list(row) for row in found] == [table_columns(2)] * len(rows)
+    assert [row["path"] for row in found] == [*ODD_NAMES, "b.png", "c.png"]
+    assert found[0] == {
+        "path": ODD_NAMES[0],
+        "status": "ok",
+        "label": "cat",
+        "probability": np.float32(1 / 3),
+        "label_2": "dog, small",
+        "probability_2": np.float32(1e-45),
+        "error": None,
+        "sha256": "a" * 64,
+        "model": MODEL,
+    }
+    assert found[-1] == {
+        "path": "c.png",
+        "status": "error",
+        "label": None,
+        "probability": None,
+        "label_2": None,
+        "probability_2": None,
+        "error": 'truncated: ends, "too early"',
+        "sha256": None,
+        "model": MODEL,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_names_that_are_not_utf8_are_escaped(tmp_path: Path, suffix: str) -> None:
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    assert read(write(tmp_path / f"t{suffix}", [failed(name)]))[0]["path"] == "caf\\xe9.png"
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_any_name_survives_csv(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "any.csv", [ok(text, (text, 0.5))])
+    row = next(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+    assert (row["path"], row["label"]) == (text, text)
+
+
+def test_parquet_columns_are_typed(tmp_path: Path) -> None:
+    schema = pq.read_schema(write(tmp_path / "t.parquet", [ok("a.png", ("cat", 0.5))]))
+    assert schema.names == table_columns(1)
+    assert {field.name for field in schema if field.type == pa.float32()} == {"probability"}
+    assert {field.name for field in schema if not field.nullable} == {"path", "status", "model"}
+
+
+def test_parquet_is_written_in_groups_of_bounded_size(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    row = ok("a.png", ("cat", 0.5))
+    with open_table(path, 1) as (table, _):
+        for _ in range(50):
+            table.write([row] * 1000)
+    metadata = pq.read_metadata(path)
+    assert metadata.num_rows == 50_000
+    assert metadata.num_row_groups > 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_table_appears_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t{suffix}"
+    path.write_text("the old one")
+
+    def write_and_stop() -> None:
+        with open_table(path, 1) as (table, temporary):
+            table.write([failed("a.png")])
+            assert temporary.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    there = tmp_path / "there.csv"
+    there.touch()
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(PredictionsError, match=r"there\.csv is there already; .*--overwrite"):
+        check_output(there, overwrite=False)
+    with pytest.raises(PredictionsError, match=r"must end in \.csv, \.jsonl, \.parquet, received .*t\.xlsx"):
+        check_output(tmp_path / "t.xlsx", overwrite=False)
+    with pytest.raises(PredictionsError, match="must be a file, received the folder"):
+        check_output(tmp_path / "folder.csv", overwrite=True)
+    check_output(there, overwrite=True)
+    check_output(tmp_path / "new" / "t.csv", overwrite=False)
