@@ -14,12 +14,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError
 
-__all__ = ["JsonOption", "command", "field_lines", "print_note", "progress_bar", "set_signature", "show_result", "table_lines"]
+__all__ = [
+    "JsonOption",
+    "command",
+    "field_lines",
+    "print_note",
+    "progress_bar",
+    "progress_text",
+    "set_signature",
+    "show_result",
+    "table_lines",
+]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells give it."""
@@ -125,59 +135,65 @@ def _log_to_stderr(debug: bool) -> None:
         logger.propagate = False
 
 
+def progress_text(what: str, done: int, total: int, seconds: float) -> str:
+    """Return how far a stage is, as one line: count, rate and, where the total is known, the time left.
+
+    Args:
+        what: the stage, which ends at a colon if there is one, and what there is to say of it.
+        done: images, or bytes of a download.
+        total: 0 where it is not known.
+        seconds: since the stage began.
+    """
+    unit, scale = ("MB", 1e-6) if _stage(what) == "download" else ("images", 1.0)
+    rate = done / max(seconds, 1e-3)
+    of = f"/{total * scale:,.0f}" if total else ""
+    left = f", {(total - done) / rate:,.0f} s left" if rate and total > done else ""
+    rounded = f"{rate * scale:,.0f}" if rate * scale >= 10 else f"{rate * scale:.1f}"
+    return f"{what}: {done * scale:,.0f}{of} {unit}, {rounded} {unit}/s{left}"
+
+
+def _stage(what: str) -> str:
+    return what.partition(":")[0]
+
+
 @contextmanager
-def progress_bar(unit: str = "images") -> Iterator[ProgressCallback]:
+def progress_bar() -> Iterator[ProgressCallback]:
     """Give a callback `(what, done, total)` that shows a bar with the rate and the time left.
 
     Where stderr is no terminal, such as a nightly log, a line every ten seconds takes the bar's place.
     A total of 0 means that it is not known yet.
     """
     if not _stderr.is_terminal:
-        yield _print_lines(unit)
+        yield _print_lines()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_stderr, transient=True) as bar:
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=_stderr, transient=True) as bar:
         shown: dict[str, tuple[TaskID, float]] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            # The part before the colon names the stage; a new stage begins a new bar.
-            stage = what.partition(":")[0]
+            stage, now = _stage(what), time.perf_counter()
             if stage not in shown:
                 for task, _ in shown.values():
                     bar.remove_task(task)
                 shown.clear()
-                shown[stage] = (bar.add_task(what, total=None, rate=""), time.perf_counter())
-            task, started = shown[stage]
-            rate = done / max(time.perf_counter() - started, 1e-3)
-            bar.update(task, description=what, completed=done, total=total or None, rate=f"{_rounded(rate)} {unit}/s")
+                shown[stage] = (bar.add_task(what, total=None), now)
+            task, began = shown[stage]
+            text = progress_text(what, done, total, now - began)
+            bar.update(task, description=text, completed=done, total=total or None)
 
         yield update
 
 
-def _print_lines(unit: str) -> ProgressCallback:
+def _print_lines() -> ProgressCallback:
     begun: dict[str, float] = {}
     printed = time.perf_counter()
 
     def update(what: str, done: int, total: int) -> None:
         nonlocal printed
         now = time.perf_counter()
-        started = begun.setdefault(what.partition(":")[0], now)
-        if now - printed < _SECONDS_BETWEEN_LINES or now <= started:
+        began = begun.setdefault(_stage(what), now)
+        if now - printed < _SECONDS_BETWEEN_LINES or now <= began:
             return
         printed = now
-        rate = done / (now - started)
-        left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
-        of = f"/{total:,}" if total else ""
-        _stderr.print(f"{what}: {done:,}{of} {unit}, {_rounded(rate)} {unit}/s{left}", soft_wrap=True)
+        _stderr.print(progress_text(what, done, total, now - began), soft_wrap=True)
 
     return update
-
-
-def _rounded(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"

@@ -96,12 +96,12 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if required else None,
-            annotation=Annotated[str if required else str | None, details],  # type: ignore[valid-type]
+            annotation=Annotated[str if required else str | None, details],
         )
     option = "--" + name.replace("_", "-")
     declaration = f"{option}/--no-{name.replace('_', '-')}" if kind is bool else option
     details = typer.Option(declaration, help=text, show_default=False)
-    annotation = Annotated[kind | None, details]
+    annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

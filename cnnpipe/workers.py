@@ -39,9 +39,7 @@ _FIRST_CHUNK_FILES: Final = 8
 _MAX_CHUNK_FILES: Final = 128
 _MAX_CHUNK_BYTES: Final = 2**24
 
-_WORKER: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; from cnnpipe.decoding import run_worker; run_worker()"
-)
+_WORKER: Final = "import sys; sys.path[:] = sys.argv[1:]; from cnnpipe.decoding import run_worker; run_worker()"
 
 _logger = logging.getLogger(__name__)
 

@@ -50,7 +50,7 @@ def classify(settings: ClassifySettings, artifacts: str = "artifacts") -> dict[s
 @task(name="classify")
 def classify_images(settings: ClassifySettings, artifacts: str) -> dict[str, Any]:
     """Run the engine over the folder and show the summary in the UI."""
-    with progress_artifact("classification-progress", "images") as progress:
+    with progress_artifact("classification-progress") as progress:
         summary = predict_folder(settings, Path(artifacts), progress=progress)
     reports.publish_classification(summary)
     check_failure_rate(summary)

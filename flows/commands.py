@@ -13,7 +13,7 @@ from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.server import Server, ensure_server, prefect_home
 
 if TYPE_CHECKING:
-    from prefect.states import State
+    from prefect.client.schemas import State
 
 __all__ = ["run_classify", "run_retrain"]
 

@@ -6,8 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from cnnpipe.console import progress_text
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 __all__ = ["progress_artifact"]
 
@@ -18,31 +24,28 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress_artifact(key: str, unit: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_artifact(key: str) -> Iterator[Callable[[str, int, int], None]]:
     """Give a callback `(what, done, total)` that moves a progress artifact of the current run.
 
     A total of 0 means that it is not known yet. The artifact ends at 100 % when the block ends without an error.
 
     Args:
         key: of the artifact, lowercase letters, digits and dashes.
-        unit: what is counted, such as images.
     """
-    artifact = create_progress_artifact(0.0, key=key, description="starting")
+    artifact = cast("UUID", create_progress_artifact(0.0, key=key, description="starting"))
     began = updated = logged = time.monotonic()
     last = ""
 
     def update(what: str, done: int, total: int) -> None:
         nonlocal updated, logged, last
         now = time.monotonic()
-        rate = done / max(now - began, 1e-3)
-        left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
-        last = f"{what}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate:,.0f} {unit}/s"
+        last = progress_text(what, done, total, now - began)
         if now - updated >= _SECONDS_BETWEEN_UPDATES:
             updated = now
-            update_progress_artifact(artifact, 100.0 * done / total if total else 0.0, last + left)
+            update_progress_artifact(artifact, 100.0 * done / total if total else 0.0, last)
         if now - logged >= _SECONDS_BETWEEN_LINES:
             logged = now
-            logger.info("%s%s", last, left)
+            logger.info(last)
 
     yield update
     update_progress_artifact(artifact, 100.0, last or "nothing was to be done")

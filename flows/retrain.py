@@ -18,6 +18,7 @@ from typing import Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
+from prefect.client.schemas import State
 from prefect.states import Completed
 
 from cnnpipe.config import (
@@ -35,7 +36,7 @@ from flows.progress import progress_artifact
 __all__ = ["retrain"]
 
 DEFAULTS = RetrainSettings()
-_ONCE_A_RUN = {"cache_policy": INPUTS + TASK_SOURCE + RUN_ID, "persist_result": True}
+_ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
 
 
 def _run_name() -> str:
@@ -55,7 +56,7 @@ def retrain(
     promote: PromoteSettings = DEFAULTS.promote,
     data: str = "data",
     artifacts: str = "artifacts",
-) -> Any:
+) -> State[dict[str, Any]]:
     """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
 
     Args:
@@ -76,28 +77,28 @@ def retrain(
     return Completed(name=name, message=decision["reason"], data={"run": run, **decision})
 
 
-@task(name="prepare", **_ONCE_A_RUN)
+@task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     """Decode the dataset, or find it decoded; return the folder."""
     from cnnpipe.training.datasets import prepare_dataset as prepare_arrays
 
-    with progress_artifact("prepare-progress", "images") as progress:
+    with progress_artifact("prepare-progress") as progress:
         dataset = prepare_arrays(prepare, Path(data), progress=progress)
     reports.publish_dataset(dataset)
     return str(dataset.path)
 
 
-@task(name="train", **_ONCE_A_RUN)
+@task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
     """Train a network; return the run folder."""
     from cnnpipe.training.stages import train_run
 
-    with progress_artifact("training-progress", "images") as progress:
+    with progress_artifact("training-progress") as progress:
         result = train_run(settings, Path(prepared), Path(artifacts), progress)
     return str(result.run)
 
 
-@task(name="evaluate", **_ONCE_A_RUN)
+@task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
 def evaluate_model(run: str) -> float:
     """Score the best weights on the test split; return the accuracy."""
     from cnnpipe.training.stages import evaluate_run
@@ -107,7 +108,7 @@ def evaluate_model(run: str) -> float:
     return evaluation.accuracy
 
 
-@task(name="plot", **_ONCE_A_RUN)
+@task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
 def plot_training(run: str) -> list[str]:
     """Draw the plots and show them in the UI; return their paths."""
     from cnnpipe.training.stages import plot_run
@@ -117,7 +118,7 @@ def plot_training(run: str) -> list[str]:
     return [str(path) for path in plots]
 
 
-@task(name="export", **_ONCE_A_RUN)
+@task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
 def export_model(run: str) -> float:
     """Write the ONNX model, checked against the trained one; return the share of equal classes."""
     from cnnpipe.training.stages import export_run
@@ -125,7 +126,7 @@ def export_model(run: str) -> float:
     return export_run(Path(run)).agreement
 
 
-@task(name="promote", **_ONCE_A_RUN)
+@task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
 def promote_model(run: str) -> dict[str, Any]:
     """Decide on the run, complete it, and move the champion alias if it passes."""
     from dataclasses import asdict

@@ -41,8 +41,8 @@ TimezoneOption = Annotated[
 ]
 
 
-@takes_settings(RetrainSettings, "dataset", _SECTIONS)
 @command
+@takes_settings(RetrainSettings, "dataset", _SECTIONS)
 def _serve(
     settings: RetrainSettings,
     cron: CronOption = "0 2 * * *",

@@ -68,6 +68,6 @@ def prefect_server() -> Iterator[None]:
     from prefect.testing.utilities import prefect_test_harness
 
     # The library is used without a flow too once a flow has had its logger send to the server.
-    with temporary_settings({PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}):
-        with prefect_test_harness(server_startup_timeout=120):
-            yield
+    quiet = temporary_settings({PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"})
+    with quiet, prefect_test_harness(server_startup_timeout=120):
+        yield

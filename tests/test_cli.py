@@ -25,7 +25,7 @@ from cnnpipe.training.datasets import PreparedDataset
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
 
 
-def run(*arguments: str | Path) -> Result:
+def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 

@@ -39,6 +39,16 @@ def client() -> SyncPrefectClient:
     return get_client(sync_client=True)
 
 
+def run_retrain(**parameters: Any) -> State[Any]:
+    state: State[Any] = retrain(**parameters, return_state=True)
+    return state
+
+
+def run_classify(settings: ClassifySettings, artifacts: Path) -> State[Any]:
+    state: State[Any] = classify(settings, artifacts=str(artifacts), return_state=True)
+    return state
+
+
 def flow_run_id(state: State[Any]) -> UUID:
     identifier = state.state_details.flow_run_id
     assert identifier is not None
@@ -64,7 +74,7 @@ def task_states(client: SyncPrefectClient, state: State[Any]) -> dict[str, list[
 def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
     client: SyncPrefectClient, data: Path, tmp_path: Path
 ) -> None:
-    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
 
     assert (state.type.value, state.name) == ("COMPLETED", "Promoted")
     run = champion_run(tmp_path, "digits")
@@ -82,14 +92,14 @@ def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
 
 
 def test_a_run_is_named_by_its_dataset_and_date(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
-    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
 
     flow_run = client.read_flow_run(flow_run_id(state))
     assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
 
 
 def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
-    state = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
 
     own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(state)]))
     text, deadline = "", time.monotonic() + 20
@@ -102,12 +112,11 @@ def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path,
 
 
 def test_a_model_below_the_floor_completes_the_run_unpromoted(data: Path, tmp_path: Path) -> None:
-    state = retrain(
+    state = run_retrain(
         train=ONE_EPOCH,
         promote=PromoteSettings(min_accuracy=1.0),
         data=str(data),
         artifacts=str(tmp_path),
-        return_state=True,
     )
 
     assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
@@ -122,7 +131,7 @@ def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
     alias = tmp_path / "digits" / "champion"
     alias.parent.mkdir()
     alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
-    failed = retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path), return_state=True)
+    failed = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
     with pytest.raises(RegistryError, match="20200101T000000Z"):
         failed.result()
     (run,) = list_runs(tmp_path, "digits")
@@ -130,8 +139,9 @@ def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
 
     alias.unlink()
     client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
-    retried: State[Any] = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+    retried = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
 
+    assert isinstance(retried, State)
     assert retried.name == "Promoted"
     assert list_runs(tmp_path, "digits") == [run]
     after = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
@@ -150,8 +160,10 @@ def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
     ],
 )
 def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dict[str, Any], tmp_path: Path) -> None:
+    state = run_retrain(**{name: value}, artifacts=str(tmp_path))
+
     with pytest.raises(ParameterTypeError, match=next(iter(value))):
-        retrain(**{name: value}, artifacts=str(tmp_path))
+        state.result()
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +180,7 @@ def test_the_form_offers_every_setting_with_its_description() -> None:
 def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path) -> None:
     settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"))
 
-    state = classify(settings, artifacts=str(artifacts), return_state=True)
+    state = run_classify(settings, artifacts)
 
     assert state.result()["found"] == 13
     with (tmp_path / "table.csv").open(newline="") as file:
@@ -183,7 +195,7 @@ def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
 ) -> None:
     settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"), max_failure_rate=0.0)
 
-    state = classify(settings, artifacts=str(artifacts), return_state=True)
+    state = run_classify(settings, artifacts)
 
     assert state.type.value == "FAILED"
     with pytest.raises(FailureBudgetError, match="1 of 13 files failed"):

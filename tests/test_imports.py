@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cnnpipe"
 TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
-GROUND_FLOOR = ("config", "decoding", "environment", "errors", "images", "manifest", "registry", "storage", "workers")
+GROUND_FLOOR = (
+    "config", "decoding", "devices", "environment", "errors", "images", "manifest", "registry", "storage", "workers",
+)  # fmt: skip
 
 
 def loaded_packages(modules: str) -> set[str]:

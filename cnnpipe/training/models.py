@@ -81,7 +81,7 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
 
 
 @keras.saving.register_keras_serializable("cnnpipe")
-class Augmentation(keras.layers.Layer):
+class Augmentation(keras.layers.Layer):  # type: ignore[misc]
     """Random horizontal flips and shifts of a batch of images, in training only.
 
     Every image draws its own: a flip with probability one half, and a shift of up to `max_shift` of each side, the

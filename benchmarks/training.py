@@ -1,0 +1,82 @@
+"""Training beside the tutorial's script: alternating processes, medians and ratios, whole-process peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnnpipe.console import table_lines
+
+__all__ = ["compare_training"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One training in a process of its own."""
+
+    fit_seconds: float
+    images_per_second: float
+    peak_gigabytes: float
+    test_accuracy: float
+
+
+def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence[str]) -> list[str]:
+    """Train the tutorial's script and each preset in turn, `rounds` times, and return a table.
+
+    Args:
+        prepared: folder of a prepared dataset.
+        epochs: of every training, so that they do the same work.
+    """
+    contenders = {"tutorial": ["benchmarks.tutorial", str(prepared), str(epochs)]}
+    contenders |= {preset: ["benchmarks.preset", str(prepared), str(epochs), preset] for preset in presets}
+    measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, arguments in contenders.items():
+            measured[name].append(_measure(arguments))
+            print(f"{name}: {measured[name][-1]}", file=sys.stderr)
+    rows = [("", "s in fit", "images/s", "peak GB", "test accuracy", "time / tutorial's")]
+    for name, runs in measured.items():
+        pairs = zip(runs, measured["tutorial"], strict=True)
+        ratio = statistics.median(own.fit_seconds / peer.fit_seconds for own, peer in pairs)
+        rows.append(
+            (
+                name,
+                f"{_median(runs, 'fit_seconds'):.1f}",
+                f"{_median(runs, 'images_per_second'):,.0f}",
+                f"{_median(runs, 'peak_gigabytes'):.2f}",
+                f"{_median(runs, 'test_accuracy'):.4f}",
+                f"{ratio:.2f}",
+            )
+        )
+    return table_lines(rows)
+
+
+def _median(runs: list[Measurement], figure: str) -> float:
+    values: list[float] = [getattr(run, figure) for run in runs]
+    return statistics.median(values)
+
+
+def _measure(arguments: list[str]) -> Measurement:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"{' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes elsewhere
+    return Measurement(
+        fit_seconds=result["fit_seconds"],
+        images_per_second=result["images"] / result["fit_seconds"],
+        peak_gigabytes=usage.ru_maxrss * unit / 1e9,
+        test_accuracy=result["test_accuracy"],
+    )

@@ -1,0 +1,49 @@
+"""The peer of `baseline`: the classic tutorial's script, its network and settings, its float arrays and `fit`.
+
+Run as a process of its own by `benchmarks.training`; prints one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorflow import keras
+
+
+def main(prepared: Path, epochs: int) -> None:
+    """Train on a prepared dataset as the tutorial does and score the test split."""
+
+    def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = np.load(prepared / f"{split}_images.npy"), np.load(prepared / f"{split}_labels.npy")
+        return images / 255.0, keras.utils.to_categorical(labels)  # float64, as the tutorial has it
+
+    train, val, test = arrays("train"), arrays("val"), arrays("test")
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input(train[0].shape[1:]),
+            layers.Conv2D(32, (3, 3), padding="same", activation="relu"),
+            layers.MaxPooling2D((2, 2)),
+            layers.Conv2D(64, (3, 3), padding="same", activation="relu"),
+            layers.MaxPooling2D((2, 2)),
+            layers.Conv2D(64, (3, 3), padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(train[1].shape[1], activation="softmax"),
+        ]
+    )
+    model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    began = time.perf_counter()
+    model.fit(*train, epochs=epochs, batch_size=64, validation_data=val, verbose=0)
+    seconds = time.perf_counter() - began
+    _, accuracy = model.evaluate(*test, verbose=0)
+    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "images": epochs * len(train[0])}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
