@@ -118,6 +118,22 @@ def test_classify_gives_a_row_for_every_file(artifacts: Path, photos: Path, tmp_
     assert json.loads((tmp_path / "summary.json").read_text())["device"] == "cpu"
 
 
+def test_the_tables_accuracy_is_the_metrics_accuracy(
+    artifacts: Path, finished_run: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    labels, folder, output = digits.labels("test"), tmp_path / "test", tmp_path / "table.csv"
+    for index, image in enumerate(digits.images("test")):
+        file = folder / digits.class_names[labels[index]] / f"{index:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+
+    run("classify", folder, "--artifacts", artifacts, "--output", output)
+
+    with output.open(newline="") as file_of_rows:
+        right = [row["label"] == row["path"].split("/")[0] for row in csv.DictReader(file_of_rows)]
+    assert sum(right) / len(right) == json.loads((finished_run / "metrics.json").read_text())["accuracy"]
+
+
 def test_too_many_failures_end_with_status_3_and_a_complete_table(
     artifacts: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -65,13 +65,17 @@ def train_run(
 
 def evaluate_run(run: Path) -> Evaluation:
     """Score `model.keras` on the test split and write the figures; see `evaluation.evaluate_model`."""
-    from cnnpipe.training.evaluation import evaluate_model
+    from cnnpipe.training.evaluation import METRICS_FILE, evaluate_model
 
     settings, dataset = load_run(run)
     evaluation = evaluate_model(run / "model.keras", dataset, settings.evaluate, output=run)
     logger.info(
         "test: accuracy %.4f, loss %.4f, top-%d %.4f on %d images",
         *(evaluation.accuracy, evaluation.loss, evaluation.top_k, evaluation.top_k_accuracy, evaluation.num_images),
+    )
+    first = json.loads((run / METRICS_FILE).read_bytes())["first_image"]
+    logger.info(
+        "first test image, %s: predicted %s, actual %s", *(first[key] for key in ("path", "predicted", "actual"))
     )
     return evaluation
 
