@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def _retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Train a CNN, check it, export it to ONNX and promote it if it passes, as the Prefect flow `retrain`."""
-    server = ensure_server(prefect_home(artifacts))
+    server = _ensure_server(artifacts)
     from prefect import tags
 
     from flows.retrain import retrain
@@ -64,7 +65,7 @@ def _classify(
     settings: ClassifySettings, artifacts: ArtifactsOption = Path("artifacts"), as_json: JsonOption = False
 ) -> None:
     """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
-    server = ensure_server(prefect_home(artifacts))
+    server = _ensure_server(artifacts)
     from prefect import tags
 
     from flows.classify import classify
@@ -73,6 +74,16 @@ def _classify(
         state = classify(settings, artifacts=str(artifacts), return_state=True)
     shown = ("table", "found", "ok", "error", "error_kinds", "images_per_second", "device", "slowest_stage")
     _show_run(state, server, shown, as_json=as_json)
+
+
+def _ensure_server(artifacts: Path) -> Server:
+    """Find or start the server, and keep Prefect's own lines and tracebacks off the terminal unless debugging.
+
+    They stay in the run's log in the UI; on the terminal the library's log and one line for an error take their place.
+    """
+    if "CNNPIPE_DEBUG" not in os.environ:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    return ensure_server(prefect_home(artifacts))
 
 
 def _show_run(state: State[Any], server: Server, shown: tuple[str, ...], *, as_json: bool) -> None:
