@@ -191,10 +191,11 @@ def list_models(
 @models_app.command("show")
 @command
 def show_model(model: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Show a complete run's manifest."""
+    """Show a complete run's manifest; `--json` with the digests of its files."""
     run = resolve_run(model, artifacts)
     manifest = read_manifest(run).model_dump(mode="json")
-    show_result({"run": str(run), "manifest": manifest}, field_lines({"run": str(run), **manifest}), as_json=as_json)
+    shown = {"run": str(run), **{key: value for key, value in manifest.items() if key != "files"}}
+    show_result({"run": str(run), "manifest": manifest}, field_lines(shown), as_json=as_json)
 
 
 @models_app.command("promote")

@@ -52,9 +52,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*, debug: bool = False, **options: Any) -> None:
-        _log_to_stderr(debug)
         try:
-            function(**options)
+            with _log_to_stderr(debug):
+                function(**options)
         except CnnpipeError as error:
             if debug:
                 _stderr.print_exception()
@@ -105,10 +105,14 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            yield prefix + key, f"{value:.6g}"
+        elif isinstance(value, list | tuple):
+            yield prefix + key, ", ".join(map(_plain, value)) or "none"
         else:
-            yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield prefix + key, _plain(value)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -125,14 +129,22 @@ class _StderrHandler(logging.Handler):
         _stderr.print(Text(self.format(record), style=style), soft_wrap=True)
 
 
-def _log_to_stderr(debug: bool) -> None:
+@contextmanager
+def _log_to_stderr(debug: bool) -> Iterator[None]:
+    """Print the library's log records on stderr while a command runs."""
     if debug:
         os.environ["CNNPIPE_DEBUG"] = "1"
-    logger = logging.getLogger("cnnpipe")
+    logger, handler = logging.getLogger("cnnpipe"), _StderrHandler()
+    level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
-        logger.addHandler(_StderrHandler())
-        logger.propagate = False
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def progress_text(what: str, done: int, total: int, seconds: float) -> str:

@@ -31,7 +31,7 @@ def ask_driver() -> Driver:
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return Driver(problem="there is no NVIDIA driver (libcuda.so.1); install it, or use --device cpu")
+        return Driver(problem="no NVIDIA driver (libcuda.so.1)")
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
@@ -40,7 +40,7 @@ def ask_driver() -> Driver:
         text = ctypes.c_char_p()
         driver.cuGetErrorString(status, ctypes.byref(text))
         reason = (text.value or b"").decode("ascii", "replace") if status else "it shows no GPU"
-        return Driver(cuda, problem=f"the NVIDIA driver gives no GPU: {reason or f'error {status}'}; see nvidia-smi")
+        return Driver(cuda, problem=f"the NVIDIA driver gives no GPU: {reason or f'error {status}'}")
     names = []
     for number in range(count.value):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(128)

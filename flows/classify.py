@@ -9,6 +9,7 @@ if __name__ == "__main__":
     run_classify()
     raise SystemExit
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from flows.logs import send_library_logs
 from flows.progress import progress_artifact
 
 __all__ = ["classify"]
+
+logger = logging.getLogger(f"cnnpipe.{__name__}")
 
 
 def _run_name() -> str:
@@ -44,6 +47,7 @@ def classify(settings: ClassifySettings, artifacts: str = "artifacts") -> dict[s
         FailureBudgetError: more images failed than allowed; the table is complete all the same.
     """
     send_library_logs()
+    logger.info("this run in the Prefect UI: %s", runtime.flow_run.ui_url)
     return classify_images(settings, artifacts)
 
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     run_retrain()
     raise SystemExit
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from flows.logs import send_library_logs
 from flows.progress import progress_artifact
 
 __all__ = ["retrain"]
+
+logger = logging.getLogger(f"cnnpipe.{__name__}")
 
 DEFAULTS = RetrainSettings()
 _ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
@@ -66,6 +69,7 @@ def retrain(
         A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
     """
     send_library_logs()
+    logger.info("this run in the Prefect UI: %s", runtime.flow_run.ui_url)
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
     prepared = prepare_dataset(prepare, data)
     run = train_model(settings, prepared, artifacts)

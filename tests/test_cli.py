@@ -252,12 +252,18 @@ class TestBadInput:
         assert_one_line_error(result, 1, "cannot write")
 
 
+def take_ctrl_c() -> None:
+    """Undo in a child what a shell does to what it starts in the background: it has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_training_with_one_line_and_status_130(data: Path, digits: PreparedDataset, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cnnpipe.cli", "train", "digits", "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--data", str(data), "--artifacts", str(tmp_path / "artifacts")],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=take_ctrl_c,
     )
     history = tmp_path / "artifacts" / "digits" / "runs"
     while process.poll() is None and not list(history.glob("*/history.csv")):

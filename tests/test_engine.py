@@ -300,6 +300,8 @@ with DecoderPool(2, test_engine.decode_forever) as pool:
 def test_ended_parent_leaves_no_process_behind(digits: Path, tmp_path: Path, ending: signal.Signals) -> None:
     code = _STUCK.format(tests=str(Path(__file__).parent), folder=str(digits))
     environment = os.environ | {"CNNPIPE_TEST_PIDS": str(tmp_path)}
+    # A shell has Ctrl-C ignored in what it starts in the background, as these tests may be.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     try:
         wait_until(lambda: len(list(tmp_path.iterdir())) == 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -35,8 +36,9 @@ ONE_EPOCH = TrainSettings(epochs=1)
 
 
 @pytest.fixture
-def client() -> SyncPrefectClient:
-    return get_client(sync_client=True)
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as opened:
+        yield opened
 
 
 def run_retrain(**parameters: Any) -> State[Any]:

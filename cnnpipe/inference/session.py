@@ -138,7 +138,7 @@ def open_session(model: Path, device: str = "auto", threads: int | None = None) 
         session = _open_cuda_if_possible(content, model, threads)
     elif device != "cpu":
         if problem := _cuda_problem(number):
-            raise ProviderError(f"{device} cannot be used: {problem}")
+            raise ProviderError(f"{device} cannot be used: {problem}; mend that, or use --device cpu")
         session = _open_cuda(content, model, number, threads)
     device = "cpu" if session is None else f"cuda:{number}"
     session = session or _open_cpu(content, model, threads)

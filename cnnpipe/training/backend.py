@@ -65,7 +65,8 @@ def select_device(device: str) -> str:
     if index is not None and index >= len(gpus):
         raise ProviderError(
             f"device {device!r} was asked for, but {keras.backend.backend()} sees {len(gpus)} GPUs: "
-            f"{ask_driver().problem or 'run `make setup CUDA=1` for the libraries of CUDA'}"
+            f"{ask_driver().problem or 'the libraries of CUDA are missing, see `make setup CUDA=1`'}; "
+            "mend that, or use --device cpu"
         )
     _use_only(gpus, index)
     return "cpu" if index is None else f"cuda:{index}"
