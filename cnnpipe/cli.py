@@ -17,9 +17,9 @@ from cnnpipe.config import ClassifySettings, EvaluateSettings, RetrainSettings
 from cnnpipe.console import JsonOption, command, field_lines, progress_bar, show_result, table_lines
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
-from cnnpipe.manifest import read_manifest
+from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.registry import champion_run, list_names, promote_run, resolve_run, rollback, summarize_runs
+from cnnpipe.registry import list_names, promote_run, resolve_run, rollback, summarize_runs
 
 __all__ = ["app", "main"]
 
@@ -139,11 +139,15 @@ def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: J
 @takes_settings(ClassifySettings, "folder")
 def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Classify every file of a folder; one row for each in a CSV, JSONL or Parquet table."""
-    from cnnpipe.inference.classify import classify_folder
+    from cnnpipe.inference.classify import predict_folder
+    from cnnpipe.inference.summary import check_failure_rate
 
     with progress_bar() as progress:
-        summary = classify_folder(settings, artifacts, progress=progress)
-    show_result(summary.to_json(), summary.lines(), as_json=as_json)
+        summary = predict_folder(settings, artifacts, progress=progress)
+    exceeded = summary.failure_rate > settings.max_failure_rate
+    status = "too_many_failures" if exceeded else "ok"
+    show_result(summary.to_json(), summary.lines(), as_json=as_json, status=status)
+    check_failure_rate(summary)
 
 
 @app.command()
@@ -159,7 +163,7 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
         "devices": device_report(),
         "artifacts": {
             "path": str(artifacts.resolve()),
-            "writable": os.access(existing, os.W_OK),
+            "writable": (artifacts.is_dir() or not artifacts.exists()) and os.access(existing, os.W_OK),
             "free_gigabytes": round(shutil.disk_usage(existing).free / 1e9, 1),
             "champions": {row.name: row.run_id for row in champions},
         },
@@ -175,12 +179,12 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """List runs, newest first; * marks the champion."""
-    rows = summarize_runs(artifacts, name)
-    if not rows:
-        known = ", ".join(list_names(artifacts)) or "no names"
+    known = list_names(artifacts)
+    if name is not None and name not in known:
         raise RegistryError(
-            f"no runs of {name or 'any name'} in {artifacts}, which has {known}; `make retrain` makes one"
+            f"no runs of {name!r} in {artifacts}; there are {', '.join(known) or 'none'}; check the name"
         )
+    rows = summarize_runs(artifacts, name)
     table = [("", "NAME", "RUN", "PRESET", "ACCURACY", "STATE")]
     for row in rows:
         accuracy = "-" if row.accuracy is None else f"{row.accuracy:.4f}"
@@ -214,12 +218,11 @@ def promote_model(
     from cnnpipe.training.stages import conclude_run
 
     folder = resolve_run(run, artifacts)
-    text = conclude_run(folder).reason
-    name, home = folder.parents[1].name, folder.parents[2]
-    promoted = champion_run(home, name) == folder
-    if force and not promoted:
-        promote_run(home, name, folder.name, reason)
-        promoted, text = True, reason
+    if force and (folder / MANIFEST_FILE).is_file():
+        promoted, text = True, promote_run(folder.parents[2], folder.parents[1].name, folder.name, reason).reason
+    else:
+        decision = conclude_run(folder, forced=reason if force else None)
+        promoted, text = decision.promoted, decision.reason
     verdict = "promoted" if promoted else "not promoted"
     values = {"run": str(folder), "promoted": promoted, "reason": text}
     show_result(values, [f"{folder.name} {verdict}: {text}"], as_json=as_json)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cnnpipe.errors import ConfigError
+from cnnpipe.errors import ConfigError, UsageError
 
 __all__ = [
     "BUILT_IN_DATASETS",
+    "COMMAND_LINE",
     "ClassifySettings",
     "Device",
     "EvaluateSettings",
@@ -28,10 +31,14 @@ __all__ = [
     "TrainSettings",
     "dump_toml",
     "load_toml",
+    "read_toml",
     "validate_settings",
 ]
 
 BUILT_IN_DATASETS = ("digits", "cifar10")
+
+COMMAND_LINE = "the command line"
+"""The origin of settings that come from no file."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
@@ -67,6 +74,12 @@ class PrepareSettings(Settings):
     max_leaked_fraction: Fraction = Field(0.01, description="a larger share of test images also in train stops the run")
     max_imbalance: float = Field(100.0, ge=1.0, description="a larger ratio of largest to smallest class stops the run")
 
+    @model_validator(mode="after")
+    def _name_is_usable(self) -> Self:
+        if self.resolved_name in ("", "predictions"):
+            raise ValueError(f"{self.dataset!r} gives no usable name for the model; give one with --name")
+        return self
+
     @property
     def resolved_name(self) -> str:
         """The name of the dataset, of its models and of their folder: `name`, or made from `dataset`."""
@@ -75,7 +88,7 @@ class PrepareSettings(Settings):
         if self.dataset in BUILT_IN_DATASETS:
             return self.dataset
         own = Path(self.dataset).expanduser().resolve().name
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")[:64] or "dataset"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")[:64]
 
 
 class TrainSettings(Settings):
@@ -153,20 +166,28 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def validate_settings(
-    model: type[SettingsT], values: dict[str, Any], origin: str, error_type: type[ConfigError] = ConfigError
+    model: type[SettingsT],
+    values: dict[str, Any],
+    origin: str,
+    options: Mapping[tuple[str, ...], str] = MappingProxyType({}),
 ) -> SettingsT:
     """Build settings from plain values.
 
     Args:
         origin: where the values come from, for the message, such as a file's name.
-        error_type: what to raise.
+        options: of the values that came from the command line, the option's name by the place of the value.
     Raises:
         ConfigError: a value does not fit; names the first setting, what it received and what it must be.
+        UsageError: the same, of a value from the command line.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        place = tuple(part for part in first["loc"] if isinstance(part, str))
+        option = next((name for key, name in options.items() if place[: len(key)] == key), None)
+        if option is not None:
+            raise UsageError(" ".join(f"{option}: {first['msg']}, received {first['input']!r}".split())) from error
         setting = ".".join(str(part) for part in first["loc"]) or "settings"
         if first["type"] == "extra_forbidden":
             message = f"no setting is called {setting}, in {origin}; see the settings in the README"
@@ -176,6 +197,7 @@ def validate_settings(
             message = f"{first['ctx']['error']}, in {origin}"
         else:
             message = f"{setting}: {first['msg']}, received {first['input']!r}, in {origin}"
+        error_type = UsageError if origin == COMMAND_LINE else ConfigError
         raise error_type(" ".join(message.split())) from error
 
 
@@ -185,13 +207,21 @@ def load_toml(model: type[SettingsT], path: Path) -> SettingsT:
     Raises:
         ConfigError: the file is missing, is not TOML, or a value does not fit.
     """
+    return validate_settings(model, read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read the plain values of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read settings from {path}: {error}; check the path") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}; mend that line") from error
-    return validate_settings(model, values, str(path))
 
 
 def dump_toml(settings: Settings) -> str:

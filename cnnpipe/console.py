@@ -7,9 +7,11 @@ import inspect
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +36,9 @@ __all__ = [
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells give it."""
 
+TERMINATED = 143
+"""Exit status after SIGTERM, likewise."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")]
 
@@ -52,25 +57,66 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*, debug: bool = False, **options: Any) -> None:
+        as_json = bool(options.get("as_json"))
         try:
-            with _log_to_stderr(debug):
+            with _log_to_stderr(debug), _ended_by_sigterm():
                 function(**options)
-        except CnnpipeError as error:
+        except _TerminatedError:
+            raise _failed("ended by SIGTERM; what was finished is kept", "interrupted", TERMINATED, as_json) from None
+        except KeyboardInterrupt:
+            raise _failed("interrupted; what was finished is kept", "interrupted", INTERRUPTED, as_json) from None
+        except BrokenPipeError:  # the reader of our output has gone, such as `head`; nothing can be told any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(1) from None
+        except Exception as error:
             if debug:
                 _stderr.print_exception()
-            message = " ".join(str(error).split())
-            _stderr.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-            if options.get("as_json"):
-                failure = {"status": "failed", "error": message, "kind": type(error).__name__}
-                typer.echo(json.dumps(failure, ensure_ascii=False))
-            raise typer.Exit(error.exit_status) from error
-        except KeyboardInterrupt as error:
-            _stderr.print("interrupted; what was finished is kept")
-            raise typer.Exit(INTERRUPTED) from error
+            expected = isinstance(error, CnnpipeError)
+            message = str(error) if expected else f"unexpected {_describe(error)}; --debug shows where"
+            status = error.exit_status if isinstance(error, CnnpipeError) else 1
+            raise _failed(f"error: {message}", type(error).__name__, status, as_json) from error
 
     own = inspect.signature(function, eval_str=True).parameters.values()
     set_signature(run, [*own, inspect.Parameter("debug", _KEYWORD, default=False, annotation=DebugOption)])
     return run
+
+
+def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
+    """Print why a command ends, and return the exception that ends it."""
+    line = " ".join(message.split())
+    _stderr.print(Text(line, style="bold red" if line.startswith("error: ") else ""), soft_wrap=True)
+    if as_json:
+        failure = {"status": "failed", "error": line.removeprefix("error: "), "kind": kind, "exit_status": status}
+        with suppress(OSError):  # standard output may be what failed
+            typer.echo(json.dumps(failure, ensure_ascii=False))
+    return typer.Exit(status)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}" + (f", {error.filename!r}"[:300] if error.filename else "")
+    return f"{type(error).__name__}: {error}"
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM has come; like KeyboardInterrupt no Exception, so that nobody takes it for an error of theirs."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does: with its clean-up, so that nothing half-written stays behind."""
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
@@ -80,10 +126,10 @@ def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Pa
     function.__annotations__ = {each.name: each.annotation for each in keywords}
 
 
-def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
-    """Print a command's result on stdout: one JSON object, or lines for a person."""
+def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, status: str = "ok") -> None:
+    """Print a command's result on stdout: one JSON object with `status`, or lines for a person."""
     if as_json:
-        typer.echo(json.dumps({"status": "ok", **values}, ensure_ascii=False))
+        typer.echo(json.dumps({"status": status, **values}, ensure_ascii=False))
     else:
         for line in lines:
             typer.echo(line)

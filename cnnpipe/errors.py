@@ -13,6 +13,7 @@ CnnpipeError                     exit status 1
 ├── ProviderError                the device asked for cannot be used
 ├── PredictionsError             the table of predictions cannot be written
 ├── StorageError                 a file cannot be written (full, read-only)
+│   └── AlreadyThereError        a file is there already and may not be replaced
 ├── ServerError                  no Prefect server could be reached or started
 └── FailureBudgetError           exit status 3: finished, but too many images failed
 
@@ -22,6 +23,7 @@ Every message is one line: what is wrong, what was received, how to mend it.
 from __future__ import annotations
 
 __all__ = [
+    "AlreadyThereError",
     "CnnpipeError",
     "ConfigError",
     "DatasetError",
@@ -107,6 +109,10 @@ class PredictionsError(CnnpipeError):
 
 class StorageError(CnnpipeError):
     """A file cannot be written: the disk is full, read-only or forbidden."""
+
+
+class AlreadyThereError(StorageError):
+    """A file is there already and may not be replaced."""
 
 
 class ServerError(CnnpipeError):

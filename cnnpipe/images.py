@@ -31,7 +31,6 @@ __all__ = [
     "display_path",
     "find_files",
     "read_file",
-    "read_image",
     "resize_pixels",
 ]
 
@@ -188,11 +187,6 @@ def _is_regular(path: Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return True  # forbidden or looping: the error that was raised says it better
-
-
-def read_image(path: Path, image_size: tuple[int, int]) -> RGBImage:
-    """Read and decode one image file; see `decode_image`."""
-    return decode_image(read_file(path), image_size)
 
 
 def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic.fields import FieldInfo
 
-from cnnpipe.config import Settings, load_toml, validate_settings
+from cnnpipe.config import COMMAND_LINE, Settings, read_toml, validate_settings
 from cnnpipe.console import set_signature
 from cnnpipe.errors import UsageError
 
@@ -48,8 +48,8 @@ def takes_settings(
         @functools.wraps(function)
         def run(**values: Any) -> None:
             config: Path | None = values.pop("config")
-            given = {key: values.pop(key) for key in fields}
-            settings = _build_settings(model, config, {fields[key][0]: value for key, value in given.items()})
+            given = {place: (_option(key, argument), values.pop(key)) for key, (place, _) in fields.items()}
+            settings = _build_settings(model, config, given)
             function(settings=settings, **values)
 
         own = [
@@ -90,19 +90,19 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
         text += f" [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
     kind = _plain_type(field.annotation)
     if positional:
-        required = field.is_required()
-        details = typer.Argument(help=text, show_default=False, metavar=name.upper())
-        return inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if required else None,
-            annotation=Annotated[str if required else str | None, details],
-        )
-    option = "--" + name.replace("_", "-")
-    declaration = f"{option}/--no-{name.replace('_', '-')}" if kind is bool else option
+        # Optional even where the setting is not: a --config file may hold it.
+        argument = Annotated[str | None, typer.Argument(help=text, show_default=False, metavar=name.upper())]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=argument)
+    option = _option(name)
+    declaration = f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option
     details = typer.Option(declaration, help=text, show_default=False)
     annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(name: str, argument: str | None = None) -> str:
+    """Return how a setting is written on the command line."""
+    return name.upper() if name == argument else "--" + name.replace("_", "-")
 
 
 def _plain_type(annotation: Any) -> type:
@@ -114,16 +114,24 @@ def _plain_type(annotation: Any) -> type:
     return annotation if annotation in (int, float, bool) else str
 
 
-def _build_settings(model: type[Settings], config: Path | None, given: dict[tuple[str, ...], Any]) -> Settings:
-    values: dict[str, Any] = load_toml(model, config).model_dump(exclude_unset=True) if config else {}
-    for place, value in given.items():
-        if value is None:
-            continue
+def _build_settings(
+    model: type[Settings], config: Path | None, given: dict[tuple[str, ...], tuple[str, Any]]
+) -> Settings:
+    """Lay the options over the values of the settings file, and validate the whole.
+
+    Args:
+        given: by the place of a setting, the name of its option and its value, None where it was not given.
+    """
+    values: dict[str, Any] = read_toml(config) if config else {}
+    chosen = {place: option for place, (option, value) in given.items() if value is not None}
+    for place in chosen:
+        value = given[place][1]
         target = values
         for section in place[:-1]:
-            target = target.setdefault(section, {})
+            inner = target.setdefault(section, {})
+            target = inner if isinstance(inner, dict) else {}  # no table there: told by the validation
         target[place[-1]] = _image_size(value) if place[-1] == "image_size" else value
-    return validate_settings(model, values, "the command line", UsageError)
+    return validate_settings(model, values, str(config) if config else COMMAND_LINE, chosen)
 
 
 def _image_size(text: str) -> tuple[int, int]:

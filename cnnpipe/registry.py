@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "HISTORY_FILE",
     "Promotion",
     "RunSummary",
+    "alias_lock",
     "champion_run",
     "create_run",
     "list_names",
@@ -71,8 +72,8 @@ class RunSummary:
     preset: str | None
     accuracy: float | None
     """On the test split, 0-1; None while the run is incomplete, like `preset`."""
-    state: Literal["passed", "refused", "incomplete"]
-    """What the promotion gate said."""
+    state: Literal["passed", "refused", "incomplete", "damaged"]
+    """What the promotion gate said, or why it cannot be told."""
 
 
 def create_run(artifacts: Path, name: str) -> Path:
@@ -112,25 +113,25 @@ def list_runs(artifacts: Path, name: str) -> list[Path]:
 
 
 def summarize_runs(artifacts: Path, name: str | None = None) -> list[RunSummary]:
-    """Return every run of a name, or of all names, newest first.
-
-    Raises:
-        RegistryError: a run's manifest is damaged.
-    """
+    """Return every run of a name, or of all names, newest first; a damaged one is told, not raised."""
     summaries = []
     for each in list_names(artifacts) if name is None else [name]:
-        champion = _alias_content(artifacts / each / CHAMPION_FILE)
-        for run in reversed(list_runs(artifacts, each)):
-            if (run / MANIFEST_FILE).is_file():
-                manifest = read_manifest(run)
-                state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
-                summary = RunSummary(
-                    each, run.name, run.name == champion, manifest.model.preset, manifest.model.test_accuracy, state
-                )
-            else:
-                summary = RunSummary(each, run.name, False, None, None, "incomplete")
-            summaries.append(summary)
+        champion = None
+        with suppress(RegistryError):  # then no run is marked; `doctor` and promotion say what is wrong with the alias
+            champion = _alias_content(artifacts / each / CHAMPION_FILE)
+        summaries += [_summarize(each, run, run.name == champion) for run in reversed(list_runs(artifacts, each))]
     return summaries
+
+
+def _summarize(name: str, run: Path, champion: bool) -> RunSummary:
+    if not (run / MANIFEST_FILE).is_file():
+        return RunSummary(name, run.name, champion, None, None, "incomplete")
+    try:
+        manifest = read_manifest(run)
+    except RegistryError:
+        return RunSummary(name, run.name, champion, None, None, "damaged")
+    state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
+    return RunSummary(name, run.name, champion, manifest.model.preset, manifest.model.test_accuracy, state)
 
 
 def champion_run(artifacts: Path, name: str) -> Path | None:
@@ -148,7 +149,7 @@ def _read_alias(alias: Path) -> Path:
     if run_id is None or not (alias.parent / "runs" / run_id / MANIFEST_FILE).is_file():
         raise RegistryError(
             f"{alias} names the run {run_id or ''!r}, which is not complete in {alias.parent / 'runs'}; "
-            "choose another with `cnnpipe models promote`"
+            f"put another in its place with `cnnpipe models promote {alias.parent.name}/<run id> --force`"
         )
     return alias.parent / "runs" / run_id
 
@@ -160,7 +161,7 @@ def _alias_content(alias: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{alias} cannot be read: {error}; promote a run again") from error
+        raise RegistryError(f"{alias} cannot be read: {error}; delete it and promote a run with --force") from error
 
 
 def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
@@ -186,7 +187,7 @@ def promote_run(artifacts: Path, name: str, run_id: str, reason: str) -> Promoti
         RegistryError: the run is missing or not complete, or the history is damaged.
         StorageError: the alias or the history cannot be written.
     """
-    with _lock(artifacts, name):
+    with alias_lock(artifacts, name):
         return _move_alias(artifacts, name, "promote", run_id, reason)
 
 
@@ -199,7 +200,7 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
         RegistryError: there is no earlier champion, the run is missing or not complete, or the history is damaged.
         StorageError: the alias or the history cannot be written.
     """
-    with _lock(artifacts, name):
+    with alias_lock(artifacts, name):
         if run_id is None:
             champions = _champions(promotion_history(artifacts, name), _alias_content(artifacts / name / CHAMPION_FILE))
             if len(champions) < 2:
@@ -270,15 +271,21 @@ def _require_complete(folder: Path, run_id: str) -> None:
 
 
 @contextmanager
-def _lock(artifacts: Path, name: str) -> Iterator[None]:
-    """Let one process at a time move an alias; the lock ends with the process, even if it is killed."""
+def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
+    """Let one process at a time decide on an alias and move it; the lock ends with the process, even if it is killed.
+
+    May be taken again by the thread that holds it.
+
+    Raises:
+        RegistryError: there is no such name, or another process holds the lock for long.
+    """
     folder = artifacts / name
     if not folder.is_dir():
         raise RegistryError(
             f"nothing is called {name!r} in {artifacts} (there is: {', '.join(list_names(artifacts)) or 'nothing'})"
             "; check the name"
         )
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     with storage_errors(folder):
         try:
             lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
@@ -308,6 +315,7 @@ def resolve_run(model: str, artifacts: Path) -> Path:
             return run
         if (run / CHAMPION_FILE).is_file():
             return _read_alias(run / CHAMPION_FILE)
+    model = model.rstrip("/")
     name, _, run_id = model.partition("/")
     if run_id and (artifacts / name / "runs" / run_id).is_dir():
         return artifacts / name / "runs" / run_id
@@ -339,8 +347,9 @@ def resolve_model_file(model: str | None, artifacts: Path, file_name: str = "mod
     if model is None:
         champions = [name for name in list_names(artifacts) if (artifacts / name / CHAMPION_FILE).is_file()]
         if len(champions) != 1:
-            found = f"{artifacts} has {len(champions)} champions" + (f" ({', '.join(champions)})" if champions else "")
-            raise ModelError(f"{found}; say which model with --model, or train one with `make retrain`")
+            if champions:
+                raise ModelError(f"{artifacts} has several champions ({', '.join(champions)}); choose one with --model")
+            raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
         model = champions[0]
     path = Path(model).expanduser()
     if path.suffix in (".onnx", ".keras"):

@@ -1,7 +1,7 @@
 """Write files whole or not at all, and tell what is in them.
 
 A reader of any file of cnnpipe sees either the old content or the new, never half of it: the content goes to
-a temporary name in the same folder, is flushed to the disk, and takes the final name by `os.replace`.
+a temporary name in the same folder, is flushed to the disk, and takes the final name in one step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cnnpipe.errors import StorageError
+from cnnpipe.errors import AlreadyThereError, StorageError
 
 __all__ = [
     "make_folder",
@@ -59,12 +59,16 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def write_file(path: Path) -> Iterator[Path]:
+def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, on any error it is removed.
 
-    The temporary name keeps the suffix, because Keras and Pillow choose the format by it.
+    The temporary name keeps the suffix, because Keras and Pillow choose the format by it. What the block raises is
+    passed on as it is: around what it writes it needs `storage_errors` of its own.
 
+    Args:
+        replace: whether a file that has the name already gives way.
     Raises:
+        AlreadyThereError: it has, and may not be replaced.
         StorageError: the folder or the file cannot be written.
     """
     make_folder(path.parent)
@@ -73,9 +77,13 @@ def write_file(path: Path) -> Iterator[Path]:
         with storage_errors(path):
             # 0o666 and not mkstemp's 0o600: the umask decides, so a result is as readable as any file of the user's.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            yield temporary
+        yield temporary
+        with storage_errors(path):
             _sync(temporary)
-            os.replace(temporary, path)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                _take_free_name(temporary, path)
             _sync(path.parent)
     finally:
         with suppress(OSError):  # a disk that has just failed must not hide the error that says so
@@ -87,7 +95,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it becomes `path`, on any error it is removed.
 
     If another process has put `path` there meanwhile, that one stays and this one is dropped: the names of such
-    folders carry a fingerprint of their content.
+    folders carry a fingerprint of their content. What the block raises is passed on, as by `write_file`.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -97,7 +105,8 @@ def write_folder(path: Path) -> Iterator[Path]:
     try:
         with storage_errors(path):
             temporary.mkdir()
-            yield temporary
+        yield temporary
+        with storage_errors(path):
             for file in (*temporary.rglob("*"), temporary):
                 _sync(file)
             try:
@@ -110,30 +119,59 @@ def write_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all."""
-    with write_file(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Write `content` to `path`, whole or not at all; raises as `write_file`."""
+    with write_file(path, replace=replace) as temporary, storage_errors(path):
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all; raises as `write_file`."""
+    write_bytes(path, text.encode("utf-8"), replace=replace)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all.
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all; raises as `write_file`, and besides:
 
     Raises:
         ValueError: a number in it is NaN or infinite, which JSON does not have.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, replace=replace)
 
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_free_name(temporary: Path, path: Path) -> None:
+    """Call a file `path` unless something has that name, with no moment in between in which it could be taken.
+
+    Raises:
+        AlreadyThereError: something has it.
+        OSError: the folder cannot be written.
+    """
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A file system without hard links, which every one says in another way: an empty file keeps the place.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            _replace_placeholder(temporary, path)
+    except FileExistsError as error:
+        raise AlreadyThereError(f"{path} is there already; choose another name or remove it") from error
+
+
+def _replace_placeholder(temporary: Path, placeholder: Path) -> None:
+    try:
+        os.replace(temporary, placeholder)
+    except OSError:
+        placeholder.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,8 @@
 # Make .venv what the lock file and pyproject.toml say; where it is that already, do nothing. `make` calls this.
 #
 # PYTHON  the interpreter to use; default: the newest of 3.13, 3.12, 3.11 that works
-# CUDA    1 or 0: with NVIDIA's libraries or without; default: with them where an NVIDIA driver is
+# CUDA    1 or 0: with NVIDIA's libraries or without; default: as .venv is, and if there is none, with them where an
+#         NVIDIA driver is
 #
 # Nothing is written outside of .venv but the project's own cnnpipe.egg-info. Packages come by the user's pip settings.
 set -eu
@@ -61,7 +62,10 @@ choose_lock() { # sets `lock`; CUDA wheels exist for Linux on x86-64 only
     1) lock=requirements-cuda.lock ;;
     0) ;;
     auto)
-        if [ "$(uname -sm)" = "Linux x86_64" ] &&
+        chosen=$([ -f "$stamp" ] && cat "$stamp") || chosen=
+        if [ -n "$chosen" ] && [ -f "${chosen%% *}" ]; then # what was once asked for need not be said again
+            lock=${chosen%% *}
+        elif [ "$(uname -sm)" = "Linux x86_64" ] &&
             { [ -e /proc/driver/nvidia/version ] || [ -e /usr/lib/wsl/lib/libcuda.so.1 ]; }; then
             lock=requirements-cuda.lock
         fi

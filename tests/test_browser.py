@@ -98,8 +98,13 @@ def test_the_report_shows_its_pictures(run: dict[str, Any], browser: Chrome) -> 
     browser.get(artifacts_of(run)["training-report"])
 
     wait_for_text(browser, "of the test images are right")
-    WebDriverWait(browser, WAIT_SECONDS).until(lambda chrome: all(width > 0 for _, width in pictures(chrome)))
     names = ["Accuracy by epoch", "Loss by epoch", "Sample predictions", "Mistakes"]
+
+    def shows_all(chrome: Chrome) -> bool:
+        widths = [width for _, width in pictures(chrome)]
+        return len(widths) >= len(names) and all(width > 0 for width in widths)
+
+    WebDriverWait(browser, WAIT_SECONDS).until(shows_all, "the page does not show the pictures of the report")
     assert [alt for alt, _ in pictures(browser)] == names
     assert all(width >= 400 for _, width in pictures(browser))
 

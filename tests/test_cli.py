@@ -85,6 +85,43 @@ def test_a_settings_file_is_overridden_by_options(data: Path, tmp_path: Path) ->
     assert (settings.train.epochs, settings.train.seed) == (1, 4)
 
 
+def test_a_settings_file_may_hold_some_settings_or_all_of_them(artifacts: Path, photos: Path, tmp_path: Path) -> None:
+    some, whole = tmp_path / "some.toml", tmp_path / "whole.toml"
+    some.write_text("top_k = 3\n")
+    whole.write_text(f'folder = "{photos}"\ntop_k = 2\n')
+
+    for number, arguments in enumerate(([photos, "--config", some], ["--config", whole])):
+        output = tmp_path / str(number) / "table.csv"
+        result = run("classify", *arguments, "--artifacts", artifacts, "--output", output, "--json")
+        assert last_json(result)["top_k"] == 3 - number
+
+
+def test_a_run_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = last_json(run("train", "digits", "--epochs", "1", "--json"))["run"]
+    assert not Path(folder).is_absolute()
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert last_json(run("evaluate", tmp_path / folder, "--json"))["num_images"] == 359
+
+
+def test_a_complete_run_is_not_changed(artifacts: Path) -> None:
+    for command in ("plot", "export"):
+        assert_one_line_error(run(command, "digits", "--artifacts", artifacts), 1, "is complete", "train again")
+
+
+def test_evaluate_takes_the_runs_own_settings(artifacts: Path) -> None:
+    champion = champion_run(artifacts, "digits")
+    assert champion is not None
+    (champion / "manifest.json").unlink()
+    config = champion / "config.toml"
+    config.write_text(config.read_text().replace("top_k = 5", "top_k = 3"))
+
+    assert last_json(run("evaluate", champion, "--artifacts", artifacts, "--json"))["top_k"] == 3
+    assert last_json(run("evaluate", champion, "--top-k", "2", "--artifacts", artifacts, "--json"))["top_k"] == 2
+
+
 def test_evaluate_scores_keras_onnx_run_and_champion_alike(artifacts: Path, finished_run: Path, data: Path) -> None:
     metrics = json.loads((finished_run / "metrics.json").read_text())
     before = {file.name: file.stat().st_mtime_ns for file in finished_run.iterdir()}
@@ -140,7 +177,9 @@ def test_too_many_failures_end_with_status_3_and_a_complete_table(
     output = tmp_path / "table.jsonl"
     options = ["--artifacts", artifacts, "--output", output, "--max-failure-rate", "0.05"]
 
-    assert_one_line_error(run("classify", photos, *options), 3, "1 of 13", "zz-notes.png")
+    result = run("classify", photos, *options)
+    assert_one_line_error(result, 3, "1 of 13", "zz-notes.png")
+    assert result.stdout.splitlines()[-1] == str(output)
     assert len(output.read_text().splitlines()) == 13
 
 
@@ -179,6 +218,35 @@ def test_a_refused_run_is_promoted_only_by_force(artifacts: Path) -> None:
 
     run("models", "promote", second, "--force", "--reason", "the classes changed", "--artifacts", artifacts)
     assert champion_run(artifacts, "digits") == second
+
+
+def test_a_champion_that_is_gone_is_replaced_by_force(artifacts: Path) -> None:
+    first = champion_run(artifacts, "digits")
+    assert first is not None
+    (artifacts / "digits" / "champion").write_text("20200101T000000Z\n")
+    places = ["--artifacts", str(artifacts)]
+
+    assert_one_line_error(run("classify", "x", "--model", "digits", *places), 1, "does not exist")
+    assert_one_line_error(run("evaluate", "digits", *places), 1, "20200101T000000Z", "--force")
+    assert "digits" in run("models", "list", *places).stdout
+    assert run("models", "promote", first, "--force", *places).exit_code == 0
+    assert champion_run(artifacts, "digits") == first
+
+
+def test_a_damaged_run_does_not_hide_the_others(artifacts: Path) -> None:
+    first = champion_run(artifacts, "digits")
+    assert first is not None
+    second = first.with_name("20990101T000000Z")
+    shutil.copytree(first, second)
+    (second / "manifest.json").write_text("{")
+
+    rows = last_json(run("models", "list", "--artifacts", artifacts, "--json"))["runs"]
+    assert [row["state"] for row in rows] == ["damaged", "passed"]
+
+
+def test_no_runs_are_an_empty_list_but_a_wrong_name_is_an_error(artifacts: Path, tmp_path: Path) -> None:
+    assert last_json(run("models", "list", "--artifacts", tmp_path / "none", "--json"))["runs"] == []
+    assert_one_line_error(run("models", "list", "pets", "--artifacts", artifacts), 1, "'pets'", "digits")
 
 
 def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
@@ -243,6 +311,13 @@ class TestBadInput:
         assert last_json(result)["status"] == "failed"
         assert last_json(result)["kind"] == "DatasetError"
 
+    def test_what_nobody_foresaw_is_one_line_too(self) -> None:
+        assert_one_line_error(run("classify", "x" * 300), 1, "File name too long")
+
+    def test_a_folder_without_a_usable_name_needs_one(self, tmp_path: Path) -> None:
+        make_classes(tmp_path / "写真", {"cat": 20, "dog": 20})
+        assert_one_line_error(run("prepare", tmp_path / "写真", "--data", tmp_path), 2, "--name")
+
     def test_a_traceback_is_shown_only_with_debug(self, tmp_path: Path) -> None:
         assert "Traceback" in run("classify", tmp_path / "nowhere", "--debug").stderr
 
@@ -257,7 +332,12 @@ def take_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_training_with_one_line_and_status_130(data: Path, digits: PreparedDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_signal_ends_training_with_one_line_and_its_status(
+    number: signal.Signals, status: int, word: str, data: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "cnnpipe.cli", "train", "digits", "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--data", str(data), "--artifacts", str(tmp_path / "artifacts")],
@@ -268,11 +348,12 @@ def test_ctrl_c_ends_training_with_one_line_and_status_130(data: Path, digits: P
     history = tmp_path / "artifacts" / "digits" / "runs"
     while process.poll() is None and not list(history.glob("*/history.csv")):
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
 
-    assert process.returncode == 130
-    assert "interrupted" in stderr
+    assert process.returncode == status
+    assert word in stderr
     assert "Traceback" not in stderr
     assert list(history.glob("*/model.keras"))
     assert not list(history.glob("*/manifest.json"))
+    assert not list(history.glob("*/.*"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cnnpipe.config import (
     ClassifySettings,
@@ -40,7 +41,7 @@ def test_every_kind_of_value_survives_toml(tmp_path: Path) -> None:
     assert _round_trip(settings, tmp_path) == settings
 
 
-@given(st.builds(PrepareSettings, dataset=st.text(st.characters(codec="utf-8"), min_size=1)))
+@given(st.builds(PrepareSettings, dataset=st.text(st.characters(codec="utf-8"), min_size=1), name=st.just("any")))
 def test_any_prepare_settings_survive_toml(tmp_path_factory: pytest.TempPathFactory, settings: PrepareSettings) -> None:
     assert _round_trip(settings, tmp_path_factory.getbasetemp()) == settings
 
@@ -105,7 +106,6 @@ def test_settings_cannot_be_changed() -> None:
         ({"dataset": "cifar10"}, "cifar10"),
         ({"dataset": "cifar10", "name": "tutorial"}, "tutorial"),
         ({"dataset": "/data/My Photos (2)/"}, "My-Photos-2"),
-        ({"dataset": "/data/写真"}, "dataset"),
         ({"dataset": "/data/" + "x" * 100}, "x" * 64),
         ({"dataset": "/data/.hidden"}, "hidden"),
         ({"dataset": "/data/set/../other"}, "other"),
@@ -116,9 +116,20 @@ def test_resolved_name_is_the_given_one_or_made_from_the_dataset(values: dict[st
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
-def test_resolved_name_of_any_folder_is_a_valid_name(folder: str) -> None:
-    name = PrepareSettings(dataset=f"/data/{folder}").resolved_name
-    assert PrepareSettings(name=name).resolved_name == name
+def test_resolved_name_of_any_folder_is_a_valid_name_or_must_be_given(folder: str) -> None:
+    try:
+        name = PrepareSettings(dataset=f"/data/{folder}").resolved_name
+    except ValidationError as error:
+        assert "give one with --name" in str(error)
+    else:
+        assert PrepareSettings(name=name).resolved_name == name
+
+
+@pytest.mark.parametrize("dataset", ["/data/写真", "/data/predictions", "/"])
+def test_folder_without_a_usable_name_is_refused_without_name(dataset: str) -> None:
+    with pytest.raises(ValidationError, match="no usable name"):
+        PrepareSettings(dataset=dataset)
+    assert PrepareSettings(dataset=dataset, name="photos").resolved_name == "photos"
 
 
 def test_every_setting_has_a_description_for_the_form() -> None:

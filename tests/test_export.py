@@ -15,6 +15,7 @@ from cnnpipe import __version__
 from cnnpipe.config import ExportSettings
 from cnnpipe.errors import ModelError, ParityError
 from cnnpipe.manifest import ModelInfo
+from cnnpipe.storage import sha256_file
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.export import compare_probabilities, export_onnx
@@ -74,8 +75,10 @@ def test_the_file_tells_a_client_all_it_needs(finished_run: Path, digits: Prepar
 
 
 def test_parity_is_recorded_with_the_digest_of_the_file(finished_run: Path, digits: PreparedDataset) -> None:
-    parity = json.loads((finished_run / "parity.json").read_text())["fp32"]
+    record = json.loads((finished_run / "parity.json").read_text())
+    parity = record["fp32"]
 
+    assert record["sha256"] == sha256_file(finished_run / "model.onnx")
     assert parity["num_images"] == digits.num_images["test"]
     assert parity["agreement"] >= 0.999
     assert parity["max_difference"] <= 1e-4

@@ -12,7 +12,7 @@ import pytest
 from cnnpipe.config import PromoteSettings
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import ModelInfo, RunManifest, read_manifest, write_manifest
-from cnnpipe.registry import champion_run, list_runs, promotion_history, rollback
+from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback
 from cnnpipe.storage import sha256_file
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.gate import conclude_run, decide_promotion
@@ -159,9 +159,41 @@ def test_concluding_again_does_not_undo_a_rollback(artifacts: Path, digits: Prep
     conclude_run(run, digits, PromoteSettings())
     rollback(artifacts, "digits", "it was worse in production")
 
-    conclude_run(run, digits, PromoteSettings())
+    decision = conclude_run(run, digits, PromoteSettings())
 
     assert champion_run(artifacts, "digits") == first
+    assert not decision.promoted
+    assert "stepped back from" in decision.reason
+
+
+def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path, digits: PreparedDataset) -> None:
+    first, stale = champion_run(artifacts, "digits"), second_run(artifacts)
+    assert first is not None
+    conclude_run(stale, digits, PromoteSettings())
+    better = stale.with_name("20990102T000000Z")
+    shutil.copytree(first, better)
+    # As if the process of `stale` had been killed before the alias moved, and `better` had come since.
+    (artifacts / "digits" / "promotions.jsonl").unlink()
+    promote_run(artifacts, "digits", better.name, "better")
+    manifest = read_manifest(better)
+    model = manifest.model.model_copy(update={"test_accuracy": 1.0, "run_id": better.name})
+    write_manifest(better, RunManifest.model_validate({**manifest.model_dump(), "model": model.model_dump()}))
+
+    decision = conclude_run(stale, digits, PromoteSettings())
+
+    assert not decision.promoted
+    assert decision.champion == better.name
+    assert champion_run(artifacts, "digits") == better
+    assert not read_manifest(stale).promoted
+
+
+def test_a_forced_run_is_recorded_as_such(artifacts: Path, digits: PreparedDataset) -> None:
+    run = second_run(artifacts)
+
+    decision = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0), forced="the floor was a mistake")
+
+    assert (decision.promoted, decision.reason) == (True, "the floor was a mistake")
+    assert champion_run(artifacts, "digits") == run
 
 
 def test_a_run_without_metrics_cannot_be_completed(artifacts: Path, digits: PreparedDataset) -> None:

@@ -26,7 +26,6 @@ from cnnpipe.images import (
     display_path,
     find_files,
     read_file,
-    read_image,
     resize_pixels,
 )
 
@@ -235,9 +234,9 @@ def test_a_bomb_is_refused_by_its_header_before_any_memory_is_taken(data: bytes,
     (tmp_path / "bomb").write_bytes(data)
     code = (
         "import resource, sys; from pathlib import Path; from cnnpipe.errors import ImageError\n"
-        "from cnnpipe.images import read_image\n"
+        "from cnnpipe.images import decode_image, read_file\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: read_image(Path(sys.argv[1]), (8, 8))\n"
+        "try: decode_image(read_file(Path(sys.argv[1])), (8, 8))\n"
         "except ImageError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     grown = subprocess.run(
@@ -367,7 +366,7 @@ def test_a_pipe_never_hangs(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8_are_found_opened_and_shown(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))).write_bytes(encode(noise(8, 8), "PNG"))
     (path,) = find_files(tmp_path)
-    assert read_image(tmp_path / path, (8, 8)).shape == (8, 8, 3)
+    assert decode_image(read_file(tmp_path / path), (8, 8)).shape == (8, 8, 3)
     assert display_path(path) == "caf\\xe9.png"
 
 

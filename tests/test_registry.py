@@ -246,7 +246,7 @@ def test_empty_or_undecodable_alias_is_an_error(artifacts: Path) -> None:
     with pytest.raises(RegistryError, match="names the run ''"):
         champion_run(artifacts, "digits")
     (artifacts / "digits" / CHAMPION_FILE).write_bytes(b"\xff")
-    with pytest.raises(RegistryError, match=r"cannot be read: .*; promote a run again"):
+    with pytest.raises(RegistryError, match=r"cannot be read: .*; delete it and promote a run with --force"):
         champion_run(artifacts, "digits")
 
 
@@ -312,7 +312,7 @@ def test_model_file_is_found_by_its_path(artifacts: Path, tmp_path: Path) -> Non
 
 
 def test_no_model_given_is_the_only_champion(artifacts: Path) -> None:
-    with pytest.raises(ModelError, match="has 0 champions; say which model with --model"):
+    with pytest.raises(ModelError, match="has no champion; train one with `make retrain`"):
         resolve_model_file(None, artifacts)
     _promote(artifacts, "A")
     assert resolve_model_file(None, artifacts) == artifacts / "digits" / "runs" / "A" / "model.onnx"

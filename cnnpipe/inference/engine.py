@@ -1,18 +1,18 @@
 """The stages of bulk classification: list -> read and decode -> batch -> run, overlapping, with bounded memory.
 
 Listing and batching happen here, decoding in the worker processes of a `DecoderPool`, inference in onnxruntime's own
-threads. Nothing depends on how many files there are, and results do not depend on the timing: batches are filled in
-the order of the files, so the same files give the same bits.
+threads. Memory does not depend on how many files there are, and results do not depend on the timing: the files and
+their order alone say which images make a batch, so the same files give the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
     from cnnpipe.inference.session import ClassifierSession
 
 __all__ = ["EngineOptions", "Prediction", "StageSeconds", "classify_files"]
+
+_MAX_WAITING_ERRORS: Final = 4096
+"""Failed files that wait for the images before them; more, and their batch is run as it is. Some MB of rows."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +95,45 @@ def classify_files(
         RuntimeError: a bug in the decoder.
     """
     check_top_k(options.top_k, session)
-    batch_size = options.batch_size or session.default_batch_size
+    batches = _Batches(options.batch_size or session.default_batch_size)
     waiting: deque[DecodedFile] = deque()
     images = np.empty((0, *session.info.image_size, 3), np.uint8)  # of the files in `waiting`
     for chunk in pool.decode(root, _timed(paths, seconds), session.info.image_size):
         seconds.decode += chunk.seconds
         waiting.extend(chunk.files)
         images = np.concatenate([images, chunk.images]) if len(images) else chunk.images
-        num_full = len(images) - len(images) % batch_size
-        if num_full or not len(images):
-            probabilities = _run_batches(session, images[:num_full], batch_size, seconds)
-            images = images[num_full:]
+        sizes = batches.add(chunk.files)
+        if sizes or not len(images):
+            probabilities = _run_batches(session, images, sizes, batches.size, seconds)
+            images = images[len(probabilities) :]
             yield _take_rows(waiting, probabilities, session, options.top_k)
-    yield _take_rows(waiting, _run_batches(session, images, batch_size, seconds), session, options.top_k)
+    rest = [len(images)] if len(images) else []
+    probabilities = _run_batches(session, images, rest, batches.size, seconds)
+    yield _take_rows(waiting, probabilities, session, options.top_k)
+
+
+@dataclass
+class _Batches:
+    """Says where a batch ends: by counting files, never by the chunks they come in, whose lengths follow the clock."""
+
+    size: int
+    """Images of a full batch."""
+    _num_images: int = 0
+    _num_errors: int = 0
+    """Failed files behind the first image of the open batch."""
+
+    def add(self, files: Sequence[DecodedFile]) -> list[int]:
+        """Return how many images each batch has that ends among these files."""
+        ended = []
+        for file in files:
+            if not file.error_kind:
+                self._num_images += 1
+            elif self._num_images:
+                self._num_errors += 1
+            if self._num_images == self.size or self._num_errors > _MAX_WAITING_ERRORS:
+                ended.append(self._num_images)
+                self._num_images = self._num_errors = 0
+        return ended
 
 
 def check_top_k(top_k: int, session: ClassifierSession) -> None:
@@ -130,17 +159,28 @@ def _timed(paths: Iterator[str], seconds: StageSeconds) -> Iterator[str]:
 
 
 def _run_batches(
-    session: ClassifierSession, images: npt.NDArray[np.uint8], batch_size: int, seconds: StageSeconds
+    session: ClassifierSession,
+    images: npt.NDArray[np.uint8],
+    sizes: Sequence[int],
+    batch_size: int,
+    seconds: StageSeconds,
 ) -> npt.NDArray[np.float32]:
-    """Return the probabilities of (N, H, W, 3) images, (N, classes), run in batches of `batch_size`."""
+    """Return the probabilities of the first of (N, H, W, 3) images, (sum of sizes, classes), run batch by batch.
+
+    Args:
+        sizes: images of each batch.
+        batch_size: what a smaller one is padded to where the session wants one fixed shape.
+    """
     began = time.perf_counter()
     results = [np.empty((0, len(session.info.class_names)), np.float32)]
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        num_missing = batch_size - len(batch)
+    start = 0
+    for size in sizes:
+        batch = images[start : start + size]
+        start += size
+        num_missing = batch_size - size
         if num_missing and session.wants_fixed_batch:
             padded = np.pad(batch, ((0, num_missing), (0, 0), (0, 0), (0, 0)))
-            results.append(session.run(padded)[: len(batch)])
+            results.append(session.run(padded)[:size])
         else:
             results.append(session.run(batch))
     seconds.inference += time.perf_counter() - began

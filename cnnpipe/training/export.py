@@ -19,7 +19,7 @@ from cnnpipe.errors import ModelError, ParityError
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
 from cnnpipe.storage import sha256_file, write_file, write_json
-from cnnpipe.training.backend import keras
+from cnnpipe.training.backend import full_float32, keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import load_keras_model, predict_keras, predict_onnx, read_evaluation
 
@@ -94,7 +94,9 @@ def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: Expo
     with write_file(run / MODEL_FILE) as temporary:
         onnx.save(graph, temporary)
         exported = predict_onnx(open_session(temporary, "cpu"), images)
-        parity = compare_probabilities(predict_keras(model, images), exported, dataset.paths("test"))
+        with full_float32():
+            trained = predict_keras(model, images)
+        parity = compare_probabilities(trained, exported, dataset.paths("test"))
         _require_parity(parity, settings)
     write_json(run / PARITY_FILE, {"fp32": asdict(parity), "sha256": sha256_file(run / MODEL_FILE)})
     logger.info(

@@ -74,7 +74,9 @@ def train_model(
     recipe = resolve_recipe(settings.train)
     device = select_device(settings.train.device)
     write_text(run / "config.toml", dump_toml(settings))
-    write_json(run / "environment.json", {**describe_environment(), "device": device, "dataset": str(dataset.path)})
+    write_json(
+        run / "environment.json", {**describe_environment(), "device": device, "dataset": str(dataset.path.resolve())}
+    )
     keras.utils.set_random_seed(settings.train.seed)
     model = build_model(settings.train.preset, dataset.image_size, len(dataset.class_names))
     model.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)

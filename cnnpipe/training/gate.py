@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from cnnpipe.config import PromoteSettings
 from cnnpipe.errors import RegistryError
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
-from cnnpipe.registry import champion_run, promote_run, promotion_history
+from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history
 from cnnpipe.storage import write_json
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import METRICS_FILE, predict_onnx
@@ -106,30 +106,52 @@ def _accuracy_on(champion: Path, info: ModelInfo, dataset: PreparedDataset) -> f
     return float(np.mean(predicted == dataset.labels("test")))
 
 
-def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings) -> Decision:
+def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings, forced: str | None = None) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
-    Writes `promotion.json` and, last, `manifest.json`. A run that is complete already keeps the decision it has. Its
-    alias is moved if an interruption had kept it from moving, but a rollback that came after is not undone.
+    Writes `promotion.json` and, last, `manifest.json`. A complete run keeps the decision it has, with two
+    exceptions: it is decided anew if an interruption kept the alias from moving and there is another champion since;
+    and a rollback that came after it is not undone.
 
+    Args:
+        forced: a reason to promote the run whatever the rules say; decided and recorded anew.
+    Returns:
+        The decision; `promoted` says whether the run is the champion now.
     Raises:
         RegistryError: the run lacks the files of an earlier stage, or another process holds the registry.
         ModelError: the exported model cannot be read.
         StorageError: the files cannot be written.
     """
     artifacts, name = run.parent.parent.parent, run.parent.parent.name
-    if (run / MANIFEST_FILE).is_file():
-        decision = read_decision(run)
-    else:
-        info = open_session(run / MODEL_FILE, "cpu").info
-        decision = decide_promotion(info, champion_run(artifacts, name), dataset, settings.min_accuracy)
-        write_json(run / PROMOTION_FILE, asdict(decision))
-        _complete_run(run, info, decision, dataset)
-    moves = [move.run_id for move in promotion_history(artifacts, name)]
-    if decision.promoted and (run.name not in moves or run.name == moves[-1]):
-        promote_run(artifacts, name, run.name, decision.reason)
+    with alias_lock(artifacts, name):  # between reading the champion and moving the alias nobody else may move it
+        decision = None if forced else _standing_decision(run, artifacts, name)
+        if decision is None:
+            info = open_session(run / MODEL_FILE, "cpu").info
+            champion = None if forced else champion_run(artifacts, name)
+            decision = decide_promotion(info, champion, dataset, settings.min_accuracy)
+            if forced:
+                decision = replace(decision, promoted=True, reason=forced)
+            write_json(run / PROMOTION_FILE, asdict(decision))
+            _complete_run(run, info, decision, dataset)
+        if decision.promoted:
+            promote_run(artifacts, name, run.name, decision.reason)
     logger.info("%s %s: %s", name, "promoted" if decision.promoted else "not promoted", decision.reason)
     return decision
+
+
+def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None:
+    """Return what was decided on a complete run before, or None if there is nothing that still holds."""
+    if not (run / MANIFEST_FILE).is_file():
+        return None
+    decision = read_decision(run)
+    history = [move.run_id for move in promotion_history(artifacts, name)]
+    if not decision.promoted or history[-1:] == [run.name]:
+        return decision
+    if run.name in history:
+        reason = "it was champion and was stepped back from; to take it again: cnnpipe models promote --force"
+        return replace(decision, promoted=False, reason=reason)
+    champion = champion_run(artifacts, name)
+    return decision if (champion.name if champion else None) == decision.champion else None
 
 
 def read_decision(run: Path) -> Decision:
@@ -144,7 +166,7 @@ def read_decision(run: Path) -> Decision:
     except FileNotFoundError as error:
         raise RegistryError(f"no {PROMOTION_FILE} in {run}: conclude it with `cnnpipe models promote`") from error
     except (ValueError, TypeError) as error:
-        raise RegistryError(f"{path} is damaged: {error}; conclude the run again") from error
+        raise RegistryError(f"{path} is damaged: {error}; promote the run with --force, or another") from error
 
 
 def _complete_run(run: Path, info: ModelInfo, decision: Decision, dataset: PreparedDataset) -> None:

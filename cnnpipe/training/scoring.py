@@ -99,6 +99,8 @@ def load_keras_model(path: Path) -> Any:
 
     if not path.is_file():
         raise ModelError(f"no model file at {path}; check the path")
+    if not zipfile.is_zipfile(path):
+        raise ModelError(f"{path} is not a Keras model, or a truncated one; train again")
     try:
         model = keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, zipfile.BadZipFile) as error:

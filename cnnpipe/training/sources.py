@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cnnpipe.config import PrepareSettings
 from cnnpipe.decoding import DecodedChunk, DecodedFile, decode_files
+from cnnpipe.environment import usable_cores
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images import display_path, read_file
 from cnnpipe.storage import storage_errors
@@ -89,14 +90,7 @@ def open_source(
     if settings.dataset == "cifar10":
         return Cifar10Source(archive, raw, progress)
     folder = list_image_folder(Path(settings.dataset).expanduser())
-    return FolderSource(folder, workers or _num_cores(), progress)
-
-
-def _num_cores() -> int:
-    """Return the cores that this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return FolderSource(folder, workers or usable_cores(), progress)
 
 
 class DigitsSource:

@@ -44,31 +44,52 @@ def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
     try:
         environment = json.loads((run / "environment.json").read_bytes())
         prepared = Path(environment["dataset"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RegistryError(
             f"{run} is no run folder: its environment.json cannot be read ({error}); check the path"
         ) from error
-    return load_toml(RetrainSettings, run / "config.toml"), load_prepared(prepared)
+    settings = load_toml(RetrainSettings, run / "config.toml")
+    if not prepared.is_dir():
+        raise RegistryError(
+            f"the dataset of {run} is gone: {prepared}; prepare it again: "
+            f"cnnpipe prepare --config {run / 'config.toml'} --data {prepared.parent.parent}"
+        )
+    return settings, load_prepared(prepared)
+
+
+def _require_unfinished(run: Path) -> None:
+    """Refuse to change a file whose digest is in the manifest already."""
+    if (run / MANIFEST_FILE).is_file():
+        raise RegistryError(f"{run} is complete, and its files stay as they are; train again for another run")
 
 
 def train_run(
     settings: RetrainSettings, prepared: Path, artifacts: Path, progress: Progress | None = None
 ) -> TrainingResult:
     """Train in a new run folder `artifacts/<name>/runs/<run id>`; see `fit.train_model`."""
+    from cnnpipe.training.backend import select_device
     from cnnpipe.training.fit import train_model
 
     dataset = load_prepared(prepared)
+    select_device(settings.train.device)  # now, so that a wrong one leaves no run folder behind
     run = create_run(artifacts, settings.prepare.resolved_name)
     logger.info("run folder: %s", run)
     return train_model(settings, dataset, run, progress)
 
 
-def evaluate_run(run: Path) -> Evaluation:
-    """Score `model.keras` on the test split and write the figures; see `evaluation.evaluate_model`."""
+def evaluate_run(run: Path, chosen: EvaluateSettings | None = None) -> Evaluation:
+    """Score `model.keras` on the test split and write the figures; see `evaluation.evaluate_model`.
+
+    Args:
+        chosen: used in place of the run's own settings.
+    """
+    from cnnpipe.training.backend import select_device
     from cnnpipe.training.evaluation import METRICS_FILE, evaluate_model
 
+    _require_unfinished(run)
     settings, dataset = load_run(run)
-    evaluation = evaluate_model(run / "model.keras", dataset, settings.evaluate, output=run)
+    select_device(settings.train.device)
+    evaluation = evaluate_model(run / "model.keras", dataset, chosen or settings.evaluate, output=run)
     logger.info(
         "test: accuracy %.4f, loss %.4f, top-%d %.4f on %d images",
         *(evaluation.accuracy, evaluation.loss, evaluation.top_k, evaluation.top_k_accuracy, evaluation.num_images),
@@ -84,23 +105,27 @@ def plot_run(run: Path) -> list[Path]:
     """Draw every plot of an evaluated run; see `plots.plot_run`."""
     from cnnpipe.training import plots
 
+    _require_unfinished(run)
     return plots.plot_run(run, load_run(run)[1])
 
 
 def export_run(run: Path) -> Parity:
     """Write `model.onnx` of an evaluated run and check it; see `export.export_onnx`."""
+    from cnnpipe.training.backend import select_device
     from cnnpipe.training.export import export_onnx
 
+    _require_unfinished(run)
     settings, dataset = load_run(run)
+    select_device(settings.train.device)
     return export_onnx(run, settings.train.preset, dataset, settings.export)
 
 
-def conclude_run(run: Path) -> Decision:
+def conclude_run(run: Path, forced: str | None = None) -> Decision:
     """Decide on an exported run, complete it, and promote it if it passes; see `gate.conclude_run`."""
     from cnnpipe.training import gate
 
     settings, dataset = load_run(run)
-    return gate.conclude_run(run, dataset, settings.promote)
+    return gate.conclude_run(run, dataset, settings.promote, forced)
 
 
 def evaluate_any(
@@ -124,19 +149,18 @@ def evaluate_any(
     """
     from cnnpipe.training.evaluation import evaluate_model
 
-    unfinished = None
     if Path(model).suffix in (".keras", ".onnx"):
         file = resolve_model_file(model, artifacts)
     else:
         run = resolve_run(model, artifacts)
-        unfinished = None if (run / MANIFEST_FILE).is_file() else run
-        file = run / ("model.keras" if unfinished else "model.onnx")
-    if dataset is None:
-        prepared = load_run(file.parent)[1]
-        output = unfinished
-    else:
-        prepared, output = _prepared_for(dataset, file, data, progress), None
-    return file, evaluate_model(file, prepared, settings, output=output)
+        complete = (run / MANIFEST_FILE).is_file()
+        file = run / ("model.onnx" if complete else "model.keras")
+        if dataset is None and not complete:
+            own = load_run(run)[0].evaluate
+            chosen = {name: getattr(settings, name) for name in settings.model_fields_set}
+            return file, evaluate_run(run, own.model_copy(update=chosen))
+    prepared = load_run(file.parent)[1] if dataset is None else _prepared_for(dataset, file, data, progress)
+    return file, evaluate_model(file, prepared, settings)
 
 
 def _prepared_for(dataset: str, model: Path, data: Path, progress: Progress | None) -> PreparedDataset:
