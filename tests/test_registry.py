@@ -318,7 +318,7 @@ def test_no_model_given_is_the_only_champion(artifacts: Path) -> None:
     assert resolve_model_file(None, artifacts) == artifacts / "digits" / "runs" / "A" / "model.onnx"
     _complete(artifacts, "A", "cifar10")
     promote_run(artifacts, "cifar10", "A", "")
-    with pytest.raises(ModelError, match=r"has 2 champions \(cifar10, digits\)"):
+    with pytest.raises(ModelError, match=r"has several champions \(cifar10, digits\); choose one with --model"):
         resolve_model_file(None, artifacts)
 
 
