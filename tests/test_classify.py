@@ -5,22 +5,34 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from tiny_models import load_digits, write_digits, write_model
 
 from cnnpipe.config import ClassifySettings
+from cnnpipe.decoding import DecodedChunk, DecodedFile
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
 from cnnpipe.images import find_files
-from cnnpipe.inference.classify import classify_folder, predict_folder
+from cnnpipe.inference.classify import classify_folder, create_output_folder, predict_folder
+from cnnpipe.inference.engine import EngineOptions, StageSeconds, classify_files
+from cnnpipe.inference.session import open_session
 from cnnpipe.inference.summary import ClassificationSummary, check_failure_rate
 from cnnpipe.storage import sha256_file
+from cnnpipe.workers import DecoderPool
+
+needs_bytes_in_names = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +107,7 @@ def test_summary_file_is_the_summary(images: Path, model: Path, tmp_path: Path) 
 
 def test_three_formats_hold_the_same_table(images: Path, model: Path, tmp_path: Path) -> None:
     tables = [
-        Path(classify(images, model, tmp_path, output=str(tmp_path / "out" / f"t.{kind}"), top_k=2).table)
+        Path(classify(images, model, tmp_path, output=str(tmp_path / kind / f"t.{kind}"), top_k=2).table)
         for kind in ("csv", "jsonl", "parquet")
     ]
     from_csv = read_csv(tables[0])
@@ -143,17 +155,195 @@ def test_existing_output_is_refused_before_any_work(images: Path, tmp_path: Path
 
 def test_overwrite_replaces_the_table_and_its_summary(images: Path, model: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
-    table.write_text("old")
-    (tmp_path / "summary.json").write_text("old")
+    classify(images, model, tmp_path, output=str(table), batch_size=1)
+    (images / "0.txt").unlink()
     classify(images, model, tmp_path, output=str(table), overwrite=True)
-    assert len(read_csv(table)) == 50
-    assert json.loads((tmp_path / "summary.json").read_text())["found"] == 50
+    assert len(read_csv(table)) == 49
+    assert json.loads((tmp_path / "summary.json").read_text())["found"] == 49
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_summary_file_of_the_users_own_is_never_replaced(
+    images: Path, model: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "summary.json").write_text('{"mine":1}')
+    with pytest.raises(PredictionsError, match=r"own/summary\.json belongs to another table or is not ours at all"):
+        classify(images, model, tmp_path, output=str(tmp_path / "own" / "a.csv"), overwrite=overwrite)
+    assert (tmp_path / "own" / "summary.json").read_text() == '{"mine":1}'
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["summary.json"]
+
+
+def test_second_table_in_a_folder_is_refused_and_the_first_keeps_its_summary(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    classify(images, model, tmp_path, output=str(tmp_path / "out" / "a.csv"))
+    before = (tmp_path / "out" / "summary.json").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(PredictionsError, match="choose another folder for --output"):
+            classify(images, model, tmp_path, output=str(tmp_path / "out" / "b.csv"), overwrite=overwrite)
+    assert (tmp_path / "out" / "summary.json").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.csv", "summary.json"]
+
+
+def test_own_summary_is_known_by_any_spelling_of_the_path(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    classify(images, model, tmp_path, output="t.csv")
+    again = classify(images, model, tmp_path, output=str(tmp_path / "images" / ".." / "out" / "t.csv"), overwrite=True)
+    assert again.found == 50
+
+
+@needs_bytes_in_names
+def test_summary_is_beside_a_table_whose_name_is_not_utf8(images: Path, model: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    for overwrite in (False, True):
+        classify(images, model, tmp_path, output=str(folder / "t.csv"), overwrite=overwrite)
+        assert sorted(path.name for path in folder.iterdir()) == ["summary.json", "t.csv"]
+
+
+@pytest.mark.parametrize("summary_first", [False, True])
+def test_of_two_classifications_of_one_output_the_first_to_finish_survives(
+    images: Path, model: Path, tmp_path: Path, summary_first: bool
+) -> None:
+    table = tmp_path / "out" / "t.csv"
+    settings = ClassifySettings(folder=str(images), model=str(model), device="cpu", output=str(table))
+    first: list[ClassificationSummary] = []
+
+    def finish_another(*_: object) -> None:
+        if not first:
+            first.append(predict_folder(settings, tmp_path))
+            if not summary_first:
+                (table.parent / "summary.json").unlink()
+
+    with pytest.raises(PredictionsError, match=r"t\.csv was written by another process meanwhile"):
+        predict_folder(settings.model_copy(update={"batch_size": 1}), tmp_path, progress=finish_another)
+    assert len(read_csv(table)) == first[0].found == 50
+    assert {path.name for path in table.parent.iterdir()} <= {"summary.json", "t.csv"}
+    if summary_first:
+        assert json.loads((table.parent / "summary.json").read_text()) == json.loads(json.dumps(first[0].to_json()))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_summary_that_came_meanwhile_stays_and_the_table_is_kept(
+    images: Path, model: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    settings = ClassifySettings(
+        folder=str(images), model=str(model), device="cpu", output=str(tmp_path / "b.csv"), overwrite=overwrite
+    )
+    theirs = tmp_path / "summary.json"
+
+    def write_theirs(*_: object) -> None:
+        theirs.write_text('{"table": "a.csv"}')
+
+    with pytest.raises(PredictionsError, match=r"b\.csv is complete, but .*summary\.json was written by another"):
+        predict_folder(settings, tmp_path, progress=write_theirs)
+    assert theirs.read_text() == '{"table": "a.csv"}'
+    assert len(read_csv(tmp_path / "b.csv")) == 50
+
+
+def test_default_outputs_of_the_same_second_are_different_folders(tmp_path: Path) -> None:
+    started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(create_output_folder, tmp_path / "photos", tmp_path, started) for _ in range(8)]
+        names = {future.result().name for future in futures}
+    assert names == {"photos-20260102T030405Z", *(f"photos-20260102T030405Z-{number}" for number in range(2, 9))}
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "ü" * 125])
+def test_default_output_of_a_long_name_is_shortened(model: Path, tmp_path: Path, name: str) -> None:
+    write_digits(tmp_path / name, [0])
+    folder = Path(classify(tmp_path / name, model, tmp_path).table).parent.name
+    assert folder.startswith(name[:1] * 50)
+    assert len(folder.rpartition("-")[0].encode()) == 100
+
+
+def test_classification_that_is_stopped_leaves_no_default_output(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    settings = ClassifySettings(folder=str(images), model=str(model), device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(settings, tmp_path / "artifacts", progress=interrupt)
+    assert list((tmp_path / "artifacts" / "predictions").iterdir()) == []
+
+
+def test_error_of_the_progress_display_is_not_called_one_of_the_table(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionResetError("the terminal is gone")
+
+    settings = ClassifySettings(folder=str(images), model=str(model), device="cpu")
+    with pytest.raises(ConnectionResetError, match="the terminal is gone"):
+        predict_folder(settings, tmp_path, progress=fail)
+
+
+class FakePool(DecoderPool):
+    """Gives a black image for every path that ends in .png and an error for others, in chunks of a fixed length."""
+
+    def __init__(self, chunk_files: int) -> None:
+        super().__init__(1)
+        self._chunk_files = chunk_files
+
+    def decode(self, root: Path, paths: Iterator[str], image_size: tuple[int, int]) -> Iterator[DecodedChunk]:
+        while names := list(islice(paths, self._chunk_files)):
+            kinds = ["" if name.endswith(".png") else "empty" for name in names]
+            files = tuple(DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True))
+            yield DecodedChunk(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
+
+
+def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(model: Path) -> None:
+    session = open_session(model, "cpu", threads=1)
+    paths = chain((f"{number}.png" for number in range(5)), (f"{number}.txt" for number in range(100_000)))
+    taken = 0
+
+    def count_taken() -> Iterator[str]:
+        nonlocal taken
+        for path in paths:
+            taken += 1
+            yield path
+
+    given, held = 0, []
+    for rows in classify_files(Path(), count_taken(), session, FakePool(100), EngineOptions(64), StageSeconds()):
+        held.append(taken - given)
+        given += len(rows)
+    assert given == taken == 100_005
+    assert max(held) <= 5 + 4096 + 100
+
+
+def test_batches_end_at_the_same_files_whatever_the_chunks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(model, "cpu", threads=1)
+    sizes: list[int] = []
+    run = session.run
+
+    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        sizes.append(len(images))
+        return run(images)
+
+    monkeypatch.setattr(session, "run", run_and_note)
+    # A full batch, one that ends by its 4,097th failed file with an image behind it, and the rest.
+    kinds = ["png"] * 64 + ["txt"] * 5000 + ["png"] * 3 + ["txt"] * 4090 + ["png"] + ["txt"] * 7 + ["png"] * 2
+    paths = [f"{number:05}.{kind}" for number, kind in enumerate(kinds)]
+    results = []
+    for chunk_files in (1, 7, 128, 20_000):
+        pool = FakePool(chunk_files)
+        found = classify_files(Path(), iter(paths), session, pool, EngineOptions(64), StageSeconds())
+        results.append([row for rows in found for row in rows])
+        assert sizes == [64, 4, 2]
+        sizes.clear()
+    assert [row.path for row in results[0]] == paths
+    assert results[1:] == results[:1] * 3
 
 
 def test_own_output_in_the_folder_is_not_classified(images: Path, model: Path, tmp_path: Path) -> None:
     summary = classify(images, model, images / "zz", output=str(images / "zz" / "out" / "t.csv"))
     assert summary.found == 50
-    again = classify(images, model, images / "zz", output=str(images / "zz" / "out" / "u.csv"), max_failure_rate=1)
+    again = classify(images, model, images / "zz", output=str(images / "zz" / "new" / "t.csv"), max_failure_rate=1)
     assert again.found == 52  # the first table and its summary are files like any other
 
 
@@ -191,7 +381,7 @@ def test_progress_counts_up_to_all_files(images: Path, model: Path, tmp_path: Pa
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs bytes in names")
+@needs_bytes_in_names
 def test_names_of_any_bytes_get_their_row(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     [path] = write_digits(folder, [0])

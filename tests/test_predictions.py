@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnnpipe.errors import PredictionsError
+from cnnpipe.errors import PredictionsError, StorageError
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.predictions import check_output, open_table, table_columns
 
@@ -43,7 +45,7 @@ def failed(path: str, sha256: str = "b" * 64) -> Prediction:
 
 
 def write(path: Path, rows: list[Prediction], top_k: int = 1) -> Path:
-    with open_table(path, top_k) as (table, _):
+    with open_table(path, top_k, overwrite=True) as (table, _):
         for row in rows:
             table.write([row])
     return path
@@ -149,7 +151,7 @@ def test_table_appears_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
     path.write_text("the old one")
 
     def write_and_stop() -> None:
-        with open_table(path, 1) as (table, temporary):
+        with open_table(path, 1, overwrite=True) as (table, temporary):
             table.write([failed("a.png")])
             assert temporary.exists()
             raise KeyboardInterrupt
@@ -158,6 +160,89 @@ def test_table_appears_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
         write_and_stop()
     assert path.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_table_that_came_meanwhile_stays(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t{suffix}"
+
+    def write_while_another_does() -> None:
+        with open_table(path, 1) as (table, _):
+            table.write([failed("a.png")])
+            path.write_text("the other one")
+
+    with pytest.raises(PredictionsError, match="was written by another process meanwhile, so this table was dropped"):
+        write_while_another_does()
+    assert path.read_text() == "the other one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_error_of_the_block_is_not_called_one_of_the_table(tmp_path: Path, suffix: str) -> None:
+    def write_and_fail() -> None:
+        with open_table(tmp_path / f"t{suffix}", 1) as (table, _):
+            table.write([failed("a.png")])
+            raise TimeoutError("the server does not answer")
+
+    with pytest.raises(TimeoutError, match="the server"):
+        write_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("num_rows", [1_000, 40_000], ids=["at the end", "on the way"])
+def test_disk_that_takes_no_more_is_one_error_that_names_the_table(tmp_path: Path, suffix: str, num_rows: int) -> None:
+    program = (
+        "import hashlib, resource, signal, sys; from pathlib import Path\n"
+        "from cnnpipe.errors import StorageError\n"
+        "from cnnpipe.inference.engine import Prediction\n"
+        "from cnnpipe.inference.predictions import open_table\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "try:\n"
+        "    with open_table(Path(sys.argv[1]), 1) as (table, _):\n"
+        "        for number in range(int(sys.argv[2])):\n"
+        "            digest = hashlib.sha256(str(number).encode()).hexdigest()\n"
+        "            table.write([Prediction(str(number), 'error', (), (), 'empty', 'no bytes', digest, 'm')])\n"
+        "except StorageError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / f"t{suffix}"), str(num_rows)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"cannot write {tmp_path / f't{suffix}'}: ")
+    assert "File too large" in shown.stdout
+    assert shown.stdout.count("\n") == 1
+    assert shown.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_is_part_of_the_output(tmp_path: Path) -> None:
+    table, summary = tmp_path / "t.csv", tmp_path / "summary.json"
+    summary.write_text(json.dumps({"table": str(table)}))
+    with pytest.raises(PredictionsError, match=r"summary\.json is there already; .*--overwrite"):
+        check_output(table, overwrite=False)
+    check_output(table, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", '"table"', "{}", '{"mine":1}', '{"table": 7}', '{"table": "u.csv"}', '{"table": "/t.csv"}'],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_summary_of_anything_else_is_refused(tmp_path: Path, content: str, overwrite: bool) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(PredictionsError, match=r"summary\.json belongs to .*; choose another folder for --output"):
+        check_output(tmp_path / "t.csv", overwrite)
+
+
+def test_folder_called_like_the_summary_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(PredictionsError, match="choose another folder for --output"):
+        check_output(tmp_path / "t.csv", overwrite=True)
+
+
+def test_output_of_an_impossible_name_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*: File name too long"):
+        check_output(tmp_path / ("n" * 300 + ".csv"), overwrite=False)
 
 
 def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:

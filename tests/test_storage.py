@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
-from cnnpipe.errors import StorageError
+from cnnpipe.errors import AlreadyThereError, StorageError
 from cnnpipe.storage import (
     make_folder,
     sha256_file,
@@ -23,6 +25,23 @@ from cnnpipe.storage import (
     write_json,
     write_text,
 )
+
+
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the file system one without hard links, such as exFAT."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.fixture(params=["links", "no links"])
+def links(request: pytest.FixtureRequest) -> None:
+    """Run a test twice: on a file system with hard links, and on one without."""
+    if request.param == "no links":
+        request.getfixturevalue("without_links")
 
 
 def test_written_file_is_all_that_is_left_in_the_folder(tmp_path: Path) -> None:
@@ -46,6 +65,62 @@ def test_exception_while_writing_leaves_the_old_file_and_no_temporary(tmp_path: 
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_error_of_the_block_is_passed_on_as_it_is(
+    tmp_path: Path, write: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    with pytest.raises(FileNotFoundError, match="the dataset"), write(tmp_path / "table"):
+        raise FileNotFoundError("the dataset is gone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_may_not_be_replaced_stays(tmp_path: Path, links: None) -> None:
+    path = tmp_path / "table.csv"
+    write_text(path, "first", replace=False)
+    with pytest.raises(AlreadyThereError, match=r"table\.csv is there already; choose another name or remove it"):
+        write_text(path, "second", replace=False)
+    assert path.read_text() == "first"
+    assert path.stat().st_nlink == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_many_writers_that_may_not_replace_exactly_one_wins(tmp_path: Path, links: None) -> None:
+    path, contents = tmp_path / "table.csv", [str(number) * 10_000 for number in range(8)]
+
+    def write(content: str) -> bool:
+        try:
+            write_text(path, content, replace=False)
+        except AlreadyThereError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, contents))
+    assert won.count(True) == 1
+    assert path.read_text() == contents[won.index(True)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_link_to_nothing_is_not_replaced_either(tmp_path: Path, links: None) -> None:
+    (tmp_path / "table.csv").symlink_to(tmp_path / "nothing")
+    with pytest.raises(AlreadyThereError):
+        write_text(tmp_path / "table.csv", "x", replace=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_placeholder_goes_when_the_file_cannot_take_its_place(
+    tmp_path: Path, without_links: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match="Input/output error"):
+        write_text(tmp_path / "table.csv", "x", replace=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reader_sees_the_old_content_until_the_new_is_whole(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -24,18 +25,23 @@ from cnnpipe.inference.summary import (
     RowCounts,
     StageReport,
     check_failure_rate,
+    is_summary_of,
     write_summary,
 )
 from cnnpipe.registry import resolve_model_file
+from cnnpipe.storage import make_folder, storage_errors
 from cnnpipe.workers import DecoderPool
 
 if TYPE_CHECKING:  # loading onnxruntime takes longer than refusing a wrong path
     from cnnpipe.inference.session import ClassifierSession
 
-__all__ = ["Progress", "classify_folder", "default_output", "predict_folder"]
+__all__ = ["Progress", "classify_folder", "create_output_folder", "predict_folder"]
 
 Progress = Callable[[str, int, int], None]
 """(what, files done, files in all or 0 where unknown); as files are not counted in advance, always 0 here."""
+
+_MAX_NAME_BYTES = 100
+"""Of the input's name in the name of the output folder; file systems allow 255 bytes in all."""
 
 _VERSIONS = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
 
@@ -65,7 +71,7 @@ def predict_folder(
 
     Raises:
         DatasetError: there is no such folder, or no file in it.
-        PredictionsError: the output is there already, or is not a table.
+        PredictionsError: the output is there already or came there meanwhile, or is not a table.
         ModelError, RegistryError: there is no such model.
         ConfigError: `top_k` exceeds the number of classes.
         ProviderError: the device cannot be used.
@@ -74,27 +80,57 @@ def predict_folder(
     started, began = datetime.now(UTC), time.perf_counter()
     root = Path(settings.folder).expanduser()
     paths = _find_some(root)
-    output = Path(settings.output).expanduser() if settings.output else default_output(root, artifacts, started)
-    check_output(output, settings.overwrite)
+    wanted = Path(settings.output).expanduser() if settings.output else None
+    if wanted is not None:
+        check_output(wanted, settings.overwrite)
     model = resolve_model_file(settings.model, artifacts)
     with DecoderPool(settings.workers or usable_cores()) as pool:
         pool.start()  # comes up while this process loads onnxruntime
         session = _open(model, settings.device)
         check_top_k(settings.top_k, session)
         start_up = time.perf_counter() - began
-        counts, seconds = _write_table(settings, root, paths, output, session, pool, progress)
+        with _output(wanted, root, artifacts, started) as output:
+            counts, seconds = _write_table(settings, root, paths, output, session, pool, progress)
     report = StageReport(
         time.perf_counter() - began, start_up, seconds.list, seconds.decode, seconds.inference, seconds.write
     )
     summary = _summarize(settings, output, session, pool.workers, counts, report, started)
-    _logger.info("summary: %s", write_summary(summary))
+    _logger.info("summary: %s", write_summary(summary, output, overwrite=settings.overwrite))
     return summary
 
 
-def default_output(root: Path, artifacts: Path, started: datetime) -> Path:
-    """Return where the table goes if no output is given: a new folder, named after the input and the time."""
-    name = display_path(root.resolve().name) or "root"
-    return artifacts / "predictions" / f"{name}-{started:%Y%m%dT%H%M%SZ}" / "predictions.csv"
+def create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
+    """Create the folder that the table goes to if no output is given, named after the input and the time.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    name = display_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
+    predictions = make_folder(artifacts / "predictions")
+    wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
+    folder, number = predictions / wanted, 1
+    while True:
+        with storage_errors(folder):
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another classification of this second
+                number += 1
+                folder = predictions / f"{wanted}-{number}"
+
+
+@contextmanager
+def _output(wanted: Path | None, root: Path, artifacts: Path, started: datetime) -> Iterator[Path]:
+    """Give the path of the table; a folder that was created for it goes again if no table came of it."""
+    if wanted is not None:
+        yield wanted
+        return
+    folder = create_output_folder(root, artifacts, started)
+    try:
+        yield folder / "predictions.csv"
+    finally:
+        with suppress(OSError):  # it is not empty: the table is in it
+            folder.rmdir()
 
 
 def _find_some(root: Path) -> Iterator[str]:
@@ -131,7 +167,7 @@ def _write_table(
             yield name
 
     options = EngineOptions(settings.batch_size, settings.top_k)
-    with open_table(output, settings.top_k) as (table, temporary):
+    with open_table(output, settings.top_k, overwrite=settings.overwrite) as (table, temporary):
         files = count(_without(root, temporary, paths))
         for rows in classify_files(root, files, session, pool, options, seconds):
             began = time.perf_counter()
@@ -142,9 +178,17 @@ def _write_table(
                 progress(f"classify: {counts.error:,} failed", counts.ok + counts.error, 0)
         if counts.ok + counts.error != found:
             raise RuntimeError(f"{found:,} files found, but {counts.ok:,} ok + {counts.error:,} error: a bug of ours")
-        # A summary must never stand beside a table that it does not describe.
-        output.with_name(SUMMARY_FILE).unlink(missing_ok=True)
+        if settings.overwrite:
+            _remove_summary(output)
     return counts, seconds
+
+
+def _remove_summary(table: Path) -> None:
+    """Remove the summary of the table that is about to be replaced: it must never stand beside the new one."""
+    summary = table.with_name(SUMMARY_FILE)
+    with storage_errors(summary):
+        if is_summary_of(summary, table):
+            summary.unlink()
 
 
 def _without(root: Path, temporary: Path, paths: Iterator[str]) -> Iterator[str]:

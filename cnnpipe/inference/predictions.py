@@ -9,16 +9,18 @@ All formats hold the same values. Where a row has none, CSV is empty and the oth
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, Final, Protocol
 
-from cnnpipe.errors import PredictionsError
+from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
 from cnnpipe.images import display_path
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.storage import write_file
+from cnnpipe.inference.summary import SUMMARY_FILE, is_summary_of
+from cnnpipe.storage import storage_errors, write_file
 
 __all__ = ["TABLE_SUFFIXES", "TableWriter", "check_output", "open_table", "table_columns"]
 
@@ -32,13 +34,6 @@ _NEEDS_QUOTES: Final = re.compile('[",\r\n]')
 Row = list[str | float | None]
 
 
-class TableWriter(Protocol):
-    """An open table."""
-
-    def write(self, rows: Sequence[Prediction]) -> None:
-        """Append rows."""
-
-
 def table_columns(top_k: int) -> list[str]:
     """Return the names of the columns."""
     likeliest = [f"{name}{suffix}" for suffix in _rank_suffixes(top_k) for name in ("label", "probability")]
@@ -48,42 +43,96 @@ def table_columns(top_k: int) -> list[str]:
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that cannot be written, before any work is done.
 
+    The summary is part of the output: a `summary.json` beside `path` is replaced only with the table it describes.
+
+    Args:
+        path: the table.
+        overwrite: whether a table and its summary may be replaced.
     Raises:
-        PredictionsError: its suffix is none of `TABLE_SUFFIXES`, it is a folder, or it is there already.
+        PredictionsError: its suffix is none of `TABLE_SUFFIXES`, it is a folder, it or its summary is there already,
+            or the `summary.json` beside it belongs to something else.
+        StorageError: there can be no such file.
     """
     if path.suffix not in TABLE_SUFFIXES:
         raise PredictionsError(f"the output must end in {', '.join(TABLE_SUFFIXES)}, received {path}")
-    if path.is_dir():
-        raise PredictionsError(f"the output must be a file, received the folder {path}; name a file in it")
-    if path.exists() and not overwrite:
-        raise PredictionsError(f"{path} is there already; name another output, or allow it with --overwrite")
+    with storage_errors(path):  # such as a name that is too long
+        if path.is_dir():
+            raise PredictionsError(f"the output must be a file, received the folder {path}; name a file in it")
+    summary = path.with_name(SUMMARY_FILE)
+    if os.path.lexists(summary) and not is_summary_of(summary, path):
+        raise PredictionsError(
+            f"{summary} belongs to another table or is not ours at all; choose another folder for --output"
+        )
+    for file in (path, summary):
+        if os.path.lexists(file) and not overwrite:
+            raise PredictionsError(f"{file} is there already; name another output, or allow it with --overwrite")
 
 
 @contextmanager
-def open_table(path: Path, top_k: int) -> Iterator[tuple[TableWriter, Path]]:
+def open_table(path: Path, top_k: int, *, overwrite: bool = False) -> Iterator[tuple[TableWriter, Path]]:
     """Open a table for writing; it takes its name only when the block ends without an error.
 
     Args:
         path: its suffix decides the format.
         top_k: classes in each row.
+        overwrite: whether a table of that name gives way.
     Yields:
         The writer, and the temporary file it writes to.
     Raises:
+        PredictionsError: the name was taken while this table was written.
         StorageError: it cannot be written.
     """
-    with write_file(path) as temporary:
-        if path.suffix == ".parquet":
-            parquet = _ParquetWriter(temporary, top_k)
+    try:
+        with write_file(path, replace=overwrite) as temporary:
+            table = TableWriter(path, temporary, top_k)
             try:
-                yield parquet, temporary
-                parquet.flush()
+                yield table, temporary
+                table.close()
             finally:
-                parquet.close()
-            return
-        # Not the platform's line ends, and UTF-8 without conditions: the same bytes everywhere.
-        with temporary.open("w", encoding="utf-8", newline="", buffering=2**20) as file:
-            writer = _CsvWriter(file, top_k) if path.suffix == ".csv" else _JsonLinesWriter(file, top_k)
-            yield writer, temporary
+                with suppress(StorageError):  # closed above, or an error is on its way that says more
+                    table.close()
+    except AlreadyThereError as error:
+        raise PredictionsError(
+            f"{path} was written by another process meanwhile, so this table was dropped; "
+            "run again with another --output"
+        ) from error
+
+
+class TableWriter:
+    """An open table; what cannot be written is a StorageError that names the table, not its temporary file."""
+
+    def __init__(self, path: Path, temporary: Path, top_k: int) -> None:
+        self._path = path
+        with storage_errors(path):
+            self._format = _FORMATS[path.suffix](temporary, top_k)
+
+    def write(self, rows: Sequence[Prediction]) -> None:
+        """Append rows.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        with storage_errors(self._path):
+            self._format.write(rows)
+
+    def close(self) -> None:
+        """Write what is still held in memory, and close the file; once more does nothing.
+
+        Raises:
+            StorageError: it cannot be written; the file is closed all the same.
+        """
+        with storage_errors(self._path):
+            self._format.close()
+
+
+class _Format(Protocol):
+    """A file of rows; may raise OSError."""
+
+    def __init__(self, path: Path, top_k: int) -> None: ...
+
+    def write(self, rows: Sequence[Prediction]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _rank_suffixes(top_k: int) -> list[str]:
@@ -99,16 +148,27 @@ def _values(row: Prediction, top_k: int) -> Row:
     return [display_path(row.path), row.status, *likeliest, error, row.sha256 or None, row.model]
 
 
-class _CsvWriter:
+class _TextWriter:
+    """UTF-8 without conditions and not the platform's line ends: the same bytes everywhere."""
+
+    def __init__(self, path: Path, top_k: int) -> None:
+        self._top_k, self._columns = top_k, table_columns(top_k)
+        self._file = path.open("w", encoding="utf-8", newline="", buffering=2**20)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _CsvWriter(_TextWriter):
     r"""RFC 4180 with `\n` between rows.
 
     Not the csv module's: before Python 3.13 it leaves a lone carriage return in a name unquoted, which splits the row.
     Source: https://www.rfc-editor.org/rfc/rfc4180
     """
 
-    def __init__(self, file: TextIO, top_k: int) -> None:
-        self._file, self._top_k = file, top_k
-        file.write(",".join(table_columns(top_k)) + "\n")
+    def __init__(self, path: Path, top_k: int) -> None:
+        super().__init__(path, top_k)
+        self._file.write(",".join(self._columns) + "\n")
 
     def write(self, rows: Sequence[Prediction]) -> None:
         self._file.writelines(",".join(map(_csv_field, _values(row, self._top_k))) + "\n" for row in rows)
@@ -121,11 +181,8 @@ def _csv_field(value: str | float | None) -> str:
     return '"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text
 
 
-class _JsonLinesWriter:
-    """One JSON object a line, UTF-8."""
-
-    def __init__(self, file: TextIO, top_k: int) -> None:
-        self._file, self._top_k, self._columns = file, top_k, table_columns(top_k)
+class _JsonLinesWriter(_TextWriter):
+    """One JSON object a line."""
 
     def write(self, rows: Sequence[Prediction]) -> None:
         for row in rows:
@@ -153,22 +210,33 @@ class _ParquetWriter:
                 for name in table_columns(top_k)
             ]
         )
-        self._writer: Any = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._file = path.open("wb")
+        self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd")
 
     def write(self, rows: Sequence[Prediction]) -> None:
         self._rows.extend(_values(row, self._top_k) for row in rows)
         if len(self._rows) >= _ROW_GROUP:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write what is held in memory as one row group."""
-        if self._rows:
-            columns = zip(*self._rows, strict=True)
+        rows, self._rows = self._rows, []  # taken out first: what fails is not tried again by `close`
+        if rows:
+            columns = zip(*rows, strict=True)
             kinds = [field.type for field in self._schema]
             arrays = [self._arrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
             self._writer.write_batch(self._arrow.RecordBatch.from_arrays(arrays, schema=self._schema))
-            self._rows = []
 
     def close(self) -> None:
-        """Write the footer."""
-        self._writer.close()
+        """Write what is held in memory, and the footer."""
+        if not self._file.closed:
+            with self._file:
+                self._flush()
+                self._writer.close()
+
+
+_FORMATS: Final[dict[str, type[_Format]]] = {
+    ".csv": _CsvWriter,
+    ".jsonl": _JsonLinesWriter,
+    ".parquet": _ParquetWriter,
+}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from cnnpipe.errors import FailureBudgetError
+from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
 from cnnpipe.images import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.storage import write_json
 
 __all__ = ["SUMMARY_FILE", "ClassificationSummary", "FailedFile", "ModelUsed", "RowCounts", "StageReport",
-           "check_failure_rate", "write_summary"]  # fmt: skip
+           "check_failure_rate", "is_summary_of", "write_summary"]  # fmt: skip
 
 SUMMARY_FILE: Final = "summary.json"
 """Written after the table: its presence means that the table is complete."""
@@ -144,14 +146,37 @@ def _list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in largest) + others
 
 
-def write_summary(summary: ClassificationSummary) -> Path:
+def is_summary_of(path: Path, table: Path) -> bool:
+    """Tell whether a file is the summary that a classification wrote beside `table`, however its path is spelled."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            return False
+        described = Path(json.loads(path.read_bytes())["table"])
+    except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
+        return False
+    expected = Path(display_path(str(table.absolute())))
+    folders = {os.path.realpath(described.parent), os.path.realpath(expected.parent)}
+    return described.name == expected.name and len(folders) == 1
+
+
+def write_summary(summary: ClassificationSummary, table: Path, *, overwrite: bool) -> Path:
     """Write `summary.json` beside the table, and return its path.
 
+    Args:
+        table: what it describes; `summary.table` may be spelled in another way.
+        overwrite: whether an older summary of the same table gives way.
     Raises:
+        PredictionsError: another `summary.json` came there while the table was written; it stays.
         StorageError: it cannot be written.
     """
-    path = Path(summary.table).parent / SUMMARY_FILE
-    write_json(path, summary.to_json())
+    path = table.with_name(SUMMARY_FILE)
+    try:
+        write_json(path, summary.to_json(), replace=overwrite and is_summary_of(path, table))
+    except AlreadyThereError as error:
+        raise PredictionsError(
+            f"{table} is complete, but {path} was written by another process meanwhile and stays; "
+            "give each table its own folder with --output"
+        ) from error
     return path
 
 

@@ -18,7 +18,7 @@ from cnnpipe.config import ExportSettings
 from cnnpipe.errors import ModelError, ParityError
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.storage import sha256_file, write_file, write_json
+from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
 from cnnpipe.training.backend import full_float32, keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import load_keras_model, predict_keras, predict_onnx, read_evaluation
@@ -92,7 +92,8 @@ def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: Expo
         raise ModelError(f"the exported graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
     images = dataset.images("test")
     with write_file(run / MODEL_FILE) as temporary:
-        onnx.save(graph, temporary)
+        with storage_errors(run / MODEL_FILE):
+            onnx.save(graph, temporary)
         exported = predict_onnx(open_session(temporary, "cpu"), images)
         with full_float32():
             trained = predict_keras(model, images)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
-from cnnpipe.storage import write_file, write_json, write_text
+from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.backend import keras, select_device
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.models import Augmentation, Recipe, build_model, resolve_recipe
@@ -188,7 +188,8 @@ class _Record(keras.callbacks.Callback):  # type: ignore[misc]
         improved = score > self.best
         if improved:
             self.best, self.best_epoch = score, epoch + 1
-            with write_file(self._run / "model.keras") as temporary:
+            path = self._run / "model.keras"
+            with write_file(path) as temporary, storage_errors(path):
                 self._saved_model.save(temporary)
         self._write_history()  # after the weights: an epoch that it tells of is not lost
         logger.info(
