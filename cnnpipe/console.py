@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from cnnpipe.errors import CnnpipeError
+from cnnpipe.errors import CnnpipeError, FailureBudgetError
 
 __all__ = [
     "JsonOption",
@@ -74,6 +74,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             expected = isinstance(error, CnnpipeError)
             message = str(error) if expected else f"unexpected {_describe(error)}; --debug shows where"
             status = error.exit_status if isinstance(error, CnnpipeError) else 1
+            # Past the failure budget the work is done, and its result has been printed as the last line already.
+            as_json = as_json and not isinstance(error, FailureBudgetError)
             raise _failed(f"error: {message}", type(error).__name__, status, as_json) from error
 
     own = inspect.signature(function, eval_str=True).parameters.values()

@@ -16,15 +16,33 @@ from typing import Any
 from prefect import flow, runtime, task
 
 from cnnpipe.config import ClassifySettings
+from cnnpipe.errors import FailureBudgetError
 from cnnpipe.inference.classify import predict_folder
 from cnnpipe.inference.summary import check_failure_rate
 from flows import reports
 from flows.logs import send_library_logs
 from flows.progress import progress_artifact
+from flows.runs import recorded_run, run_url
 
-__all__ = ["classify"]
+__all__ = ["TooManyFailuresError", "classify"]
 
 logger = logging.getLogger(f"cnnpipe.{__name__}")
+
+
+class TooManyFailuresError(FailureBudgetError):
+    """More images failed than allowed.
+
+    Args:
+        summary: the content of `summary.json`, as the work is done all the same.
+    """
+
+    def __init__(self, message: str, summary: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+    def __reduce__(self) -> tuple[type[TooManyFailuresError], tuple[str, dict[str, Any]]]:
+        # The default rebuilds from `args`, which lack `summary`; Prefect pickles what a run has raised.
+        return type(self), (str(self), self.summary)
 
 
 def _run_name() -> str:
@@ -44,11 +62,12 @@ def classify(settings: ClassifySettings, artifacts: str = "artifacts") -> dict[s
     Returns:
         The content of `summary.json`.
     Raises:
-        FailureBudgetError: more images failed than allowed; the table is complete all the same.
+        TooManyFailuresError: more images failed than allowed; the table is complete all the same.
     """
     send_library_logs()
-    logger.info("this run in the Prefect UI: %s", runtime.flow_run.ui_url)
-    return classify_images(settings, artifacts)
+    logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
+    with recorded_run(Path(artifacts)):
+        return classify_images(settings, artifacts)
 
 
 @task(name="classify")
@@ -57,5 +76,8 @@ def classify_images(settings: ClassifySettings, artifacts: str) -> dict[str, Any
     with progress_artifact("classification-progress") as progress:
         summary = predict_folder(settings, Path(artifacts), progress=progress)
     reports.publish_classification(summary)
-    check_failure_rate(summary)
+    try:
+        check_failure_rate(summary)
+    except FailureBudgetError as error:
+        raise TooManyFailuresError(str(error), summary.to_json()) from error
     return summary.to_json()

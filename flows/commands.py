@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +13,9 @@ import typer
 
 from cnnpipe.config import ClassifySettings, RetrainSettings
 from cnnpipe.console import JsonOption, command, field_lines, print_note, show_result
+from cnnpipe.errors import FailureBudgetError, ServerError
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
+from flows.runs import close_dead_runs, run_url
 from flows.server import Server, ensure_server, prefect_home
 
 if TYPE_CHECKING:
@@ -44,19 +49,18 @@ def _retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Train a CNN, check it, export it to ONNX and promote it if it passes, as the Prefect flow `retrain`."""
-    server = _ensure_server(artifacts)
-    from prefect import tags
 
-    from flows.retrain import retrain
+    def run() -> State[Any]:
+        from prefect import tags
 
-    with tags("retrain", settings.prepare.resolved_name):
-        state = retrain(
-            **{name: getattr(settings, name) for name in RetrainSettings.model_fields},
-            data=str(data),
-            artifacts=str(artifacts),
-            return_state=True,
-        )
-    _show_run(state, server, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
+        from flows.retrain import retrain
+
+        sections = {name: getattr(settings, name) for name in RetrainSettings.model_fields}
+        with tags("retrain", settings.prepare.resolved_name):
+            state: State[Any] = retrain(**sections, data=str(data), artifacts=str(artifacts), return_state=True)
+        return state
+
+    _run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
 
 
 @command
@@ -65,31 +69,84 @@ def _classify(
     settings: ClassifySettings, artifacts: ArtifactsOption = Path("artifacts"), as_json: JsonOption = False
 ) -> None:
     """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
-    server = _ensure_server(artifacts)
-    from prefect import tags
 
-    from flows.classify import classify
+    def run() -> State[Any]:
+        from prefect import tags
 
-    with tags("classify"):
-        state = classify(settings, artifacts=str(artifacts), return_state=True)
+        from flows.classify import classify
+
+        with tags("classify"):
+            state: State[Any] = classify(settings, artifacts=str(artifacts), return_state=True)
+        return state
+
     shown = ("table", "found", "ok", "error", "error_kinds", "images_per_second", "device", "slowest_stage")
-    _show_run(state, server, shown, as_json=as_json)
+    _run_flow(run, artifacts, shown, as_json=as_json)
 
 
-def _ensure_server(artifacts: Path) -> Server:
-    """Find or start the server, and keep Prefect's own lines and tracebacks off the terminal unless debugging.
+def _run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, ...], *, as_json: bool) -> None:
+    """Find or start a server, run a flow, and print where to look at it and what came of it.
+
+    Args:
+        run: runs the flow; imports it, too, as prefect may be imported only when there is a server.
+        shown: what of the result a person sees.
+    """
+    home = prefect_home(artifacts)
+    _quieten_prefect()
+    server = ensure_server(home)
+    with _lost_server(server):
+        close_dead_runs(home)
+        state = run()
+        address = run_url(str(state.state_details.flow_run_id))
+        print_note(f"look at this run:   {address}")
+        print_note(f"to stop the server: {server.how_to_stop}")
+        _show_result(state, address, shown, as_json=as_json)
+
+
+def _quieten_prefect() -> None:
+    """Keep Prefect's own lines and tracebacks off the terminal unless debugging.
 
     They stay in the run's log in the UI; on the terminal the library's log and one line for an error take their place.
     """
-    if "CNNPIPE_DEBUG" not in os.environ:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    return ensure_server(prefect_home(artifacts))
+    if "CNNPIPE_DEBUG" in os.environ:
+        return
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    # Threads of Prefect that send logs and events tell of a lost server too, at length.
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False
 
 
-def _show_run(state: State[Any], server: Server, shown: tuple[str, ...], *, as_json: bool) -> None:
-    """Print the result of a flow run, of it `shown` for a person, and where to look at it; raise what it raised."""
-    address = f"{server.ui_url}/runs/flow-run/{state.state_details.flow_run_id}"
-    print_note(f"look at this run:   {address}")
-    print_note(f"to stop the server: {server.how_to_stop}")
-    result = state.result()  # raises the error of a run that failed
-    show_result({**result, "ui": address}, field_lines({name: result[name] for name in shown}), as_json=as_json)
+@contextmanager
+def _lost_server(server: Server) -> Iterator[None]:
+    """Turn the end of the connection to the server into one line.
+
+    Raises:
+        ServerError: the server does not answer any more.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.TransportError as error:
+        if "CNNPIPE_DEBUG" not in os.environ:
+            logging.raiseExceptions = (
+                False  # what is still to be logged cannot be sent either, and would say so at exit
+            )
+        raise ServerError(
+            f"the Prefect server at {server.ui_url} has stopped answering ({error}), and with it this run has ended; "
+            "what was finished is kept; run the command again, which finds or starts a server"
+        ) from error
+
+
+def _show_result(state: State[Any], address: str, shown: tuple[str, ...], *, as_json: bool) -> None:
+    """Print the result of a flow run on stdout, or raise what it raised, after the result if there is one."""
+    from flows.classify import TooManyFailuresError
+
+    failed, status = None, "ok"
+    try:
+        result = state.result()
+    except TooManyFailuresError as error:
+        result, failed, status = error.summary, FailureBudgetError(str(error)), "too_many_failures"
+    lines = field_lines({name: result[name] for name in shown})
+    show_result({**result, "ui": address}, lines, as_json=as_json, status=status)
+    if failed is not None:
+        raise failed

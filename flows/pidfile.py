@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,35 @@ class PidFile:
     def write(self, record: dict[str, Any]) -> None:
         """Record the process that has the lock; `record` has its `pid`, and whatever its users need."""
         write_json(self.record_path, record)
+
+    def release(self, descriptor: int) -> None:
+        """Forget the record and let go of the lock: the process has done its work."""
+        with suppress(OSError):  # the folder may be gone, or the disk read-only by now; the lock goes all the same
+            self.record_path.unlink(missing_ok=True)
+            self.lock_path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+    def read_left(self) -> dict[str, Any] | None:
+        """Return the record that a process has left when it was killed.
+
+        Records are written and removed by who holds the lock only: one that is there while nobody holds it was left.
+
+        Returns:
+            None if the process runs, or has forgotten its record, or was killed before it had one.
+        """
+        if not self.lock_path.exists():
+            return None
+        with storage_errors(self.lock_path):
+            descriptor = _lock(self.lock_path, fcntl.LOCK_SH)
+        if descriptor is None:
+            return None
+        try:
+            record: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
+            return {**record, "pid": int(record["pid"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        finally:
+            os.close(descriptor)
 
     def is_running(self) -> bool:
         """Tell whether the process lives."""

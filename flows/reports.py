@@ -1,9 +1,13 @@
-"""What a run shows in the Prefect UI: markdown and table artifacts, the pictures inside them as `data:` URIs."""
+"""What a run shows in the Prefect UI: markdown and table artifacts, the pictures inside them as `data:` URIs.
+
+Names of classes and files are a user's, and may be anything: they go into markdown only by `_text` and `_code`.
+"""
 
 from __future__ import annotations
 
 import base64
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,18 +28,19 @@ __all__ = ["publish_classification", "publish_dataset", "publish_decision", "pub
 def publish_dataset(dataset: PreparedDataset) -> None:
     """Show what was learned from: images of each split and class, and what is wrong with them."""
     lines = [
-        f"# Dataset {dataset.name}",
+        f"# Dataset {_text(dataset.name)}",
         "",
-        f"Source `{dataset.source}`, fingerprint `{dataset.fingerprint[:12]}`",
+        f"Source {_code(dataset.source)}, fingerprint {_code(dataset.fingerprint[:12])}",
         "",
     ]
     splits = list(dataset.num_images)
     counts = dataset.report.class_counts
     rows = [[name, *(counts[split].get(name, 0) for split in splits)] for name in dataset.class_names]
-    lines += _table(["class", *splits], [*rows, ["**all**", *dataset.num_images.values()]])
+    lines += _table(["class", *splits], [*rows, ["all", *dataset.num_images.values()]])
     lines += ["", "## Warnings", ""] if dataset.report.warnings else ["", "Nothing to warn about."]
-    lines += [f"- {warning}" for warning in dataset.report.warnings]
-    create_markdown_artifact("\n".join(lines), key="dataset", description=f"{dataset.name}: images by split and class")
+    lines += [f"- {_text(warning)}" for warning in dataset.report.warnings]
+    description = f"{_text(dataset.name)}: images by split and class"
+    create_markdown_artifact("\n".join(lines), key="dataset", description=description)
 
 
 def publish_metrics(evaluation: Evaluation) -> None:
@@ -60,16 +65,17 @@ def publish_plots(run: Path) -> None:
     settings = load_toml(RetrainSettings, run / "config.toml")
     with (run / "history.csv").open(encoding="utf-8", newline="") as file:
         history = list(csv.DictReader(file))
+    preset, seed = _code(settings.train.preset), settings.train.seed
     best = max(history, key=lambda row: float(row["val_accuracy"]))
     seconds = sum(float(row["seconds"]) for row in history)
     evaluation = read_evaluation(run)
     lines = [
-        f"# {settings.prepare.resolved_name}: {evaluation.accuracy:.2%} of the test images are right",
+        f"# {_text(settings.prepare.resolved_name)}: {evaluation.accuracy:.2%} of the test images are right",
         "",
-        f"Run `{run.name}`: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
+        f"Run {_code(run.name)}: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
         "which had no part in the training.",
         "",
-        f"Preset `{settings.train.preset}`, seed {settings.train.seed}: {len(history)} epochs in {seconds:,.0f} s; "
+        f"Preset {preset}, seed {seed}: {len(history)} epochs in {seconds:,.0f} s; "
         f"best validation accuracy **{float(best['val_accuracy']):.4f}** in epoch {best['epoch']}.",
         "",
         _picture("Accuracy by epoch", run / "accuracy.png"),
@@ -84,7 +90,7 @@ def publish_plots(run: Path) -> None:
         "",
         _picture("Mistakes", run / "mistakes.png"),
         "",
-        f"Everything is in `{run}`.",
+        f"Everything is in {_code(run)}.",
     ]
     create_markdown_artifact("\n".join(lines), key="training-report", description="curves, samples and mistakes")
     matrix = f"# Confusion matrix\n\n{_picture('Confusion matrix', run / 'confusion_matrix.png')}"
@@ -94,27 +100,24 @@ def publish_plots(run: Path) -> None:
 def publish_decision(run: Path, decision: Decision) -> None:
     """Show whether the run became the champion, and why."""
     verdict = "Promoted" if decision.promoted else "Not promoted"
-    champion = "none yet" if decision.champion is None else f"`{decision.champion}`"
+    before = "" if decision.champion_accuracy is None else f"{decision.champion_accuracy:.4f}"
     rows = [
-        ["this run", f"`{decision.run_id}`", f"{decision.accuracy:.4f}"],
-        [
-            "champion before",
-            champion,
-            "" if decision.champion_accuracy is None else f"{decision.champion_accuracy:.4f}",
-        ],
+        ["this run", decision.run_id, f"{decision.accuracy:.4f}"],
+        ["champion before", decision.champion or "none yet", before],
         ["floor", "", f"{decision.min_accuracy:.4f}"],
     ]
-    lines = [f"# {verdict}", "", decision.reason[:1].upper() + decision.reason[1:] + ".", ""]
+    reason = _text(decision.reason)
+    lines = [f"# {verdict}", "", reason[:1].upper() + reason[1:] + ".", ""]
     lines += _table(["", "run", "test accuracy"], rows)
-    lines += ["", f"Measured on {decision.num_images:,} test images of `{decision.dataset_fingerprint[:12]}`.", ""]
-    lines += [f"The model is `{run / 'model.onnx'}`."]
-    create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {decision.reason}")
+    lines += ["", f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.", ""]
+    lines += [f"The model is {_code(run / 'model.onnx')}."]
+    create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {reason}")
 
 
 def publish_classification(summary: ClassificationSummary) -> None:
     """Show what came of a folder: counts by status, class and kind of error, and where the time went."""
-    rows = [["classified", summary.ok], ["failed", summary.error], ["**found**", summary.found]]
-    lines = [f"# {summary.found:,} files of `{summary.folder}`", "", *_table(["status", "files"], rows)]
+    rows = [["classified", summary.ok], ["failed", summary.error], ["found", summary.found]]
+    lines = [f"# {summary.found:,} files of {_code(summary.folder)}", "", *_table(["status", "files"], rows)]
     lines += ["", "## Classes", "", *_table(["class", "files"], summary.classes.items())]
     if summary.error:
         lines += ["", "## Errors", "", *_table(["kind", "files"], summary.error_kinds.items()), "", "The first:", ""]
@@ -128,14 +131,14 @@ def publish_classification(summary: ClassificationSummary) -> None:
         [f"decode (sum over {summary.workers} processes)", f"{spent.decode:.2f}"],
         ["inference", f"{spent.inference:.2f}"],
         ["write", f"{spent.write:.2f}"],
-        ["**in all** (stages overlap)", f"{spent.total:.2f}"],
+        ["in all (stages overlap)", f"{spent.total:.2f}"],
     ]
     lines += ["", "## Time", "", *_table(["stage", "seconds"], stages), ""]
     lines += [
-        f"{summary.images_per_second:,.0f} images/s after start-up on `{summary.device}` ({summary.provider}), "
+        f"{summary.images_per_second:,.0f} images/s after start-up on {_code(summary.device)} ({summary.provider}), "
         f"slowest stage: {summary.slowest_stage}.",
         "",
-        f"Model `{summary.model.name}/{summary.model.run_id}`; table `{summary.table}`.",
+        f"Model {_code(f'{summary.model.name}/{summary.model.run_id}')}; table {_code(summary.table)}.",
     ]
     description = f"{summary.ok:,} classified, {summary.error:,} failed"
     create_markdown_artifact("\n".join(lines), key="classification-summary", description=description)
@@ -147,5 +150,23 @@ def _picture(alt: str, path: Path) -> str:
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [list(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
+    """Return the lines of a markdown table; its cells are plain text."""
+    head, *body = (f"| {' | '.join(_text(cell) for cell in row)} |" for row in (header, *rows))
+    return [head, "|" + " --- |" * len(header), *body]
+
+
+# Everything that begins markdown, HTML or an entity. An underscore inside of a word begins nothing.
+_MARKUP = re.compile(r"[\\`*\[\]<>|!~&#]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def _text(value: object) -> str:
+    """Return markdown that shows a text as it is, on one line."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(value).split()))
+
+
+def _code(value: object) -> str:
+    """Return markdown that shows a text as code, on one line."""
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""  # between backticks of the text and those of the fence; not shown
+    return f"{fence}{space}{text}{space}{fence}"

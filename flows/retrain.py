@@ -33,6 +33,7 @@ from cnnpipe.config import (
 from flows import reports
 from flows.logs import send_library_logs
 from flows.progress import progress_artifact
+from flows.runs import recorded_run, run_url
 
 __all__ = ["retrain"]
 
@@ -69,14 +70,15 @@ def retrain(
         A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
     """
     send_library_logs()
-    logger.info("this run in the Prefect UI: %s", runtime.flow_run.ui_url)
+    logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    prepared = prepare_dataset(prepare, data)
-    run = train_model(settings, prepared, artifacts)
-    evaluate_model(run)
-    plot_training(run)
-    export_model(run)
-    decision = promote_model(run)
+    with recorded_run(Path(artifacts)):
+        prepared = prepare_dataset(prepare, data)
+        run = train_model(settings, prepared, artifacts)
+        evaluate_model(run)
+        plot_training(run)
+        export_model(run)
+        decision = promote_model(run)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
     return Completed(name=name, message=decision["reason"], data={"run": run, **decision})
 
@@ -84,11 +86,12 @@ def retrain(
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     """Decode the dataset, or find it decoded; return the folder."""
-    from cnnpipe.training.datasets import prepare_dataset as prepare_arrays
+    from cnnpipe.training.datasets import check_gates, prepare_arrays
 
     with progress_artifact("prepare-progress") as progress:
         dataset = prepare_arrays(prepare, Path(data), progress=progress)
-    reports.publish_dataset(dataset)
+    reports.publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
+    check_gates(dataset, prepare)
     return str(dataset.path)
 
 

@@ -24,13 +24,14 @@ from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.console import command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
+from flows.runs import close_dead_runs, unfinished_states
 from flows.server import Server, ensure_server, prefect_home, prepare_environment, serve_pidfile
 
 if TYPE_CHECKING:
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.deployments.runner import RunnerDeployment
 
-__all__ = ["build_deployments", "local_timezone", "parse_schedule"]
+__all__ = ["build_deployments", "close_left_runs", "local_timezone", "parse_schedule"]
 
 _SECTIONS: Final = tuple(RetrainSettings.model_fields)
 
@@ -61,13 +62,14 @@ def _serve(
         other = (pidfile.read() or {}).get("pid", "unknown")
         raise ServerError(f"process {other} serves these deployments already; end it first: {server.how_to_stop}")
     pidfile.write({"pid": os.getpid(), "api_url": server.api_url})
+    close_dead_runs(home)
     deployments = build_deployments(settings, schedule, data.resolve(), artifacts.resolve())
     for line in _introduction(server, settings, schedule):
         typer.echo(line)
-    _serve_until_stopped(deployments)
+    _serve_until_stopped(deployments, artifacts.resolve())
 
 
-def _serve_until_stopped(deployments: Sequence[RunnerDeployment]) -> None:
+def _serve_until_stopped(deployments: Sequence[RunnerDeployment], artifacts: Path) -> None:
     from prefect.runner import Runner
 
     class Scheduler(Runner):
@@ -84,20 +86,24 @@ def _serve_until_stopped(deployments: Sequence[RunnerDeployment]) -> None:
 
     # A shell that starts us in the background has SIGINT ignored, which asyncio would respect.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    close_left_runs("the machine or the scheduler went down during this run")
+    close_left_runs(artifacts, "the machine or the scheduler went down during this run")
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
         typer.echo("the schedule has ended")
     finally:
-        close_left_runs("the scheduler was stopped during this run")
+        close_left_runs(artifacts, "the scheduler was stopped during this run")
 
 
-def close_left_runs(reason: str) -> int:
+def close_left_runs(artifacts: Path, reason: str) -> int:
     """Mark the runs of both deployments that nobody executes any more as crashed; returns how many.
 
     Prefect's runner kills the runs under way when it ends, and leaves them "Running" for ever. Only for a process that
-    holds the record of the scheduler: no other one executes such runs.
+    holds the record of the scheduler of these artifacts: no other one executes such runs.
+
+    Args:
+        artifacts: folder of runs and champions, absolute. Runs with another one are another scheduler's, which may
+            be on another machine with the same server.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -109,17 +115,21 @@ def close_left_runs(reason: str) -> int:
         FlowRunFilterState,
         FlowRunFilterStateType,
     )
-    from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
 
-    unfinished = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    unfinished = FlowRunFilterStateType(any_=unfinished_states())
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain", "classify"])),
             deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["nightly", "bulk"])),
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=unfinished)),
         )
-        runs = [run for run in found if run.work_pool_name is None]  # others are a worker's
+        runs = [
+            run
+            for run in found
+            if run.work_pool_name is None  # others are a worker's
+            and run.parameters.get("artifacts") == str(artifacts)
+        ]
         for run in runs:
             client.set_flow_run_state(run.id, Crashed(message=reason))
     return len(runs)

@@ -205,13 +205,13 @@ def _bypass_proxy() -> None:
 def _one_at_a_time(home: Path) -> Iterator[None]:
     """Let one process at a time start or stop a server; the others wait, and then find it."""
     lock = FileLock(home / "server.lock")
-    try:
-        with storage_errors(home):
+    with storage_errors(home):
+        try:
             lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
-    except Timeout as error:
-        raise ServerError(
-            f"another process has been starting a Prefect server for minutes; end the one that holds {lock.lock_file}"
-        ) from error
+        except Timeout as error:  # inside, because it is an OSError too
+            raise ServerError(
+                f"another process has been starting a Prefect server for minutes; end what holds {lock.lock_file}"
+            ) from error
     try:
         yield
     finally:

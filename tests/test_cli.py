@@ -180,6 +180,8 @@ def test_too_many_failures_end_with_status_3_and_a_complete_table(
     result = run("classify", photos, *options)
     assert_one_line_error(result, 3, "1 of 13", "zz-notes.png")
     assert result.stdout.splitlines()[-1] == str(output)
+    summary = last_json(run("classify", photos, *options, "--overwrite", "--json"))
+    assert (summary["status"], summary["error"]) == ("too_many_failures", 1)
     assert len(output.read_text().splitlines()) == 13
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import threading
@@ -26,7 +27,15 @@ from sklearn.datasets import load_digits
 from cnnpipe.config import PrepareSettings
 from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
 from cnnpipe.images import decode_image
-from cnnpipe.training.datasets import DATASET_FILE, SPLITS, PreparedDataset, load_prepared, prepare_dataset
+from cnnpipe.training.datasets import (
+    DATASET_FILE,
+    SPLITS,
+    PreparedDataset,
+    check_gates,
+    load_prepared,
+    prepare_arrays,
+    prepare_dataset,
+)
 from cnnpipe.training.download import Archive
 from cnnpipe.training.splits import TEST, TRAIN, VAL, assign_splits
 
@@ -169,7 +178,7 @@ def test_hidden_files_and_litter_are_not_there(tmp_path: Path) -> None:
     dataset = prepare(root, tmp_path / "data")
     assert sum(dataset.num_images.values()) == 60
     assert dataset.report.unreadable == ()
-    assert dataset.report.warnings == ()
+    assert "left out" not in " ".join(dataset.report.warnings)
 
 
 def test_unreadable_files_are_reported_and_left_out(tmp_path: Path) -> None:
@@ -186,14 +195,18 @@ def test_unreadable_files_are_reported_and_left_out(tmp_path: Path) -> None:
         ("digit2/empty.png", "empty"),
         ("digit2/gone.png", "not_found"),
     }
+    assert dataset.report.warnings[0] == (
+        "4 of 64 files are unreadable and were left out: digit0/notes.txt (not_an_image), digit1/cut.png (truncated), "
+        "digit2/empty.png (empty), …"
+    )
 
 
 def test_stray_files_beside_classes_are_a_warning(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
     for name in ("a.png", "b.txt"):
         (root / name).touch()
-    assert prepare(root, tmp_path / "data").report.warnings == (
-        f"2 files in {root} are in no class folder and were left out: a.png, b.txt",
+    assert prepare(root, tmp_path / "data").report.warnings[0] == (
+        f"2 files in {root} are in no class folder and were left out: a.png, b.txt"
     )
 
 
@@ -201,7 +214,7 @@ def test_classes_missing_in_test_are_a_warning(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "root", train=15, test=5)
     shutil.rmtree(root / "test" / "digit1")
     report = prepare(root, tmp_path / "data").report
-    assert report.warnings == ("test has no images of 1 classes: digit1",)
+    assert report.warnings[0] == "test has no images of 1 classes: digit1"
     assert report.class_counts["test"] == {"digit0": 5, "digit1": 0, "digit2": 5}
 
 
@@ -377,6 +390,9 @@ def test_copies_of_an_image_are_never_parted(tmp_path: Path) -> None:
     report = prepare(root, tmp_path / "data").report
     assert report.leaks == ()
     assert report.duplicates == 60
+    assert re.fullmatch(
+        r"60 images repeat another one of their split: digit0/\w+\.png = digit0/\w+\.png, .*, …", report.warnings[0]
+    )
 
 
 # --- the report and its gates
@@ -400,14 +416,49 @@ def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Pat
             "other_split": "train",
         }
     ]
+    assert report.warnings[0] == (
+        "1 of 16 images of test are also in another: test/digit1/leaked.jpg = train/digit1/003.jpg"
+    )
 
 
 def test_the_same_image_in_two_classes_is_a_warning(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
     shutil.copy(root / "digit0" / "000.png", root / "digit1" / "zero.png")
-    assert prepare(root, tmp_path / "data").report.warnings == (
-        "1 images are in two classes: digit0/000.png and digit1/zero.png",
+    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in (
+        prepare(root, tmp_path / "data").report.warnings
     )
+
+
+def test_small_classes_and_unequal_ones_are_warnings(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=2)
+    write_class(root / "few", 2, range(16))
+    assert prepare(root, tmp_path / "data").report.warnings == (
+        "class 'digit0' has 109 images in train and 'few' has 10, 10.9 times fewer",
+        "1 classes have fewer than 50 images in train: few (10)",
+    )
+
+
+def test_a_good_dataset_has_no_warnings(tmp_path: Path) -> None:
+    assert prepare("digits", tmp_path).report.warnings == ()
+
+
+def test_every_warning_is_a_line_of_the_log_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=2)
+    (root / "digit0" / "line\nbreak.png").write_bytes(b"spoilt")
+    for _ in range(2):
+        caplog.clear()
+        prepare(root, tmp_path / "data")
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "root: 1 of 341 files are unreadable and were left out: digit0/line break.png (not_an_image)"
+        ]
+
+
+def test_a_dataset_that_fails_a_gate_is_prepared_all_the_same(tmp_path: Path) -> None:
+    strict = PrepareSettings(dataset=str(write_flat(tmp_path / "root")), min_images_per_class=100)
+    dataset = prepare_arrays(strict, tmp_path / "data")
+    assert load_prepared(dataset.path) == dataset
+    with pytest.raises(DatasetError, match=r"class 'digit0' has 13 images in train, need at least 100"):
+        check_gates(dataset, strict)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
+import pickle
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 import pytest
+from PIL import Image
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -24,10 +29,12 @@ from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 
-from cnnpipe.config import ClassifySettings, PromoteSettings, TrainSettings
-from cnnpipe.errors import FailureBudgetError, RegistryError
+from cnnpipe.config import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
+from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError
 from cnnpipe.registry import champion_run, list_runs
+from cnnpipe.training.datasets import PreparedDataset
 from flows.classify import classify
+from flows.reports import _code, _text
 from flows.retrain import retrain
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -111,6 +118,54 @@ def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path,
     assert "319,178" in text
     assert "epoch 1/1" in text
     assert "test: accuracy" in text
+
+
+def write_photos(root: Path, digits: PreparedDataset, names: list[str], per_class: int) -> None:
+    """Write test digits as a folder dataset of classes with these names."""
+    images, labels = digits.images("test"), digits.labels("test")
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in np.flatnonzero(labels == label)[:per_class]:
+            Image.fromarray(images[index]).save(root / name / f"{index:03d}.png")
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a line of a markdown table."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_a_dataset_that_a_gate_stops_is_shown_with_its_warnings_as_plain_text(
+    client: SyncPrefectClient, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    write_photos(root, digits, ["re d\n|x", "<b>"], per_class=15)
+    (root / "<b>" / "![](http:x).png").write_bytes(b"spoilt")
+    prepare = PrepareSettings(dataset=str(root), max_unreadable_fraction=0.0)
+
+    state = run_retrain(prepare=prepare, data=str(tmp_path / "data"), artifacts=str(tmp_path / "artifacts"))
+
+    with pytest.raises(DatasetError, match="1 of 31 files are unreadable, more than 0 "):
+        state.result()
+    shown = artifacts_of(client, state)["dataset"]
+    table = [cells(line) for line in shown.splitlines() if line.startswith("|")]
+    assert table[0] == ["class", "train", "val", "test"]
+    assert [row[0] for row in table[2:]] == [r"\<b\>", r"re d \|x", "all"]
+    assert {len(row) for row in table} == {4}
+    warnings = [line for line in shown.splitlines() if line.startswith("- ")]
+    left_out = r"- 1 of 31 files are unreadable and were left out: \<b\>/\!\[\](http:x).png (not_an_image)"
+    assert warnings[0] == left_out
+    assert "fewer than 50 images" in warnings[1]
+    assert "Nothing to warn about" not in shown
+
+
+def test_code_in_a_report_is_code_whatever_is_in_it() -> None:
+    assert [_code(text) for text in ("a b", "a``b", "`a\nb`")] == ["`a b`", "``` a``b ```", "`` `a b` ``"]
+
+
+def test_text_in_a_report_begins_no_markup() -> None:
+    assert _text(r"a*b `c` __init__ not_an_image \d &lt; [x](y)") == (
+        r"a\*b \`c\` \_\_init\_\_ not_an_image \\d \&lt; \[x\](y)"
+    )
 
 
 def test_a_model_below_the_floor_completes_the_run_unpromoted(data: Path, tmp_path: Path) -> None:
@@ -200,7 +255,9 @@ def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
     state = run_classify(settings, artifacts)
 
     assert state.type.value == "FAILED"
-    with pytest.raises(FailureBudgetError, match="1 of 13 files failed"):
+    with pytest.raises(FailureBudgetError, match="1 of 13 files failed") as caught:
         state.result()
+    summary = pickle.loads(pickle.dumps(caught.value)).summary
+    assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "summary.json").read_bytes())
     assert (tmp_path / "table.csv").exists()
     assert "classification-summary" in artifacts_of(client, state)

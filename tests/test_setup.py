@@ -255,6 +255,16 @@ def test_setup_with_cuda_takes_the_cuda_lock(machine: Machine) -> None:
     assert machine.called()[1].endswith("-r requirements-cuda.lock")
 
 
+@pytest.mark.parametrize("cuda", ["0", "1"])
+def test_setup_that_is_not_told_about_cuda_keeps_what_it_was_told_before(machine: Machine, cuda: str) -> None:
+    machine.add_python("python3", "3.12")
+    machine.setup(CUDA=cuda)
+    calls = machine.called()
+    again = machine.setup(CUDA="")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert machine.called() == calls
+
+
 def test_setup_with_another_python_makes_the_venv_anew(machine: Machine) -> None:
     machine.add_python("python3.12", "3.12")
     machine.setup()

@@ -15,9 +15,13 @@ from cnnpipe.errors import DatasetError
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL
 
-__all__ = ["DataReport", "Leak", "Unreadable", "build_report", "check_gates", "compute_statistics"]
+__all__ = ["DataReport", "Leak", "Unreadable", "build_report", "check_limits", "compute_statistics"]
 
 _CHUNK_BYTES = 2**22
+
+# Worth a line to the user, though not worth stopping the run for, as the limits in the settings are.
+_NOTABLE_IMBALANCE = 10.0
+_FEW_IMAGES = 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class DataReport:
     imbalance: float
     """Images of the largest class in train for each one of the smallest; ≥ 1."""
     warnings: tuple[str, ...]
+    """All of that, where it is worth reading, in a line each; whether or not a limit is passed."""
 
 
 def build_report(
@@ -76,14 +81,21 @@ def build_report(
         name: dict(zip(class_names, _count(labels[splits == split], len(class_names)), strict=True))
         for split, name in enumerate(SPLITS)
     }
-    train = counts[SPLITS[TRAIN]].values()
+    found = [
+        *warnings,
+        *_warn_of_unreadable(unreadable, len(labels)),
+        *_warn_of_leaks(leaks, counts),
+        *_warn_of_duplicates(duplicates),
+        *_warn_of_contradictions(labels, digests, paths),
+        *_warn_of_classes(counts[SPLITS[TRAIN]]),
+    ]
     return DataReport(
         unreadable=tuple(unreadable),
         leaks=tuple(leaks),
-        duplicates=duplicates,
+        duplicates=len(duplicates),
         class_counts=counts,
-        imbalance=max(train) / max(min(train), 1),  # none at all counts as one; JSON has no infinity
-        warnings=(*warnings, *_contradictions(labels, digests, paths)),
+        imbalance=_imbalance(counts[SPLITS[TRAIN]]),
+        warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may hold line breaks
     )
 
 
@@ -91,12 +103,19 @@ def _count(labels: npt.NDArray[np.int64], num_classes: int) -> list[int]:
     return [int(count) for count in np.bincount(labels, minlength=num_classes)]
 
 
-def _find_leaks(splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]) -> tuple[list[Leak], int]:
-    """Return the leaks in the order of the images, and the number of duplicates within splits."""
+def _imbalance(train: dict[str, int]) -> float:
+    return max(train.values()) / max(min(train.values()), 1)  # none at all counts as one; JSON has no infinity
+
+
+def _find_leaks(
+    splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
+) -> tuple[list[Leak], list[str]]:
+    """Return the leaks in the order of the images, and for each duplicate within a split whose it is."""
     first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
-    duplicates = 0
+    duplicates = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
-        duplicates += first[split].setdefault(digest, index) != index
+        if (original := first[split].setdefault(digest, index)) != index:
+            duplicates.append(f"{paths[index]} = {paths[original]}")
     leaks = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
         for other in range(split):  # train comes before val, and val before test
@@ -106,7 +125,29 @@ def _find_leaks(splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Seq
     return leaks, duplicates
 
 
-def _contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
+def _warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+    if not unreadable:
+        return []
+    total = num_readable + len(unreadable)
+    offenders = _first_few([f"{file.path} ({file.kind})" for file in unreadable])
+    return [f"{len(unreadable):,} of {total:,} files are unreadable and were left out: {offenders}"]
+
+
+def _warn_of_leaks(leaks: Sequence[Leak], counts: dict[str, dict[str, int]]) -> list[str]:
+    warnings = []
+    for split in (SPLITS[VAL], SPLITS[TEST]):
+        pairs = [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
+        if pairs:
+            total = sum(counts[split].values())
+            warnings.append(f"{len(pairs):,} of {total:,} images of {split} are also in another: {_first_few(pairs)}")
+    return warnings
+
+
+def _warn_of_duplicates(pairs: Sequence[str]) -> list[str]:
+    return [f"{len(pairs):,} images repeat another one of their split: {_first_few(pairs)}"] if pairs else []
+
+
+def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
     """Return a warning if the same image is in two classes: one of its labels is wrong."""
     first: dict[str, int] = {}
     pairs = []
@@ -117,7 +158,22 @@ def _contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths
     return [f"{len(pairs)} images are in two classes: {_first_few(pairs)}"] if pairs else []
 
 
-def check_gates(report: DataReport, settings: PrepareSettings, details: str) -> None:
+def _warn_of_classes(train: dict[str, int]) -> list[str]:
+    """Return a warning if classes are far apart in size, and one if some are small."""
+    warnings = []
+    if (ratio := _imbalance(train)) > _NOTABLE_IMBALANCE:
+        smallest, largest = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
+        warnings.append(
+            f"class {largest!r} has {train[largest]:,} images in train and {smallest!r} has {train[smallest]:,}, "
+            f"{ratio:.4g} times fewer"
+        )
+    small = [f"{name} ({train[name]})" for name in train if train[name] < _FEW_IMAGES]
+    if small:
+        warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {_first_few(small)}")
+    return warnings
+
+
+def check_limits(report: DataReport, settings: PrepareSettings, details: str) -> None:
     """Refuse a dataset that is too bad to learn from.
 
     Args:

@@ -34,7 +34,14 @@ from cnnpipe.images import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.storage import make_folder, storage_errors, write_folder, write_json
 from cnnpipe.training.cifar10 import CIFAR10_ARCHIVE
-from cnnpipe.training.data_report import DataReport, Leak, Unreadable, build_report, check_gates, compute_statistics
+from cnnpipe.training.data_report import (
+    DataReport,
+    Leak,
+    Unreadable,
+    build_report,
+    check_limits,
+    compute_statistics,
+)
 from cnnpipe.training.download import Archive, Progress
 from cnnpipe.training.sources import Source, SourceImages, open_source
 from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL, assign_splits
@@ -46,7 +53,9 @@ __all__ = [
     "Leak",
     "PreparedDataset",
     "Unreadable",
+    "check_gates",
     "load_prepared",
+    "prepare_arrays",
     "prepare_dataset",
 ]
 
@@ -104,7 +113,7 @@ def prepare_dataset(
     progress: Progress | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
 ) -> PreparedDataset:
-    """Prepare a dataset, or find it prepared already.
+    """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
 
     Args:
         data: the folder with `raw/`, which is only read but for downloads, and `prepared/`.
@@ -115,15 +124,43 @@ def prepare_dataset(
         DatasetError: the source is missing or malformed, or a limit in `settings` is passed.
         StorageError: `data/prepared` cannot be written.
     """
+    dataset = prepare_arrays(settings, data, workers=workers, progress=progress, archive=archive)
+    check_gates(dataset, settings)
+    return dataset
+
+
+def prepare_arrays(
+    settings: PrepareSettings,
+    data: Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    archive: Archive = CIFAR10_ARCHIVE,
+) -> PreparedDataset:
+    """Do what `prepare_dataset` does, and leave it to the caller to call `check_gates`.
+
+    The folder is whole even if a limit is passed: it holds the report with every offending path, to be shown first,
+    and whoever then raises the limit has nothing to decode again. Every warning of the report is logged.
+
+    Raises:
+        DatasetError: the source is missing or malformed.
+        StorageError: `data/prepared` cannot be written.
+    """
     source = open_source(settings, data / "raw", archive, workers, progress or _no_progress)
     prepared = data / "prepared"
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
-    # Checked after the folder is written, which is therefore there even if a limit is passed: it holds the whole report
-    # with every offending path, and whoever then raises the limit has nothing to decode again.
-    check_gates(dataset.report, settings, str(dataset.path / DATASET_FILE))
     return dataset
+
+
+def check_gates(dataset: PreparedDataset, settings: PrepareSettings) -> None:
+    """Refuse a dataset that is too bad to learn from.
+
+    Raises:
+        DatasetError: a limit in `settings` is passed; names it, what it received, and where the whole report is.
+    """
+    check_limits(dataset.report, settings, str(dataset.path / DATASET_FILE))
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -213,7 +250,8 @@ def _write_dataset(
     for split, name in enumerate(SPLITS):
         rows = np.flatnonzero(splits == split)
         _write_images(folder / f"{name}_images.npy", images.pixels, rows, settings.image_size)
-        np.save(folder / f"{name}_labels.npy", images.labels[rows])
+        with storage_errors(folder):
+            np.save(folder / f"{name}_labels.npy", images.labels[rows])
         write_json(folder / f"{name}_paths.json", [images.paths[row] for row in rows.tolist()])
         done += len(rows)
         progress("write", done, len(splits))
@@ -246,7 +284,7 @@ def _write_images(
     """Write some rows of `pixels` as an .npy file, brought to `image_size`, a block at a time."""
     shape = (*image_size, 3)
     step = max(1, _BLOCK_BYTES // (image_size[0] * image_size[1] * 3))
-    with path.open("wb") as file:
+    with storage_errors(path), path.open("wb") as file:
         # Written, not mapped: a full disk then is an error, and not the end of the process by SIGBUS.
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
         np.lib.format.write_array_header_1_0(file, header)

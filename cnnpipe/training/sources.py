@@ -221,9 +221,13 @@ class FolderSource:
         """Decode all files, write the pixels of those that can be decoded to `scratch`, one after the other."""
         files: list[DecodedFile] = []
         # Plain writes report a full disk; into a mapped file they would end the process with SIGBUS.
-        with storage_errors(scratch), scratch.open("wb") as file, closing(self._decode_chunks(image_size)) as chunks:
+        with storage_errors(scratch):
+            file = scratch.open("wb")
+        with file, closing(self._decode_chunks(image_size)) as chunks:
             for chunk in chunks:
-                file.write(chunk.images.tobytes())
+                with storage_errors(scratch):
+                    file.write(chunk.images.tobytes())
+                    file.flush()  # here, so that a full disk is not told at closing
                 files += chunk.files
                 self._progress("decode", len(files), len(self._folder.paths))
         return files
