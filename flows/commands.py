@@ -112,7 +112,7 @@ def _quieten_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Threads of Prefect that send logs and events tell of a lost server too, at length.
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # what cannot be sent to a lost server would say so at exit
 
 
 @contextmanager
@@ -127,10 +127,6 @@ def _lost_server(server: Server) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
-        if "CNNPIPE_DEBUG" not in os.environ:
-            logging.raiseExceptions = (
-                False  # what is still to be logged cannot be sent either, and would say so at exit
-            )
         raise ServerError(
             f"the Prefect server at {server.ui_url} has stopped answering ({error}), and with it this run has ended; "
             "what was finished is kept; run the command again, which finds or starts a server"
