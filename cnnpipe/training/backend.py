@@ -47,7 +47,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _without_chatter():
     import keras
 
-    keras.distribution.list_devices()  # TensorFlow reports its search for a driver here, else at the first operation
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Here it reports its search for a driver, else at the first operation. Listing them sets none of them up, after
+        # which `select_device` could no longer hide any.
+        tf.config.list_physical_devices()
 
 
 def select_device(device: str) -> str:
