@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,17 @@ def test_cuda_without_a_gpu_is_refused(digits: PreparedDataset, tmp_path: Path) 
         pytest.skip("this machine has a GPU")
     with pytest.raises(ProviderError, match="'cuda' was asked for, but tensorflow sees 0 GPUs"):
         train_model(RetrainSettings(train=TrainSettings(device="cuda")), digits, create_run(tmp_path, "digits"))
+
+
+def test_importing_keras_leaves_the_choice_of_devices_open() -> None:
+    code = """
+import cnnpipe.training.backend
+import tensorflow as tf
+tf.config.threading.set_inter_op_parallelism_threads(1)  # refused once TensorFlow has set up its devices
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_the_summary_of_the_model_is_logged(
