@@ -21,6 +21,7 @@ from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import METRICS_FILE, PREDICTIONS_FILE
 from cnnpipe.training.plots import (
     HISTORY_FILE,
+    PredictedImages,
     plot_confusion_matrix,
     plot_history,
     plot_mistakes,
@@ -206,7 +207,7 @@ def test_class_without_images_is_an_empty_row(tmp_path: Path, drawn: list[Figure
 def test_class_names_of_any_text_can_be_drawn(tmp_path: Path) -> None:
     labels = np.arange(10)
     plot_confusion_matrix(_matrix(10), ODD_NAMES, tmp_path / "m.png")
-    plot_samples(_photos(10), labels, labels[::-1], np.full(10, 0.5), ODD_NAMES, tmp_path / "s.png")
+    plot_samples(PredictedImages(_photos(10), labels, labels[::-1], np.full(10, 0.5), ODD_NAMES), tmp_path / "s.png")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,9 @@ def test_samples_begin_with_the_first_image_and_span_the_split(tmp_path: Path, d
     labels = np.arange(100) // 10
     predicted = np.where(np.arange(100) % 2 == 0, labels, (labels + 1) % 10)
     names = [f"class-{number}" for number in range(10)]
-    path = plot_samples(_photos(100), labels, predicted, np.linspace(0.5, 1, 100), names, tmp_path / "samples.png")
+    path = plot_samples(
+        PredictedImages(_photos(100), labels, predicted, np.linspace(0.5, 1, 100), names), tmp_path / "samples.png"
+    )
     assert path.stat().st_size < 300_000
     assert _has_white_border(path)
     titles = [axes.get_title() for axes in drawn[0].axes]
@@ -240,7 +243,9 @@ def test_samples_begin_with_the_first_image_and_span_the_split(tmp_path: Path, d
 
 def test_right_and_wrong_differ_in_mark_and_colour(tmp_path: Path, drawn: list[Figure]) -> None:
     right = np.array([0, 1])
-    plot_samples(_photos(2), right, np.array([0, 0]), np.array([0.9, 0.8]), ["a", "b"], tmp_path / "samples.png")
+    plot_samples(
+        PredictedImages(_photos(2), right, np.array([0, 0]), np.array([0.9, 0.8]), ["a", "b"]), tmp_path / "samples.png"
+    )
     first, second = drawn[0].axes[:2]
     assert (first.get_title()[0], second.get_title()) == ("✓", "✗ a 80.0%\nactual: b")
     assert first.title.get_color() != second.title.get_color()
@@ -249,7 +254,9 @@ def test_right_and_wrong_differ_in_mark_and_colour(tmp_path: Path, drawn: list[F
 def test_mistakes_are_shown_by_falling_confidence(tmp_path: Path, drawn: list[Figure]) -> None:
     labels, predicted = np.zeros(60, np.int64), np.arange(60) % 2
     probabilities = np.linspace(0.5, 1, 60)
-    path = plot_mistakes(_photos(60), labels, predicted, probabilities, ["a", "b"], tmp_path / "mistakes.png")
+    path = plot_mistakes(
+        PredictedImages(_photos(60), labels, predicted, probabilities, ["a", "b"]), tmp_path / "mistakes.png"
+    )
     assert path.stat().st_size < 300_000
     assert _has_white_border(path)
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
@@ -261,14 +268,18 @@ def test_mistakes_are_shown_by_falling_confidence(tmp_path: Path, drawn: list[Fi
 
 def test_no_mistakes_give_a_picture_that_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
     labels = np.zeros(1234, np.int64)
-    path = plot_mistakes(_photos(1234, 8), labels, labels, np.ones(1234), ["a", "b"], tmp_path / "mistakes.png")
+    path = plot_mistakes(
+        PredictedImages(_photos(1234, 8), labels, labels, np.ones(1234), ["a", "b"]), tmp_path / "mistakes.png"
+    )
     assert path.is_file()
     assert _texts(drawn[0]) == ["No mistakes: all 1,234 test images are classified right"]
 
 
 def test_grid_of_large_images_is_small(tmp_path: Path) -> None:
     labels = np.zeros(24, np.int64)
-    path = plot_samples(_photos(24, 224), labels, labels, np.ones(24), ["a", "b"], tmp_path / "samples.png")
+    path = plot_samples(
+        PredictedImages(_photos(24, 224), labels, labels, np.ones(24), ["a", "b"]), tmp_path / "samples.png"
+    )
     assert path.stat().st_size < 300_000
     assert _has_white_border(path)
 

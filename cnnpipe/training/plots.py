@@ -31,6 +31,7 @@ from cnnpipe.training.figures import save_figure, shorten_name, text_style
 
 __all__ = [
     "HISTORY_FILE",
+    "PredictedImages",
     "Predictions",
     "plot_confusion_matrix",
     "plot_history",
@@ -62,6 +63,21 @@ class Predictions:
     """(N,), of the predicted class, 0-1."""
 
 
+@dataclass(frozen=True)
+class PredictedImages:
+    """Images with what they are and what the model says."""
+
+    images: npt.NDArray[np.uint8]
+    """(N, H, W, 3) RGB."""
+    labels: npt.NDArray[np.int64]
+    """(N,), index of the actual class."""
+    predicted: npt.NDArray[np.int64]
+    """(N,), index of the predicted class."""
+    probabilities: npt.NDArray[np.floating[Any]]
+    """(N,), of the predicted class, 0-1."""
+    class_names: Sequence[str]
+
+
 def plot_run(run: Path, dataset: PreparedDataset) -> list[Path]:
     """Draw all pictures of an evaluated run into its folder.
 
@@ -80,12 +96,12 @@ def plot_run(run: Path, dataset: PreparedDataset) -> list[Path]:
     if evaluation.class_names != names:
         raise DatasetError(f"{run} was evaluated on other classes than {dataset.name} has; evaluate it again")
     predictions = read_predictions(run, names, labels)
-    shown = (dataset.images("test"), labels, predictions.predicted, predictions.probability, names)
+    shown = PredictedImages(dataset.images("test"), labels, predictions.predicted, predictions.probability, names)
     return [
         *plot_history(run),
         plot_confusion_matrix(evaluation.confusion_matrix, names, run / "confusion_matrix.png"),
-        plot_samples(*shown, run / "samples.png"),
-        plot_mistakes(*shown, run / "mistakes.png"),
+        plot_samples(shown, run / "samples.png"),
+        plot_mistakes(shown, run / "mistakes.png"),
     ]
 
 
@@ -253,76 +269,50 @@ def _write_cells(axes: Axes, counts: Counts, shares: npt.NDArray[np.float64]) ->
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
-def plot_samples(
-    images: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.int64],
-    probabilities: npt.NDArray[np.floating[Any]],
-    class_names: Sequence[str],
-    path: Path,
-) -> Path:
+def plot_samples(shown: PredictedImages, path: Path) -> Path:
     """Draw a grid of test images, evenly spaced over the split, the first one included, with what the model says.
 
-    Args:
-        images: (N, H, W, 3) uint8 RGB.
-        labels: (N,), index of the actual class.
-        predicted: (N,), index of the predicted class.
-        probabilities: (N,), of the predicted class, 0-1.
-        path: the picture to write.
     Raises:
         StorageError: the picture cannot be written.
     """
+    labels, predicted = shown.labels, shown.predicted
     number = min(_GRID_COLUMNS * _GRID_ROWS, len(labels))
     chosen = np.arange(number) * len(labels) // number
     right = int((predicted == labels).sum())
     title = f"Sample predictions: {number} of {len(labels):,} test images; of all, {right / len(labels):.2%} are right"
-    save_figure(_draw_grid(images, labels, predicted, probabilities, class_names, chosen, title), path, _MAX_GRID_BYTES)
+    save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
     return path
 
 
-def plot_mistakes(
-    images: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.int64],
-    probabilities: npt.NDArray[np.floating[Any]],
-    class_names: Sequence[str],
-    path: Path,
-) -> Path:
+def plot_mistakes(shown: PredictedImages, path: Path) -> Path:
     """Draw a grid of the wrong predictions with the highest probability, highest first; see `plot_samples`."""
+    labels, predicted, probabilities = shown.labels, shown.predicted, shown.probabilities
     wrong = np.flatnonzero(predicted != labels)
     chosen = wrong[np.argsort(-probabilities[wrong], kind="stable")][: _GRID_COLUMNS * _GRID_ROWS]
     title = f"Most confident mistakes: {len(chosen)} of {len(wrong):,} among {len(labels):,} test images"
     if not len(wrong):
         title = f"No mistakes: all {len(labels):,} test images are classified right"
-    save_figure(_draw_grid(images, labels, predicted, probabilities, class_names, chosen, title), path, _MAX_GRID_BYTES)
+    save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
     return path
 
 
-def _draw_grid(
-    images: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.int64],
-    probabilities: npt.NDArray[np.floating[Any]],
-    class_names: Sequence[str],
-    chosen: npt.NDArray[np.int64],
-    title: str,
-) -> Figure:
+def _draw_grid(shown: PredictedImages, chosen: npt.NDArray[np.int64], title: str) -> Figure:
     if not len(chosen):
         figure = Figure(figsize=(7.2, 1.2))
         figure.text(0.5, 0.5, title, fontsize=13, ha="center", va="center")
         return figure
     rows = math.ceil(len(chosen) / _GRID_COLUMNS)
-    cell_height = 1.7 * float(np.clip(images.shape[1] / images.shape[2], 0.2, 2.0)) + 0.4  # inches
+    cell_height = 1.7 * float(np.clip(shown.images.shape[1] / shown.images.shape[2], 0.2, 2.0)) + 0.4  # inches
     figure = Figure(figsize=(1.75 * _GRID_COLUMNS, 0.5 + rows * cell_height), layout="constrained")
     figure.suptitle(title, fontsize=13)
     grid = figure.subplots(rows, _GRID_COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, index in zip(grid.flat, chosen, strict=False):
-        actual, guess = int(labels[index]), int(predicted[index])
+        actual, guess = int(shown.labels[index]), int(shown.predicted[index])
         mark, colour = ("✓", _RIGHT_COLOUR) if actual == guess else ("✗", _WRONG_COLOUR)
-        text = f"{mark} {shorten_name(class_names[guess], guess, 16)} {probabilities[index]:.1%}\n"
-        text += f"actual: {shorten_name(class_names[actual], actual, 16)}"
-        axes.imshow(images[index], interpolation="nearest")
+        text = f"{mark} {shorten_name(shown.class_names[guess], guess, 16)} {shown.probabilities[index]:.1%}\n"
+        text += f"actual: {shorten_name(shown.class_names[actual], actual, 16)}"
+        axes.imshow(shown.images[index], interpolation="nearest")
         axes.set_title(text, fontsize=8.5, color=colour, pad=3, **text_style())
     return figure
