@@ -168,22 +168,32 @@ def test_summary_file_of_the_users_own_is_never_replaced(
 ) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "summary.json").write_text('{"mine":1}')
-    with pytest.raises(PredictionsError, match=r"own/summary\.json belongs to another table or is not ours at all"):
+    with pytest.raises(PredictionsError, match=r"own/summary\.json is no summary of ours"):
         classify(images, model, tmp_path, output=str(tmp_path / "own" / "a.csv"), overwrite=overwrite)
     assert (tmp_path / "own" / "summary.json").read_text() == '{"mine":1}'
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["summary.json"]
 
 
-def test_second_table_in_a_folder_is_refused_and_the_first_keeps_its_summary(
-    images: Path, model: Path, tmp_path: Path
-) -> None:
-    classify(images, model, tmp_path, output=str(tmp_path / "out" / "a.csv"))
-    before = (tmp_path / "out" / "summary.json").read_bytes()
-    for overwrite in (False, True):
-        with pytest.raises(PredictionsError, match="choose another folder for --output"):
-            classify(images, model, tmp_path, output=str(tmp_path / "out" / "b.csv"), overwrite=overwrite)
-    assert (tmp_path / "out" / "summary.json").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.csv", "summary.json"]
+def test_summary_of_an_earlier_table_in_the_folder_steps_aside(images: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    classify(images, model, tmp_path, output=str(out / "a.csv"))
+    first = (out / "summary.json").read_bytes()
+
+    classify(images, model, tmp_path, output=str(out / "a.jsonl"))
+
+    assert (out / "a.csv.summary.json").read_bytes() == first
+    assert json.loads((out / "summary.json").read_text())["table"] == str(out / "a.jsonl")
+    names = ["a.csv", "a.csv.summary.json", "a.jsonl", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+    with pytest.raises(PredictionsError, match="is there already"):
+        classify(images, model, tmp_path, output=str(out / "a.csv"))
+    (images / "0.txt").unlink()
+    classify(images, model, tmp_path, output=str(out / "a.csv"), overwrite=True)
+
+    assert json.loads((out / "summary.json").read_text())["found"] == 49
+    assert json.loads((out / "a.jsonl.summary.json").read_text())["found"] == 50
+    assert not (out / "a.csv.summary.json").exists()
 
 
 def test_own_summary_is_known_by_any_spelling_of_the_path(

@@ -19,13 +19,12 @@ from cnnpipe.images import display_path, find_files
 from cnnpipe.inference.engine import EngineOptions, StageSeconds, check_top_k, classify_files
 from cnnpipe.inference.predictions import check_output, open_table
 from cnnpipe.inference.summary import (
-    SUMMARY_FILE,
     ClassificationSummary,
     ModelUsed,
     RowCounts,
     StageReport,
     check_failure_rate,
-    is_summary_of,
+    summaries_of,
     write_summary,
 )
 from cnnpipe.registry import resolve_model_file
@@ -95,7 +94,7 @@ def predict_folder(
         time.perf_counter() - began, start_up, seconds.list, seconds.decode, seconds.inference, seconds.write
     )
     summary = _summarize(settings, output, session, pool.workers, counts, report, started)
-    _logger.info("summary: %s", write_summary(summary, output, overwrite=settings.overwrite))
+    _logger.info("summary: %s", write_summary(summary, output))
     return summary
 
 
@@ -179,15 +178,14 @@ def _write_table(
         if counts.ok + counts.error != found:
             raise RuntimeError(f"{found:,} files found, but {counts.ok:,} ok + {counts.error:,} error: a bug of ours")
         if settings.overwrite:
-            _remove_summary(output)
+            _remove_summaries(output)
     return counts, seconds
 
 
-def _remove_summary(table: Path) -> None:
+def _remove_summaries(table: Path) -> None:
     """Remove the summary of the table that is about to be replaced: it must never stand beside the new one."""
-    summary = table.with_name(SUMMARY_FILE)
-    with storage_errors(summary):
-        if is_summary_of(summary, table):
+    for summary in summaries_of(table):
+        with storage_errors(summary):
             summary.unlink()
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
 from cnnpipe.images import display_path
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.inference.summary import SUMMARY_FILE, is_summary_of
+from cnnpipe.inference.summary import SUMMARY_FILE, described_table, summaries_of
 from cnnpipe.storage import storage_errors, write_file
 
 __all__ = ["TABLE_SUFFIXES", "TableWriter", "check_output", "open_table", "table_columns"]
@@ -43,14 +43,14 @@ def table_columns(top_k: int) -> list[str]:
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that cannot be written, before any work is done.
 
-    The summary is part of the output: a `summary.json` beside `path` is replaced only with the table it describes.
+    The summary is part of the output: it is replaced only with the table it describes.
 
     Args:
         path: the table.
         overwrite: whether a table and its summary may be replaced.
     Raises:
         PredictionsError: its suffix is none of `TABLE_SUFFIXES`, it is a folder, it or its summary is there already,
-            or the `summary.json` beside it belongs to something else.
+            or the `summary.json` beside it is not ours.
         StorageError: there can be no such file.
     """
     if path.suffix not in TABLE_SUFFIXES:
@@ -59,11 +59,9 @@ def check_output(path: Path, overwrite: bool) -> None:
         if path.is_dir():
             raise PredictionsError(f"the output must be a file, received the folder {path}; name a file in it")
     summary = path.with_name(SUMMARY_FILE)
-    if os.path.lexists(summary) and not is_summary_of(summary, path):
-        raise PredictionsError(
-            f"{summary} belongs to another table or is not ours at all; choose another folder for --output"
-        )
-    for file in (path, summary):
+    if os.path.lexists(summary) and described_table(summary) is None:
+        raise PredictionsError(f"{summary} is no summary of ours; choose another folder for --output")
+    for file in (path, *summaries_of(path)):
         if os.path.lexists(file) and not overwrite:
             raise PredictionsError(f"{file} is there already; name another output, or allow it with --overwrite")
 

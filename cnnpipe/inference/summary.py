@@ -13,10 +13,10 @@ from typing import Any, Final
 from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
 from cnnpipe.images import display_path
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.storage import write_json
+from cnnpipe.storage import storage_errors, write_json
 
 __all__ = ["SUMMARY_FILE", "ClassificationSummary", "FailedFile", "ModelUsed", "RowCounts", "StageReport",
-           "check_failure_rate", "is_summary_of", "write_summary"]  # fmt: skip
+           "check_failure_rate", "described_table", "summaries_of", "write_summary"]  # fmt: skip
 
 SUMMARY_FILE: Final = "summary.json"
 """Written after the table: its presence means that the table is complete."""
@@ -146,32 +146,48 @@ def _list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in largest) + others
 
 
-def is_summary_of(path: Path, table: Path) -> bool:
-    """Tell whether a file is the summary that a classification wrote beside `table`, however its path is spelled."""
+def described_table(path: Path) -> str | None:
+    """Return the name of the table, in the same folder, that a `summary.json` of ours describes; None for any other."""
     try:
         if not path.is_file():  # a pipe would never end
-            return False
+            return None
         described = Path(json.loads(path.read_bytes())["table"])
     except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
-        return False
-    expected = Path(display_path(str(table.absolute())))
-    folders = {os.path.realpath(described.parent), os.path.realpath(expected.parent)}
-    return described.name == expected.name and len(folders) == 1
+        return None
+    folder = Path(display_path(str(path.parent.absolute())))
+    return described.name if os.path.realpath(described.parent) == os.path.realpath(folder) else None
 
 
-def write_summary(summary: ClassificationSummary, table: Path, *, overwrite: bool) -> Path:
+def summaries_of(table: Path) -> list[Path]:
+    """Return the files that hold the summary of an earlier table of this name, of which there is one at most."""
+    name = display_path(table.name)
+    places = (table.with_name(SUMMARY_FILE), _place_aside(table.parent, name))
+    return [path for path in places if described_table(path) == name]
+
+
+def _place_aside(folder: Path, table_name: str) -> Path:
+    """Return where a table's summary goes when a later table in the folder takes the name `summary.json`."""
+    return folder / f"{table_name}.{SUMMARY_FILE}"
+
+
+def write_summary(summary: ClassificationSummary, table: Path) -> Path:
     """Write `summary.json` beside the table, and return its path.
+
+    The summary of another table in the folder steps aside and becomes `<table>.summary.json`.
 
     Args:
         table: what it describes; `summary.table` may be spelled in another way.
-        overwrite: whether an older summary of the same table gives way.
     Raises:
-        PredictionsError: another `summary.json` came there while the table was written; it stays.
+        PredictionsError: a `summary.json` that is not ours came there while the table was written; it stays.
         StorageError: it cannot be written.
     """
     path = table.with_name(SUMMARY_FILE)
+    other = described_table(path)
+    with storage_errors(path):
+        if other is not None and other != display_path(table.name):
+            os.replace(path, _place_aside(path.parent, other))
     try:
-        write_json(path, summary.to_json(), replace=overwrite and is_summary_of(path, table))
+        write_json(path, summary.to_json(), replace=False)
     except AlreadyThereError as error:
         raise PredictionsError(
             f"{table} is complete, but {path} was written by another process meanwhile and stays; "
