@@ -230,7 +230,7 @@ def test_summary_is_part_of_the_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_summary_of_anything_else_is_refused(tmp_path: Path, content: str, overwrite: bool) -> None:
     (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(PredictionsError, match=r"summary\.json is no summary of ours; choose another folder for --output"):
+    with pytest.raises(PredictionsError, match=r"summary\.json is no summary of ours; choose another folder"):
         check_output(tmp_path / "t.csv", overwrite)
 
 
