@@ -45,6 +45,9 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 _stderr = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 10.0
 
+DEBUG_VARIABLE = "CNNPIPE_DEBUG"
+"""Set in the environment while a command runs with `--debug`."""
+
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -181,7 +184,7 @@ class _StderrHandler(logging.Handler):
 def _log_to_stderr(debug: bool) -> Iterator[None]:
     """Print the library's log records on stderr while a command runs."""
     if debug:
-        os.environ["CNNPIPE_DEBUG"] = "1"
+        os.environ[DEBUG_VARIABLE] = "1"  # for what is imported only later, such as Keras
     logger, handler = logging.getLogger("cnnpipe"), _StderrHandler()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -193,6 +196,8 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+        if debug:
+            os.environ.pop(DEBUG_VARIABLE, None)
 
 
 def progress_text(what: str, done: int, total: int, seconds: float) -> str:

@@ -22,7 +22,7 @@ from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
-from cnnpipe.training.backend import keras, select_device
+from cnnpipe.training.backend import keras, make_repeatable, select_device
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.models import Augmentation, Recipe, build_model, resolve_recipe
 
@@ -77,7 +77,7 @@ def train_model(
     write_json(
         run / "environment.json", {**describe_environment(), "device": device, "dataset": str(dataset.path.resolve())}
     )
-    keras.utils.set_random_seed(settings.train.seed)
+    make_repeatable(settings.train.seed, device)
     model = build_model(settings.train.preset, dataset.image_size, len(dataset.class_names))
     model.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
     logger.info("training on %s with the %s backend: %s", device, keras.backend.backend(), asdict(recipe))
