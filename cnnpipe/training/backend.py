@@ -78,10 +78,10 @@ def select_device(device: str) -> str:
 
 
 def make_repeatable(seed: int, device: str) -> None:
-    """Let the same seed give the same weights, bit for bit, on the same CPU.
+    """Make training depend on the seed, as far as the backend lets it.
 
-    Seeds Keras, NumPy and Python. On a CPU, TensorFlow is also told to sum in one order whatever the threads do, for
-    the rest of the process; the baseline trains as fast with it. On a GPU, where it costs speed, that is left alone.
+    Seeds Keras, NumPy and Python. On a CPU, TensorFlow is also told to use its deterministic operations, for the rest
+    of the process; the baseline trains as fast with them. On a GPU, where they cost speed, that is left alone.
 
     Args:
         device: what `select_device` returned.
