@@ -144,8 +144,7 @@ def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS
 
     with progress_bar() as progress:
         summary = predict_folder(settings, artifacts, progress=progress)
-    exceeded = summary.failure_rate > settings.max_failure_rate
-    status = "too_many_failures" if exceeded else "ok"
+    status = "too_many_failures" if summary.too_many_failed else "ok"
     show_result(summary.to_json(), summary.lines(), as_json=as_json, status=status)
     check_failure_rate(summary)
 

@@ -23,6 +23,7 @@ from cnnpipe.errors import CnnpipeError, FailureBudgetError
 
 __all__ = [
     "JsonOption",
+    "ProgressCallback",
     "command",
     "field_lines",
     "print_note",

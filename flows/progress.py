@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from cnnpipe.console import progress_text
+from cnnpipe.console import ProgressCallback, progress_text
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress_artifact(key: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_artifact(key: str) -> Iterator[ProgressCallback]:
     """Give a callback `(what, done, total)` that moves a progress artifact of the current run.
 
     A total of 0 means that it is not known yet. The artifact ends at 100 % when the block ends without an error.

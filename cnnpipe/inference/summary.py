@@ -99,6 +99,11 @@ class ClassificationSummary:
     """UTC, ISO 8601."""
     finished: str
 
+    @property
+    def too_many_failed(self) -> bool:
+        """Whether `failure_rate` is above `max_failure_rate`; equal is allowed, so 1 allows everything."""
+        return self.failure_rate > self.max_failure_rate
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of `summary.json`."""
         return asdict(self)
@@ -200,9 +205,9 @@ def check_failure_rate(summary: ClassificationSummary) -> None:
     """Refuse to call it a success when more files failed than allowed.
 
     Raises:
-        FailureBudgetError: `failure_rate` is above `max_failure_rate`; equal is allowed, so 1 allows everything.
+        FailureBudgetError: `too_many_failed`.
     """
-    if summary.failure_rate <= summary.max_failure_rate:
+    if not summary.too_many_failed:
         return
     first = ", ".join(f"{failed.path} ({failed.kind})" for failed in summary.first_errors[:3])
     raise FailureBudgetError(

@@ -10,7 +10,6 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +23,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.backend import keras, make_repeatable, select_device
 from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.download import Progress
 from cnnpipe.training.models import Augmentation, Recipe, build_model, resolve_recipe
 
 __all__ = ["HISTORY_COLUMNS", "TrainingResult", "train_model"]
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 HISTORY_COLUMNS: Final = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")
 """Columns of `history.csv`: Keras' own names, then the rate at the end of the epoch and its wall time."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.registry import create_run, resolve_model_file, resolve_run
 from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
+from cnnpipe.training.download import Progress
 
 if TYPE_CHECKING:
     from cnnpipe.training.evaluation import Evaluation
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["conclude_run", "evaluate_any", "evaluate_run", "export_run", "load_run", "plot_run", "train_run"]
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 
 def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
