@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import ImageError
-from cnnpipe.images import RGBImage, decode_image, display_path, read_file
+from cnnpipe.files import display_path, read_file
+from cnnpipe.images import RGBImage, decode_image
 
 __all__ = ["DecodedChunk", "DecodedFile", "Decoder", "decode_files", "run_worker"]
 

@@ -28,7 +28,8 @@ import numpy as np
 
 from cnnpipe.decoding import DecodedChunk, DecodedFile, Decoder
 from cnnpipe.errors import CnnpipeError, ImageError
-from cnnpipe.images import decode_image, display_path, read_file
+from cnnpipe.files import display_path, read_file
+from cnnpipe.images import decode_image
 
 __all__ = ["DecoderPool"]
 

@@ -24,7 +24,7 @@ from tiny_models import load_digits, write_digits, write_model
 from cnnpipe.config import ClassifySettings
 from cnnpipe.decoding import DecodedChunk, DecodedFile
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
-from cnnpipe.images import find_files
+from cnnpipe.files import find_files
 from cnnpipe.inference.classify import classify_folder, create_output_folder, predict_folder
 from cnnpipe.inference.engine import EngineOptions, StageSeconds, classify_files
 from cnnpipe.inference.session import open_session

@@ -22,7 +22,8 @@ from tiny_models import IMAGE_SIZE, expected_probabilities, load_digits, write_d
 
 from cnnpipe.decoding import Decoder
 from cnnpipe.errors import CnnpipeError, ConfigError
-from cnnpipe.images import RGBImage, decode_image, find_files
+from cnnpipe.files import find_files
+from cnnpipe.images import RGBImage, decode_image
 from cnnpipe.inference.engine import EngineOptions, Prediction, StageSeconds, classify_files
 from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.workers import DecoderPool
@@ -286,7 +287,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_engine
-from cnnpipe.images import find_files
+from cnnpipe.files import find_files
 from cnnpipe.workers import DecoderPool
 with DecoderPool(2, test_engine.decode_forever) as pool:
     for chunk in pool.decode(Path({folder!r}), find_files(Path({folder!r})), (8, 8)):

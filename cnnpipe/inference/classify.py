@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cnnpipe.config import ClassifySettings
 from cnnpipe.environment import package_versions, usable_cores
 from cnnpipe.errors import DatasetError
-from cnnpipe.images import display_path, find_files
+from cnnpipe.files import display_path, find_files
 from cnnpipe.inference.engine import EngineOptions, StageSeconds, check_top_k, classify_files
 from cnnpipe.inference.predictions import check_output, open_table
 from cnnpipe.inference.summary import (

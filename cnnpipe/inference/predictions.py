@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
-from cnnpipe.images import display_path
+from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.summary import SUMMARY_FILE, described_table, summaries_of
 from cnnpipe.storage import storage_errors, write_file

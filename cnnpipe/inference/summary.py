@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
-from cnnpipe.images import display_path
+from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.storage import storage_errors, write_json
 

@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cnnpipe.config import EvaluateSettings
 from cnnpipe.errors import DatasetError, ModelError, RegistryError
-from cnnpipe.images import display_path
+from cnnpipe.files import display_path
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.storage import write_json, write_text
 from cnnpipe.training.datasets import PreparedDataset

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError
-from cnnpipe.images import display_path, find_files
+from cnnpipe.files import display_path, find_files
 from cnnpipe.training.splits import SPLITS, TRAIN
 
 __all__ = ["ImageFolder", "list_image_folder"]

@@ -23,7 +23,7 @@ from cnnpipe.config import PrepareSettings
 from cnnpipe.decoding import DecodedChunk, DecodedFile, decode_files
 from cnnpipe.environment import usable_cores
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.images import display_path, read_file
+from cnnpipe.files import display_path, read_file
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.cifar10 import read_cifar10
 from cnnpipe.training.data_report import Unreadable

@@ -1,0 +1,124 @@
+"""Find files and read them: in one fixed order, and never hanging on what is no file.
+
+Nothing here knows what an image is, and nothing is passed over in silence: what cannot be walked is yielded itself.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from cnnpipe.errors import DatasetError, ImageError
+
+__all__ = ["MAX_FILE_BYTES", "display_path", "find_files", "read_file"]
+
+MAX_FILE_BYTES: Final = 2**30
+
+
+def find_files(root: Path) -> Iterator[str]:
+    """Yield every file below a folder, depth first, the names of each folder sorted bytewise.
+
+    Links are followed; a link back to a folder that is being walked, and a folder that cannot be listed, are yielded
+    themselves, so that nothing is passed over in silence.
+
+    Args:
+        root: an existing folder.
+    Yields:
+        Paths relative to `root`, with `/`; undecodable bytes as surrogates (PEP 383), so `root / path` opens.
+    Raises:
+        DatasetError: `root` is not a folder that can be listed.
+    """
+    if not root.is_dir():
+        problem = "it is a file" if root.exists() else "it does not exist"
+        raise DatasetError(f"need a folder of images, received {display_path(str(root))}: {problem}; check the path")
+    try:
+        entries = _sorted_entries(root)
+    except OSError as error:
+        raise DatasetError(f"cannot list {root}: {error.strerror}; check its permissions") from error
+    # A stack of iterators, not recursion: trees may be deeper than Python's recursion limit.
+    identity = os.stat(root)
+    stack = [("", (identity.st_dev, identity.st_ino), iter(entries))]
+    while stack:
+        prefix, _, names = stack[-1]
+        entry = next(names, None)
+        if entry is None:
+            stack.pop()
+            continue
+        path = prefix + entry.name
+        try:
+            if entry.is_dir():
+                identity = entry.stat()
+                key = (identity.st_dev, identity.st_ino)
+                if all(key != walking for _, walking, _ in stack):
+                    stack.append((path + "/", key, iter(_sorted_entries(Path(entry.path)))))
+                    continue
+        except OSError:
+            pass  # yielded below: reading it says what is wrong, in its own row
+        yield path
+
+
+def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+
+
+def display_path(path: str) -> str:
+    """Return a path as text that any UTF-8 file can hold: undecodable bytes become `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file's bytes, refusing what could hang or never end.
+
+    Raises:
+        ImageError: kinds `not_found`, `not_a_file`, `unreadable`, `empty`, `too_large`.
+    """
+    try:
+        # Non-blocking, so that a pipe that takes the file's place between listing and reading cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            data = _read_regular(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        raise ImageError("not_found", "no such file, or a link to nothing") from error
+    except OSError as error:
+        # A socket cannot be opened at all (ENXIO); its type says more than the errno.
+        regular = _is_regular(path)
+        kind = "unreadable" if regular else "not_a_file"
+        raise ImageError(kind, error.strerror if regular and error.strerror else "not a regular file") from error
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    return data
+
+
+def _read_regular(descriptor: int) -> bytes:
+    """Read an open file to its end, if it is a regular one; straight system calls, for there may be millions."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("not_a_file", "a folder that cannot be walked")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not_a_file", "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
+    data = os.read(descriptor, status.st_size + 1)
+    if len(data) == status.st_size:  # one byte less than asked for: that was the end
+        return data
+    parts = [data]  # it grows while it is read, or the read was cut short
+    received = len(data)
+    while part := os.read(descriptor, 2**20):
+        parts.append(part)
+        received += len(part)
+        if received > MAX_FILE_BYTES:
+            raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+    return b"".join(parts)
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True  # forbidden or looping: the error that was raised says it better
