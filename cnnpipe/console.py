@@ -22,8 +22,10 @@ from rich.text import Text
 from cnnpipe.errors import CnnpipeError, FailureBudgetError
 
 __all__ = [
+    "DEBUG_VARIABLE",
     "JsonOption",
     "ProgressCallback",
+    "StageClock",
     "command",
     "field_lines",
     "print_note",
@@ -201,25 +203,61 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
             os.environ.pop(DEBUG_VARIABLE, None)
 
 
-def progress_text(what: str, done: int, total: int, seconds: float) -> str:
-    """Return how far a stage is, as one line: count, rate and, where the total is known, the time left.
+class StageClock:
+    """The rate of the stage that a progress callback tells of, since its first call in that stage.
+
+    What was done before that call counts in no rate: of a run that goes on, it was done in another one.
+    """
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._began = 0.0
+        self._before = self._done = 0
+
+    def rate(self, what: str, done: int) -> float:
+        """Return images, or bytes of a download, a second; 0 at the first call of a stage.
+
+        Args:
+            what: as the callback has it: the stage, which ends at a colon if there is one, and what to say of it.
+            done: as the callback has it.
+        """
+        now = time.monotonic()
+        if _stage(what) != self._stage or done < self._done:  # less than before: the stage has begun again
+            self._stage, self._began, self._before = _stage(what), now, done
+        self._done = done
+        return (done - self._before) / (now - self._began) if now > self._began else 0.0
+
+
+def progress_text(what: str, done: int, total: int, rate: float) -> str:
+    """Return how far a stage is, as one line: count, rate and, where the total is known, share and time left.
 
     Args:
         what: the stage, which ends at a colon if there is one, and what there is to say of it.
         done: images, or bytes of a download.
         total: 0 where it is not known.
-        seconds: since the stage began.
+        rate: of the same a second, as `StageClock` has it; 0 where it is not known.
     """
     unit, scale = ("MB", 1e-6) if _stage(what) == "download" else ("images", 1.0)
-    rate = done / max(seconds, 1e-3)
-    of = f"/{total * scale:,.0f}" if total else ""
-    left = f", {(total - done) / rate:,.0f} s left" if rate and total > done else ""
-    rounded = f"{rate * scale:,.0f}" if rate * scale >= 10 else f"{rate * scale:.1f}"
-    return f"{what}: {done * scale:,.0f}{of} {unit}, {rounded} {unit}/s{left}"
+    known = total > 0 and done <= total  # else it was counted too early, and tells nothing
+    of, share = (f"/{total * scale:,.0f}", f" ({100 * done // total} %)") if known else ("", "")
+    text = f"{what}: {done * scale:,.0f}{of} {unit}{share}"
+    if rate:
+        rounded = f"{rate * scale:,.0f}" if rate * scale >= 10 else f"{rate * scale:.1f}"
+        text += f", {rounded} {unit}/s"
+        if known and total > done:
+            text += f", {_duration((total - done) / rate)} left"
+    return text
 
 
 def _stage(what: str) -> str:
     return what.partition(":")[0]
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -233,33 +271,33 @@ def progress_bar() -> Iterator[ProgressCallback]:
         yield _print_lines()
         return
     with Progress(BarColumn(), TextColumn("{task.description}"), console=_stderr, transient=True) as bar:
-        shown: dict[str, tuple[TaskID, float]] = {}
+        clock = StageClock()
+        shown: dict[str, TaskID] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            stage, now = _stage(what), time.perf_counter()
-            if stage not in shown:
-                for task, _ in shown.values():
+            stage = _stage(what)
+            if stage not in shown:  # a bar cannot forget a total, so each stage has one of its own
+                for task in shown.values():
                     bar.remove_task(task)
                 shown.clear()
-                shown[stage] = (bar.add_task(what, total=None), now)
-            task, began = shown[stage]
-            text = progress_text(what, done, total, now - began)
-            bar.update(task, description=text, completed=done, total=total or None)
+                shown[stage] = bar.add_task(what, total=None)
+            text = progress_text(what, done, total, clock.rate(what, done))
+            bar.update(shown[stage], description=text, completed=done, total=total or None)
 
         yield update
 
 
 def _print_lines() -> ProgressCallback:
-    begun: dict[str, float] = {}
-    printed = time.perf_counter()
+    clock = StageClock()
+    printed = time.monotonic()
 
     def update(what: str, done: int, total: int) -> None:
         nonlocal printed
-        now = time.perf_counter()
-        began = begun.setdefault(_stage(what), now)
-        if now - printed < _SECONDS_BETWEEN_LINES or now <= began:
+        now = time.monotonic()
+        rate = clock.rate(what, done)
+        if now - printed < _SECONDS_BETWEEN_LINES or not rate:
             return
         printed = now
-        _stderr.print(progress_text(what, done, total, now - began), soft_wrap=True)
+        _stderr.print(progress_text(what, done, total, rate), soft_wrap=True)
 
     return update

@@ -31,6 +31,9 @@ DataOption = Annotated[Path, typer.Option("--data", envvar="CNNPIPE_DATA", help=
 _RENAMED: Final = {("prepare", "seed"): "split_seed"}
 """Options whose plain names would be taken twice."""
 
+_ALIASES: Final = {"top_k": ("--topk",)}
+"""Further ways to write an option; help shows them, messages name the plain one."""
+
 
 def takes_settings(
     model: type[Settings], argument: str, sections: tuple[str, ...] = ()
@@ -85,17 +88,20 @@ def _fields(model: type[Settings], sections: tuple[str, ...]) -> dict[str, tuple
 def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
     description = (field.description or "").strip()
     text = description[:1].upper() + description[1:] + "." if not description.startswith("`") else description + "."
-    if not field.is_required() and field.default is not None and "default:" not in description:
-        shown = "x".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text += f" [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
     kind = _plain_type(field.annotation)
+    metavar, between = None, "x"
+    if typing.get_origin(kind) is list:
+        text += " [repeatable]"
+        metavar, between = f"<{typing.get_args(kind)[0].__name__}>", ", "  # what is given at a time
+    if not field.is_required() and field.default not in (None, ()) and "default:" not in description:
+        text += f" [default: {_show_default(field.default, between)}]"
     if positional:
         # Optional even where the setting is not: a --config file may hold it.
         argument = Annotated[str | None, typer.Argument(help=text, show_default=False, metavar=name.upper())]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=argument)
     option = _option(name)
     declaration = f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option
-    details = typer.Option(declaration, help=text, show_default=False)
+    details = typer.Option(declaration, *_ALIASES.get(name, ()), help=text, show_default=False, metavar=metavar)
     annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -105,8 +111,20 @@ def _option(name: str, argument: str | None = None) -> str:
     return name.upper() if name == argument else "--" + name.replace("_", "-")
 
 
-def _plain_type(annotation: Any) -> type:
-    """Return the type that the command line parses: int, float, bool or, for anything else, text."""
+def _show_default(value: Any, between: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type that the command line parses: int, float, bool, a list of one or, for anything else, text.
+
+    A tuple of any length is a list: an option that may be given again and again. One of fixed length is written as
+    one text, such as an image size.
+    """
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation)[1:] == (Ellipsis,):
+        return list[_plain_type(typing.get_args(annotation)[0])]  # type: ignore[misc]
     if typing.get_origin(annotation) is Annotated:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

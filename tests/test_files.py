@@ -1,15 +1,25 @@
-"""Every file is found, in one order, and read or refused without hanging."""
+"""Every file is found, in one order, and read or refused without hanging; lists and patterns choose among them."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import resource
+import shutil
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import display_path, find_files, read_file
+from cnnpipe.errors import DatasetError, ImageError, StorageError
+from cnnpipe.files import FileFilter, count_files, display_path, find_files, read_file, read_file_list, require_folder
 
 
 def test_files_come_depth_first_and_bytewise_sorted(tmp_path: Path) -> None:
@@ -85,6 +95,9 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path, name: str, problem:
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match=problem):
         list(find_files(tmp_path / name))
+    with pytest.raises(DatasetError, match=problem):
+        require_folder(tmp_path / name)
+    assert count_files(tmp_path / name) == 0
 
 
 def test_an_empty_file_is_empty(tmp_path: Path) -> None:
@@ -114,3 +127,272 @@ def test_refused_files_leave_nothing_open(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="folder"):
             read_file(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+_PARTS = st.sampled_from(["a", "a.", "a-b", "b", "B", "\n", "é", "\udcff", "\ue000", "zz"])
+_PATHS = st.lists(_PARTS, min_size=1, max_size=4).map("/".join)
+
+
+def _order(path: str) -> list[bytes]:
+    return os.fsencode(path).split(b"/")
+
+
+def _make_tree(root: Path, paths: set[str]) -> None:
+    for path in sorted(paths):
+        file = root / path
+        if any((root / above).is_file() for above in Path(path).parents) or file.exists():
+            continue  # a name is a file's or a folder's
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@contextmanager
+def _blocks_of(names: int, read_bytes: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnnpipe.listing._NAMES_PER_BLOCK", names)
+        patch.setattr("cnnpipe.listing._READ_BYTES", read_bytes)
+        yield
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@settings(max_examples=60, deadline=None)
+@given(paths=st.sets(_PATHS, max_size=15), removed=_PATHS, block=st.sampled_from([1, 2, 3, 1000]))
+def test_a_walk_goes_on_behind_any_path_whether_it_is_there_or_not(paths: set[str], removed: str, block: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, _blocks_of(block, read_bytes=4):
+        root = Path(folder)
+        _make_tree(root, paths)
+        whole = list(find_files(root))
+        assert whole == sorted(whole, key=_order)
+        assert whole == sorted((str(each.relative_to(root)) for each in root.rglob("*") if each.is_file()), key=_order)
+        for path in (*whole, *paths, removed):
+            tail = [each for each in whole if _order(each) > _order(path)]
+            assert list(find_files(root, after=path)) == tail
+        assert count_files(root) == len(whole)
+
+
+def test_a_walk_goes_on_though_the_file_became_a_folder_or_the_folder_a_file(tmp_path: Path) -> None:
+    for name in ("a/1", "b/1", "b/2", "c/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").touch()
+    assert list(find_files(tmp_path, after="a/1")) == ["b/1", "b/2", "c/1"]
+    (tmp_path / "b/1").unlink()
+    (tmp_path / "b/1").mkdir()
+    (tmp_path / "b/1/new").touch()
+    assert list(find_files(tmp_path, after="b/1")) == ["b/1/new", "b/2", "c/1"]
+
+
+def test_a_walk_goes_on_behind_a_link_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "x").touch()
+    assert list(find_files(tmp_path, after="a/up")) == ["a/x"]
+    assert list(find_files(tmp_path, after="a/up/a/x")) == ["a/x"]
+    assert count_files(tmp_path) == 2
+
+
+def test_folders_before_the_path_to_go_on_behind_are_not_opened(tmp_path: Path) -> None:
+    for name in ("a/1", "b/c/1", "b/d/1", "b/d/2", "e/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if watching and event == "os.scandir":
+            opened.append(os.path.relpath(os.fsdecode(arguments[0]), tmp_path))  # type: ignore[arg-type]
+
+    sys.addaudithook(watch)  # cannot be taken away again, only made to do nothing
+    try:
+        assert list(find_files(tmp_path, after="b/d/1")) == ["b/d/2", "e/1"]
+    finally:
+        watching = False
+    assert {".", "b", "b/d", "e"} <= set(opened)
+    assert not {"a", "b/c"} & set(opened)
+
+
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "", "/", "./a"])
+def test_a_walk_never_leaves_its_folder_whatever_it_is_to_go_on_behind(tmp_path: Path, path: str) -> None:
+    (tmp_path / "outside").touch()
+    (tmp_path / "zz").touch()
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "x").touch()
+    assert list(find_files(tmp_path / "root", after=path)) in (["a/x"], [])
+
+
+def test_a_huge_folder_is_sorted_in_a_file_that_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, room = tmp_path / "root", tmp_path / "room"
+    (root / "m").mkdir(parents=True)
+    room.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    names = [f"{number * 7919 % 3000:04}.png" for number in range(3000)]
+    for name in names:
+        (root / name).touch()
+    (root / "m" / "x").touch()
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    with _blocks_of(400, read_bytes=1000):
+        walk = find_files(root)
+        assert next(walk) == "0000.png"
+        assert list(room.iterdir()) == []
+        assert list(walk) == [*sorted(names)[1:], "m/x"]
+        next(find_files(root))  # dropped half-way
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_of_common_size_is_sorted_without_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert list(find_files(tmp_path)) == ["x"]
+
+
+def test_no_room_to_sort_a_huge_folder_is_said_in_one_line(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:0200}").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with _blocks_of(50, read_bytes=1000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            with pytest.raises(StorageError, match=r"^cannot sort .* File too large; free some space, or set TMPDIR"):
+                list(find_files(tmp_path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind here")
+def test_a_folder_that_cannot_be_listed_is_yielded_and_counted_itself(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "x").touch()
+    assert list(find_files(tmp_path)) == ["closed", "x"]
+    assert count_files(tmp_path) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+def test_folders_whose_paths_no_system_call_takes_are_yielded_themselves(tmp_path: Path) -> None:
+    name, depth = "d" * 250, 18
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=folder)
+        inner = os.open(name, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    (path,) = find_files(tmp_path)
+    assert 0 < path.count(name) < depth
+    assert count_files(tmp_path) == 1
+    assert list(find_files(tmp_path, after=path)) == []
+    with pytest.raises(ImageError, match="File name too long"):
+        read_file(tmp_path / path)
+
+
+def test_counting_agrees_with_finding_and_with_the_filter(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/b/2.png", "3.jpg", "c/4.JPG"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert count_files(tmp_path) == len(list(find_files(tmp_path))) == 6
+    assert count_files(tmp_path, FileFilter(("*.jpg",))) == 3
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "admitted"),
+    [
+        ((), (), ["a.jpg", "cats/b.JPG", "cats/deep/c.jpg", "dogs/.d.jpg", "dogs/e\n.jpg", "dogs/f\udcff.gif"]),
+        (("*.jpg",), (), ["a.jpg", "cats/deep/c.jpg", "dogs/.d.jpg", "dogs/e\n.jpg"]),
+        (("*.jpg", "*.JPG"), (".*",), ["a.jpg", "cats/b.JPG", "cats/deep/c.jpg", "dogs/e\n.jpg"]),
+        (("cats/*",), (), ["cats/b.JPG", "cats/deep/c.jpg"]),
+        (("*/deep/*",), (), ["cats/deep/c.jpg"]),
+        ((), ("cats/*", "*.gif"), ["a.jpg", "dogs/.d.jpg", "dogs/e\n.jpg"]),
+        (("?.jpg",), (), ["a.jpg", "cats/deep/c.jpg"]),
+        (("[!a-c]*",), (), ["dogs/.d.jpg", "dogs/e\n.jpg", "dogs/f\udcff.gif"]),
+        (("*\udcff*",), (), ["dogs/f\udcff.gif"]),
+        (("cats",), (), []),
+    ],
+)
+def test_patterns_choose_by_name_or_by_path(
+    include: tuple[str, ...], exclude: tuple[str, ...], admitted: list[str]
+) -> None:
+    paths = ["a.jpg", "cats/b.JPG", "cats/deep/c.jpg", "dogs/.d.jpg", "dogs/e\n.jpg", "dogs/f\udcff.gif"]
+    wanted = FileFilter(include, exclude)
+    assert [path for path in paths if wanted.admits(path)] == admitted
+    assert pickle.loads(pickle.dumps(wanted)) == wanted
+
+
+def _write_list(folder: Path, content: bytes) -> str:
+    (folder / "list.txt").write_bytes(content)
+    return str(folder / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "paths"),
+    [
+        (b"", []),
+        (b"a.jpg\nb/c d.jpg\n", ["a.jpg", "b/c d.jpg"]),
+        (b"a.jpg\n\n\nb.jpg", ["a.jpg", "b.jpg"]),
+        (b"\xef\xbb\xbfa.jpg\r\nb\r.jpg\r\n", ["a.jpg", "b\r.jpg"]),
+        (b"a\n1.jpg\0b\r\0\0c.jpg\0", ["a\n1.jpg", "b\r", "c.jpg"]),
+        (
+            b"./a.jpg\n.//b.jpg\n././c\n./\n.\n../d\n/e//f\n.g\n",
+            ["a.jpg", "b.jpg", "./c", "./", ".", "../d", "/e//f", ".g"],
+        ),
+        (b"caf\xe9.jpg\ncaf\xc3\xa9.jpg\n \n", ["caf\udce9.jpg", "café.jpg", " "]),
+    ],
+    ids=["empty", "lines", "empty-lines", "windows", "nul", "dots", "bytes"],
+)
+def test_a_list_is_read_record_by_record(tmp_path: Path, content: bytes, paths: list[str]) -> None:
+    assert list(read_file_list(_write_list(tmp_path, content))) == paths
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\0"])
+def test_a_long_list_is_read_whole_wherever_its_parts_end(tmp_path: Path, separator: bytes) -> None:
+    paths = [f"{number:05}/" + "é" * (number % 300) for number in range(2000)]
+    content = b"".join(path.encode() + separator for path in paths)
+    assert list(read_file_list(_write_list(tmp_path, content))) == paths
+
+
+def test_a_path_with_a_nul_in_a_list_of_lines_is_the_name_of_no_file(tmp_path: Path) -> None:
+    *_, path = read_file_list(_write_list(tmp_path, b"x\n" * 2**15 + b"a\0b\n"))
+    with pytest.raises(ImageError, match="NUL byte") as caught:
+        read_file(tmp_path / path)
+    assert caught.value.kind == "not_found"
+
+
+def test_a_list_comes_from_standard_input_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as source, os.fdopen(writing, "wb", buffering=0) as target:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source))
+        target.write(b"first\0")
+        paths = read_file_list("-")
+        assert next(paths) == "first"
+
+        def write_more() -> None:
+            target.write(b"second\0thi")
+            target.write(b"rd")
+            target.close()
+
+        writer = threading.Thread(target=write_more)
+        writer.start()
+        assert list(paths) == ["second", "third"]
+        writer.join()
+
+
+@pytest.mark.parametrize("size", [2**16 + 1, 2**20])
+@pytest.mark.parametrize("start", [b"", b"a.jpg\n", b"a.jpg\n" * 20_000])
+def test_what_has_no_end_of_line_is_no_list(tmp_path: Path, size: int, start: bytes) -> None:
+    source = _write_list(tmp_path, start + b"x" * size + b"\n")
+    with pytest.raises(DatasetError, match=r"list\.txt is no list of files: a record exceeds 65,536 bytes; give"):
+        list(read_file_list(source))
+    assert list(read_file_list(_write_list(tmp_path, b"x" * 2**16))) == ["x" * 2**16]
+
+
+def test_a_list_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DatasetError, match=r"gone\.txt: No such file or directory; check the path"):
+        list(read_file_list(str(tmp_path / "gone.txt")))
+    with pytest.raises(DatasetError, match="Is a directory"):
+        list(read_file_list(str(tmp_path)))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DatasetError, match="standard input: it is closed"):
+        list(read_file_list("-"))

@@ -1,0 +1,106 @@
+"""Progress: one clock for the terminal and the flows, and a line that tells rate, share and time left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cnnpipe import console
+from cnnpipe.console import StageClock, progress_bar, progress_text
+
+
+class _Time:
+    """A clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Time:
+    clock = _Time()
+    monkeypatch.setattr("cnnpipe.console.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "rate", "line"),
+    [
+        (12_000, 58_000, 4_900.0, "classify: 3 failed: 12,000/58,000 images (20 %), 4,900 images/s, 9 s left"),
+        (12_000, 0, 4_900.0, "classify: 3 failed: 12,000 images, 4,900 images/s"),
+        (0, 0, 0.0, "classify: 3 failed: 0 images"),
+        (32, 58_000, 0.0, "classify: 3 failed: 32/58,000 images (0 %)"),
+        (58_000, 58_000, 4_900.0, "classify: 3 failed: 58,000/58,000 images (100 %), 4,900 images/s"),
+        (58_001, 58_000, 1.25, "classify: 3 failed: 58,001 images, 1.2 images/s"),
+        (0, 10_000_000, 900.0, "classify: 3 failed: 0/10,000,000 images (0 %), 900 images/s, 3 h 5 min left"),
+        (0, 1_000_000, 900.0, "classify: 3 failed: 0/1,000,000 images (0 %), 900 images/s, 19 min left"),
+    ],
+)
+def test_a_line_tells_what_is_known(done: int, total: int, rate: float, line: str) -> None:
+    assert progress_text("classify: 3 failed", done, total, rate) == line
+
+
+def test_a_download_is_told_in_megabytes() -> None:
+    assert progress_text("download", 50_000_000, 170_000_000, 4e6) == "download: 50/170 MB (29 %), 4.0 MB/s, 30 s left"
+
+
+def test_a_rate_is_of_its_stage_and_not_of_the_task(clock: _Time) -> None:
+    stages = StageClock()
+    assert stages.rate("hash", 0) == 0.0
+    clock.now += 60
+    assert stages.rate("decode: 0 failed", 0) == 0.0
+    clock.now += 2
+    assert stages.rate("decode: 1 failed", 100) == 50.0
+
+
+def test_what_an_earlier_attempt_has_done_counts_in_no_rate(clock: _Time) -> None:
+    stages = StageClock()
+    stages.rate("classify", 5_000_000)
+    clock.now += 10
+    assert stages.rate("classify", 5_001_000) == 100.0
+
+
+def test_a_stage_that_begins_again_has_a_rate_of_its_own(clock: _Time) -> None:
+    stages = StageClock()
+    stages.rate("download", 0)
+    clock.now += 10
+    stages.rate("download", 1000)
+    stages.rate("download", 500)
+    clock.now += 10
+    assert stages.rate("download", 600) == 10.0
+
+
+def _shown_on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    text = io.StringIO()
+    monkeypatch.setattr(console, "_stderr", Console(file=text, force_terminal=terminal, width=200, highlight=False))
+    return text
+
+
+def test_a_log_gets_a_line_every_ten_seconds(clock: _Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _shown_on(False, monkeypatch)
+    with progress_bar() as update:
+        for second in range(25):
+            clock.now += 1
+            update("classify: 0 failed", second * 100, 2400 if second > 15 else 0)
+    assert text.getvalue().splitlines() == [
+        "classify: 0 failed: 900 images, 100 images/s",
+        "classify: 0 failed: 1,900/2,400 images (79 %), 100 images/s, 5 s left",
+    ]
+
+
+def test_a_terminal_shows_a_total_that_becomes_known_and_none_of_the_stage_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = _shown_on(True, monkeypatch)
+    with progress_bar() as update:
+        update("hash", 5, 10)
+        update("classify: 0 failed", 100, 0)
+        update("classify: 0 failed", 200, 2400)
+    last = text.getvalue().split("\r")
+    assert any("200/2,400 images (8 %)" in frame for frame in last)
+    assert "200/10" not in text.getvalue()
