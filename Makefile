@@ -14,6 +14,8 @@ EPOCHS :=
 FOLDER :=
 MODEL :=
 OUTPUT :=
+RUNNER :=
+SCHEDULER :=
 ARGS :=
 
 # Prefect's telemetry stays off wherever it is imported, also in the tests.
@@ -43,9 +45,10 @@ ifeq ($(strip $(FOLDER)),)
 $(error FOLDER is not given; name a folder of images: make classify FOLDER=photos/)
 endif
 endif
-classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= ARGS=)
+classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= RUNNER= SCHEDULER= ARGS=)
 	@$(python) -m flows.classify $(call quote,$(FOLDER)) \
-		$(call option,--model,$(MODEL)) $(call option,--output,$(OUTPUT)) $(ARGS)
+		$(call option,--model,$(MODEL)) $(call option,--output,$(OUTPUT)) \
+		$(call option,--runner,$(RUNNER)) $(call option,--scheduler,$(SCHEDULER)) $(ARGS)
 
 serve: setup ## retrain every night and take orders, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= ARGS=)
 	@$(python) -m flows.serve $(training) $(ARGS)
@@ -67,12 +70,12 @@ check: setup ## ruff and strict mypy
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
 
-bench: setup ## measure the program against its peers
-	@$(python) -m benchmarks $(ARGS)
+bench: setup ## measure the program against its peers (ARGS='classification FOLDER' | 'memory FOLDER' | training)
+	@$(python) -m benchmarks $(or $(ARGS),training)
 
 # Without --python-version the lock would begin at the Python of .venv instead of 3.11.
 compile = $(python) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-emit-index-url --custom-compile-command 'make lock' --group dev pyproject.toml
+	--no-emit-index-url --custom-compile-command 'make lock' --group dev --extra dask pyproject.toml
 
 lock: setup ## renew both lock files after a change of pyproject.toml (ARGS=--upgrade: to the newest of everything)
 	@$(compile) $(ARGS) --output-file requirements.lock

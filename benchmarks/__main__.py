@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: choose what to compare."""
+"""`python -m benchmarks`: choose what to compare. Run it alone on the machine."""
 
 from __future__ import annotations
 
@@ -7,23 +7,87 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.classification import compare_classification, compare_start_up
+from benchmarks.contenders import find_models, line_up
+from benchmarks.memory import Layout, measure_memory
+from benchmarks.photos import make_photos
 from benchmarks.training import compare_training
 from cnnpipe.config import PrepareSettings
-from cnnpipe.training.datasets import prepare_dataset
+from cnnpipe.console import command
+from cnnpipe.options import ArtifactsOption, DataOption
 
-app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+_PHOTO_SIZE, _LARGE_PHOTO_SIZE = (500, 375), (4000, 3000)  # (width, height) in pixels
+
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of small images, such as CIFAR-10's as JPEG files.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="A name (its champion), a run folder or an .onnx file; default: the only champion.")
+]
+_ARTIFACTS = Path("artifacts")
+_FILES = [10_000]
+_LAYOUTS = list(Layout)
 
 
 @app.command()
+@command
 def training(
     dataset: Annotated[str, typer.Argument(help="Dataset to train on.")] = "digits",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 3,
     rounds: Annotated[int, typer.Option(help="How often each contender is trained, in turn.")] = 3,
-    data: Annotated[Path, typer.Option(help="Folder of raw and prepared datasets.")] = Path("data"),
+    data: DataOption = Path("data"),
 ) -> None:
     """Train the tutorial's script and the presets side by side; prints medians, and ratios pair by pair."""
+    from cnnpipe.training.datasets import prepare_dataset
+
     prepared = prepare_dataset(PrepareSettings(dataset=dataset), data).path
     for line in compare_training(prepared, epochs, rounds, ["baseline"]):
+        typer.echo(line)
+
+
+@app.command()
+@command
+def classification(
+    folder: FolderArgument,
+    model: ModelOption = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contender classifies each folder.")] = 5,
+    photos: Annotated[int, typer.Option(min=0, help="Photos of 500x375 to make and classify; 0 for none.")] = 2000,
+    large_photos: Annotated[int, typer.Option(min=0, help="The same of 4000x3000.")] = 100,
+    cache: Annotated[Path, typer.Option(help="Folder for the photos, which are made once.")] = Path("data/photos"),
+    torch: Annotated[Path | None, typer.Option(help="Folder that holds PyTorch, if it is not installed.")] = None,
+    artifacts: ArtifactsOption = _ARTIFACTS,
+) -> None:
+    """Classify small images and photos beside the ways in which people do it, and beside what the cores allow."""
+    models = find_models(model, artifacts)
+    contenders, missing = line_up(models, torch)
+    folders = {"small images": folder}
+    if photos:
+        folders["photos of 500x375"] = make_photos(folder, cache, photos, _PHOTO_SIZE)
+    if large_photos:
+        folders["photos of 4000x3000"] = make_photos(folder, cache, large_photos, _LARGE_PHOTO_SIZE)
+    for line in (*missing, "", *compare_start_up(folder, contenders, rounds)):
+        typer.echo(line)
+    for title, images in folders.items():
+        for line in ("", f"{title}:", "", *compare_classification(images, contenders, models, rounds)):
+            typer.echo(line)
+
+
+@app.command()
+@command
+def memory(
+    folder: FolderArgument,
+    model: ModelOption = None,
+    files: Annotated[list[int], typer.Option(min=1, help="Files in a tree; may be given several times.")] = _FILES,
+    layout: Annotated[
+        list[Layout], typer.Option(help="folders (of 10,000 files) or flat; may be given several times.")
+    ] = _LAYOUTS,
+    scratch: Annotated[Path, typer.Option(help="Folder for the trees, which are removed.")] = Path("data/trees"),
+    artifacts: ArtifactsOption = _ARTIFACTS,
+) -> None:
+    """Classify trees of many hard links: memory of parent and children, speed, and time to the first rows."""
+    for line in measure_memory(folder, find_models(model, artifacts), files, layout, scratch):
         typer.echo(line)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cnnpipe.console import table_lines
+from benchmarks.processes import run_process
+from benchmarks.tables import markdown_lines
 
 __all__ = ["compare_training"]
 
@@ -55,7 +52,7 @@ def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence
                 f"{ratio:.2f}",
             )
         )
-    return table_lines(rows)
+    return markdown_lines(rows)
 
 
 def _median(runs: list[Measurement], figure: str) -> float:
@@ -64,19 +61,10 @@ def _median(runs: list[Measurement], figure: str) -> float:
 
 
 def _measure(arguments: list[str]) -> Measurement:
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise RuntimeError(f"{' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes elsewhere
+    run = run_process([sys.executable, "-m", *arguments])
     return Measurement(
-        fit_seconds=result["fit_seconds"],
-        images_per_second=result["images"] / result["fit_seconds"],
-        peak_gigabytes=usage.ru_maxrss * unit / 1e9,
-        test_accuracy=result["test_accuracy"],
+        fit_seconds=run.report["fit_seconds"],
+        images_per_second=run.report["images"] / run.report["fit_seconds"],
+        peak_gigabytes=run.peak_bytes / 1e9,
+        test_accuracy=run.report["test_accuracy"],
     )
