@@ -141,6 +141,143 @@ def test_a_damaged_exif_block_does_not_spoil_the_pixels() -> None:
         assert decode_image(encode(image, "PNG", exif=damaged), (20, 20)).shape == (20, 20, 3)
 
 
+def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
+    """Put a segment behind the first two bytes of a JPEG file."""
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
+
+
+def plain_jpegs() -> dict[str, bytes]:
+    """Files that are nothing but a picture, of every kind that cameras and programs write."""
+    files: dict[str, bytes] = {}
+    for width, height in [(1, 1), (7, 5), (32, 32), (129, 65), (260, 300), (1030, 770)]:
+        for mode in ("RGB", "L"):
+            image = gradient(width, height).convert(mode)
+            for subsampling in ("4:4:4", "4:2:2", "4:2:0") if mode == "RGB" else ("",):
+                options: dict[str, object] = {"subsampling": subsampling} if subsampling else {}
+                for progressive in (False, True):
+                    name = f"{width}x{height} {mode} {subsampling} {'progressive' if progressive else 'baseline'}"
+                    files[name] = encode(image, "JPEG", progressive=progressive, **options)
+    image = noise(50, 40)
+    files["restart markers"] = encode(image, "JPEG", restart_marker_blocks=1)
+    files["optimized"] = encode(image, "JPEG", optimize=True, quality=30)
+    files["comment"] = encode(image, "JPEG", comment=b"a comment")
+    files["two comments"] = with_segment(files["comment"], 0xFE, b"")
+    files["profile"] = encode(image, "JPEG", icc_profile=bytes(1000))
+    files["tables of 16 bits"] = encode(image, "JPEG", qtables=[[300] * 64, [400] * 64])
+    files["two pictures"] = encode(image, "MPO", save_all=True, append_images=[noise(50, 40, seed=1)])
+    files["no JFIF"] = encode(image, "JPEG")[:2] + encode(image, "JPEG")[20:]
+    files["junk behind the end"] = files["comment"] + b"\xff\xd8junk"
+    files["junk before the end"] = files["comment"][:-2] + b"\0\0junk" + files["comment"][-2:]
+    return files
+
+
+def odd_jpegs() -> dict[str, bytes]:
+    """Files that Pillow's plugin must see: it turns them, reads their colours otherwise, or refuses them."""
+    image = noise(50, 40)
+    plain = encode(image, "JPEG")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright = Image.Exif()
+    upright[ExifTags.Base.Make] = "a camera"
+    files = {
+        "EXIF, to be turned": encode(image, "JPEG", exif=exif),
+        "EXIF, large": encode(gradient(1030, 770), "JPEG", exif=exif),
+        "EXIF, upright": encode(image, "JPEG", exif=upright),
+        "EXIF behind the frame": b"",
+        "XMP": with_segment(plain, 0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"),
+        "Adobe RGB": encode(image, "JPEG", keep_rgb=True),
+        "Adobe YCbCr": with_segment(plain, 0xEE, b"Adobe\0\x64\0\0\0\0\x01"),
+        "CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "fill bytes": plain[:2] + b"\xff\xff" + plain[2:],
+        "junk between segments": plain[:20] + b"junk" + plain[20:],
+        "JFIF cut short": b"\xff\xd8\xff\xe0\0\x07JFIF\0" + plain[20:],
+        "Photoshop, damaged": with_segment(plain, 0xED, b"Photoshop 3.0\0" + b"8BIM\x04\x04"),
+        "cut in the header": plain[:100],
+        "cut in the pixels": plain[:-300],
+        "cut before its end": plain[:-2],
+        "without pixels": plain[: plain.index(b"\xff\xda")] + b"\xff\xd9",
+        "no height": plain.replace(struct.pack(">HH", 40, 50), struct.pack(">HH", 0, 50), 1),
+        "twelve bits": plain.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c", 1),
+        "two components": plain.replace(b"\0\x28\0\x32\x03", b"\0\x28\0\x32\x02", 1),
+        "nothing but the start": b"\xff\xd8\xff",
+    }
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif.tobytes()) + 2) + exif.tobytes()
+    scan = plain.index(b"\xff\xda")
+    files["EXIF behind the frame"] = plain[:scan] + segment + plain[scan:]
+    return files
+
+
+def decode_by_the_rules(data: bytes, image_size: tuple[int, int]) -> RGBImage:
+    """What the docstring of `cnnpipe.images` says of a JPEG file, by Pillow's front door and NumPy."""
+    height, width = image_size
+    with Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation >= 5:
+            width, height = height, width
+        if image.width >= 4 * width and image.height >= 4 * height:
+            image.draft(None, (2 * width, 2 * height))
+        rgb = image.convert("RGB")
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        pixels = np.asarray(rgb)
+    return np.rot90(pixels, 3) if orientation == 6 else pixels
+
+
+PLAIN_JPEGS = plain_jpegs()
+ODD_JPEGS = odd_jpegs()
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (8, 8), (40, 50), (24, 60)], ids=str)
+def test_a_jpeg_is_decoded_by_the_rules_whichever_way_it_takes(image_size: tuple[int, int]) -> None:
+    num_equal = 0
+    for name, data in (PLAIN_JPEGS | ODD_JPEGS).items():
+        try:
+            expected = decode_by_the_rules(data, image_size)
+        except (OSError, SyntaxError):
+            error_of(data)
+        else:
+            assert np.array_equal(decode_image(data, image_size), expected), name
+            num_equal += 1
+    assert num_equal > len(PLAIN_JPEGS) + 8
+
+
+def test_plain_jpegs_and_no_others_go_straight_to_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(data: bytes) -> None:
+        raise AssertionError("asked the plugin")
+
+    monkeypatch.setattr("cnnpipe.images._open", refuse)
+    for data in PLAIN_JPEGS.values():
+        assert decode_image(data, (8, 8)).shape == (8, 8, 3)
+    for name, data in ODD_JPEGS.items():
+        with pytest.raises(AssertionError, match="asked the plugin"):
+            pytest.fail(f"{name}: {decode_image(data, (8, 8)).shape}")
+
+
+def pixels_or_error(data: bytes) -> bytes | tuple[str, str]:
+    try:
+        return decode_image(data, (16, 16)).tobytes()
+    except ImageError as error:
+        return error.kind, str(error)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    file=st.sampled_from([data for name, data in (PLAIN_JPEGS | ODD_JPEGS).items() if len(data) < 10_000]),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    keep=st.one_of(st.just(1.0), st.floats(0.5, 1)),
+)
+def test_a_damaged_jpeg_gives_the_same_pixels_or_error_both_ways(
+    file: bytes, edits: list[tuple[float, int]], keep: float
+) -> None:
+    data = bytearray(file[: int(len(file) * keep)])
+    for place, value in edits:
+        data[int(place * (len(data) - 1))] = value
+    result = pixels_or_error(bytes(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnnpipe.images._decode_plain_jpeg", lambda data, target: None)
+        assert pixels_or_error(bytes(data)) == result
+
+
 def test_a_cmyk_jpeg_keeps_its_colours() -> None:
     red = Image.new("RGB", (40, 40), (250, 10, 10))
     pixels = decode_image(encode(red.convert("CMYK"), "JPEG", quality=95), (8, 8))
@@ -172,6 +309,24 @@ def test_half_transparent_black_is_grey() -> None:
     assert difference(pixels, np.full((8, 8, 3), 127, np.uint8)) <= 1
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_does_not_depend_on_the_bands_it_is_worked_off_in(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise(40, 37, mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(noise(40, 37, "L", seed=1))
+    data = encode(image, "PNG", **({"transparency": 7} if mode == "P" else {}))
+    if mode == "RGB":
+        data = encode(image, "PNG", transparency=image.getpixel((3, 3)))
+    with Image.open(io.BytesIO(data)) as opened:
+        rgba = opened.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    assert np.array_equal(decode_image(data, (37, 40)), np.asarray(expected))
+    monkeypatch.setattr("cnnpipe.images._BAND_PIXELS", 100)
+    assert np.array_equal(decode_image(data, (37, 40)), np.asarray(expected))
+
+
 def test_the_first_frame_of_an_animation_counts() -> None:
     frames = [Image.new("RGB", (10, 10), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -195,6 +350,15 @@ def test_a_flipped_byte_in_a_png_is_corrupt() -> None:
     data = bytearray(encode(noise(30, 30), "PNG"))
     data[len(data) // 2] ^= 0xFF
     assert error_of(bytes(data)).kind == "corrupt"
+
+
+def test_a_tiff_without_the_rows_that_it_claims_is_refused_at_once() -> None:
+    data = encode(noise(24, 30), "TIFF")
+    height = struct.pack("<HHII", 257, 4, 1, 30)
+    assert data.count(height) == 1
+    error = error_of(data.replace(height, struct.pack("<HHII", 257, 4, 1, 7_000_000)))
+    assert error.kind == "truncated"
+    assert str(error) == "has 720 pixels, but says 24x7000000"
 
 
 def test_postscript_is_never_run() -> None:
