@@ -116,6 +116,10 @@ class ExportSettings(Settings):
     opset: int = Field(17, ge=13, le=21, description="version of the ONNX operator set")
     min_agreement: Fraction = Field(0.999, description="share of test images that must get the same class")
     max_difference: float = Field(1e-4, gt=0.0, description="largest allowed difference of any probability")
+    int8: bool = Field(True, description="also write an int8 model, for CPUs, if it is accurate enough")
+    fp16: bool = Field(True, description="also write an fp16 model, for CUDA, if it is accurate enough")
+    max_accuracy_loss: Fraction = Field(0.005, description="test accuracy that an int8 or fp16 model may lose")
+    calibration_images: int = Field(512, ge=1, le=100_000, description="training images that int8's ranges come from")
 
 
 class PromoteSettings(Settings):
@@ -138,6 +142,15 @@ class ClassifySettings(Settings):
     """Which images to classify, with which model, and where the table goes."""
 
     folder: str = Field(min_length=1, description="folder of images; searched to the bottom")
+    files: str | None = Field(
+        None,
+        description="text file of paths in the folder to classify, one a line or each ended by NUL; `-` is standard "
+        "input; without a folder they are relative to the current one",
+    )
+    include: tuple[str, ...] = Field(
+        (), description="only files that match one of these patterns; one without `/` is held against the file's name"
+    )
+    exclude: tuple[str, ...] = Field((), description="no files that match one of these patterns")
     model: str | None = Field(
         None,
         description="a name (its champion), an alias file, a run folder or an .onnx file; "
@@ -148,18 +161,62 @@ class ClassifySettings(Settings):
         description="table to write; .csv, .jsonl or .parquet; "
         "default: a new folder below artifacts/predictions with predictions.csv",
     )
-    overwrite: bool = Field(False, description="replace `output` if it exists")
+    overwrite: bool = Field(False, description="replace `output` if it exists, and a half-done one of other settings")
+    retry_failed: bool = Field(False, description="try only the rows of `output` that failed, and keep the others")
+    incremental: bool = Field(
+        False, description="bring `output` up to date: files of the same content and model keep their rows"
+    )
     device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
+    precision: Literal["auto", "fp32", "int8", "fp16"] = Field(
+        "auto", description="of the model; `auto` is the fastest that was kept for the device"
+    )
     batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step; default: 32 on cpu, 256 on cuda")
     workers: int | None = Field(None, ge=1, le=1024, description="decoding processes; default: one a core")
+    file_timeout: float = Field(60.0, gt=0.0, description="seconds that decoding one file may take")
+    shard_size: int = Field(4096, ge=1, le=1_000_000, description="files whose rows are written, and kept, together")
     top_k: int = Field(1, ge=1, description="classes to report for each image")
+    min_probability: Fraction = Field(0.0, description="images below it count as uncertain, and are sorted apart")
+    safe_csv: bool = Field(
+        False, description="put an apostrophe before texts in a .csv that a spreadsheet would take for formulas"
+    )
+    sort_into: str | None = Field(None, description="folder to sort the files into, by class: hard links, else copies")
+    report: str | None = Field(None, description="contact sheet of the result to write; .html")
     max_failure_rate: Fraction = Field(0.1, description="a larger share of unreadable images ends with exit status 3")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _list_needs_no_folder(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("files") and not values.get("folder"):
+            return {**values, "folder": "."}
+        return values
+
     @model_validator(mode="after")
-    def _output_has_known_suffix(self) -> Self:
+    def _files_have_known_suffixes(self) -> Self:
         if self.output is not None and Path(self.output).suffix not in (".csv", ".jsonl", ".parquet"):
             raise ValueError(f"output must end in .csv, .jsonl or .parquet, received {self.output!r}")
+        if self.safe_csv and self.output is not None and Path(self.output).suffix != ".csv":
+            raise ValueError(f"safe_csv is for a table that ends in .csv, received {self.output!r}")
+        if self.report is not None and Path(self.report).suffix not in (".html", ".htm"):
+            raise ValueError(f"report must end in .html, received {self.report!r}")
         return self
+
+    @model_validator(mode="after")
+    def _earlier_table_is_named(self) -> Self:
+        if not (self.retry_failed or self.incremental):
+            return self
+        if self.retry_failed and self.incremental:
+            raise ValueError("incremental tries failed files again too; leave out retry_failed")
+        mode = "retry_failed" if self.retry_failed else "incremental"
+        if self.output is None:
+            raise ValueError(f"{mode} needs output, the table to bring up to date")
+        if self.retry_failed and (self.files or self.include or self.exclude):
+            raise ValueError("retry_failed takes its files from the table; leave out files, include and exclude")
+        return self
+
+    @property
+    def replaces_output(self) -> bool:
+        """Whether what is at `output` and `report` may give way."""
+        return self.overwrite or self.retry_failed or self.incremental
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -11,6 +11,7 @@ CnnpipeError                     exit status 1
 │   └── ParityError              an exported model disagrees with its original
 ├── RegistryError                a run or an alias is missing or half written
 ├── ProviderError                the device asked for cannot be used
+│   └── GpuMemoryError           the GPU has no room for a batch
 ├── PredictionsError             the table of predictions cannot be written
 ├── StorageError                 a file cannot be written (full, read-only)
 │   └── AlreadyThereError        a file is there already and may not be replaced
@@ -29,6 +30,7 @@ __all__ = [
     "DatasetError",
     "DownloadError",
     "FailureBudgetError",
+    "GpuMemoryError",
     "ImageError",
     "ModelError",
     "ParityError",
@@ -101,6 +103,10 @@ class RegistryError(CnnpipeError):
 
 class ProviderError(CnnpipeError):
     """The device asked for cannot be used."""
+
+
+class GpuMemoryError(ProviderError):
+    """The GPU has no room for a batch."""
 
 
 class PredictionsError(CnnpipeError):

@@ -21,6 +21,7 @@ from cnnpipe.errors import AlreadyThereError, StorageError
 
 __all__ = [
     "make_folder",
+    "move_file",
     "sha256_file",
     "storage_errors",
     "write_bytes",
@@ -78,16 +79,30 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
             # 0o666 and not mkstemp's 0o600: the umask decides, so a result is as readable as any file of the user's.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        with storage_errors(path):
-            _sync(temporary)
-            if replace:
-                os.replace(temporary, path)
-            else:
-                _take_free_name(temporary, path)
-            _sync(path.parent)
+        move_file(temporary, path, replace=replace)
     finally:
         with suppress(OSError):  # a disk that has just failed must not hide the error that says so
             temporary.unlink(missing_ok=True)
+
+
+def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
+    """Flush a complete file to the disk and call it `path`; both must be on one file system.
+
+    Without `replace` the old name may stay beside the new one.
+
+    Args:
+        replace: whether a file that has the name already gives way.
+    Raises:
+        AlreadyThereError: it has, and may not be replaced.
+        StorageError: it cannot be moved.
+    """
+    with storage_errors(path):
+        _sync(source)
+        if replace:
+            os.replace(source, path)
+        else:
+            _take_free_name(source, path)
+        _sync(path.parent)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from benchmarks.tables import markdown_lines
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.files import find_files
 from cnnpipe.training.datasets import PreparedDataset
-from tests import tiny_models
 
 NUM_IMAGES = 20
 DATALOADER = "PyTorch DataLoader, 64"

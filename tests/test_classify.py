@@ -7,30 +7,24 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from tiny_models import load_digits, write_digits, write_model
 
 from cnnpipe.config import ClassifySettings
-from cnnpipe.decoding import DecodedChunk, DecodedFile
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
 from cnnpipe.files import find_files
-from cnnpipe.inference.classify import classify_folder, create_output_folder, predict_folder
-from cnnpipe.inference.engine import EngineOptions, StageSeconds, classify_files
-from cnnpipe.inference.session import open_session
+from cnnpipe.inference.classify import classify_folder, predict_folder
+from cnnpipe.inference.output import create_output_folder
 from cnnpipe.inference.summary import ClassificationSummary, check_failure_rate
 from cnnpipe.storage import sha256_file
-from cnnpipe.workers import DecoderPool
 
 needs_bytes_in_names = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 
@@ -214,26 +208,33 @@ def test_summary_is_beside_a_table_whose_name_is_not_utf8(images: Path, model: P
         assert sorted(path.name for path in folder.iterdir()) == ["summary.json", "t.csv"]
 
 
-@pytest.mark.parametrize("summary_first", [False, True])
-def test_of_two_classifications_of_one_output_the_first_to_finish_survives(
-    images: Path, model: Path, tmp_path: Path, summary_first: bool
-) -> None:
+def test_output_that_another_process_is_writing_is_refused(images: Path, model: Path, tmp_path: Path) -> None:
     table = tmp_path / "out" / "t.csv"
     settings = ClassifySettings(folder=str(images), model=str(model), device="cpu", output=str(table))
-    first: list[ClassificationSummary] = []
+    refused: list[str] = []
 
-    def finish_another(*_: object) -> None:
-        if not first:
-            first.append(predict_folder(settings, tmp_path))
-            if not summary_first:
-                (table.parent / "summary.json").unlink()
+    def begin_another(*_: object) -> None:
+        with pytest.raises(PredictionsError, match=r"another process is writing .*t\.csv; wait for it") as error:
+            predict_folder(settings, tmp_path)
+        refused.append(str(error.value))
 
-    with pytest.raises(PredictionsError, match=r"t\.csv was written by another process meanwhile"):
-        predict_folder(settings.model_copy(update={"batch_size": 1}), tmp_path, progress=finish_another)
-    assert len(read_csv(table)) == first[0].found == 50
-    assert {path.name for path in table.parent.iterdir()} <= {"summary.json", "t.csv"}
-    if summary_first:
-        assert json.loads((table.parent / "summary.json").read_text()) == json.loads(json.dumps(first[0].to_json()))
+    assert predict_folder(settings, tmp_path, progress=begin_another).found == 50
+    assert refused
+    assert sorted(path.name for path in table.parent.iterdir()) == ["summary.json", "t.csv"]
+
+
+def test_table_that_came_meanwhile_stays_until_it_may_be_replaced(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out" / "t.csv"
+    settings = ClassifySettings(folder=str(images), model=str(model), device="cpu", output=str(table))
+
+    def write_theirs(*_: object) -> None:
+        table.write_text("theirs")
+
+    with pytest.raises(PredictionsError, match=r"t\.csv was written by another process meanwhile and stays"):
+        predict_folder(settings, tmp_path, progress=write_theirs)
+    assert table.read_text() == "theirs"
+    summary = predict_folder(settings.model_copy(update={"overwrite": True}), tmp_path)
+    assert summary.resumed == summary.found == len(read_csv(table)) == 50
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -293,63 +294,6 @@ def test_error_of_the_progress_display_is_not_called_one_of_the_table(
         predict_folder(settings, tmp_path, progress=fail)
 
 
-class FakePool(DecoderPool):
-    """Gives a black image for every path that ends in .png and an error for others, in chunks of a fixed length."""
-
-    def __init__(self, chunk_files: int) -> None:
-        super().__init__(1)
-        self._chunk_files = chunk_files
-
-    def decode(self, root: Path, paths: Iterator[str], image_size: tuple[int, int]) -> Iterator[DecodedChunk]:
-        while names := list(islice(paths, self._chunk_files)):
-            kinds = ["" if name.endswith(".png") else "empty" for name in names]
-            files = tuple(DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True))
-            yield DecodedChunk(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
-
-
-def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(model: Path) -> None:
-    session = open_session(model, "cpu", threads=1)
-    paths = chain((f"{number}.png" for number in range(5)), (f"{number}.txt" for number in range(100_000)))
-    taken = 0
-
-    def count_taken() -> Iterator[str]:
-        nonlocal taken
-        for path in paths:
-            taken += 1
-            yield path
-
-    given, held = 0, []
-    for rows in classify_files(Path(), count_taken(), session, FakePool(100), EngineOptions(64), StageSeconds()):
-        held.append(taken - given)
-        given += len(rows)
-    assert given == taken == 100_005
-    assert max(held) <= 5 + 4096 + 100
-
-
-def test_batches_end_at_the_same_files_whatever_the_chunks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = open_session(model, "cpu", threads=1)
-    sizes: list[int] = []
-    run = session.run
-
-    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        sizes.append(len(images))
-        return run(images)
-
-    monkeypatch.setattr(session, "run", run_and_note)
-    # A full batch, one that ends by its 4,097th failed file with an image behind it, and the rest.
-    kinds = ["png"] * 64 + ["txt"] * 5000 + ["png"] * 3 + ["txt"] * 4090 + ["png"] + ["txt"] * 7 + ["png"] * 2
-    paths = [f"{number:05}.{kind}" for number, kind in enumerate(kinds)]
-    results = []
-    for chunk_files in (1, 7, 128, 20_000):
-        pool = FakePool(chunk_files)
-        found = classify_files(Path(), iter(paths), session, pool, EngineOptions(64), StageSeconds())
-        results.append([row for rows in found for row in rows])
-        assert sizes == [64, 4, 2]
-        sizes.clear()
-    assert [row.path for row in results[0]] == paths
-    assert results[1:] == results[:1] * 3
-
-
 def test_own_output_in_the_folder_is_not_classified(images: Path, model: Path, tmp_path: Path) -> None:
     summary = classify(images, model, images / "zz", output=str(images / "zz" / "out" / "t.csv"))
     assert summary.found == 50
@@ -387,7 +331,8 @@ def test_progress_counts_up_to_all_files(images: Path, model: Path, tmp_path: Pa
     seen: list[tuple[str, int, int]] = []
     settings = ClassifySettings(folder=str(images), model=str(model), device="cpu", max_failure_rate=0)
     predict_folder(settings, tmp_path, progress=lambda *args: seen.append(args))
-    assert seen[-1] == ("classify: 10 failed", 50, 0)
+    assert seen[-1][:2] == ("classify: 10 failed", 50)
+    assert {total for _, _, total in seen} <= {0, 50}  # unknown until they are counted
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -12,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,19 @@ import numpy.typing as npt
 import pytest
 from tiny_models import IMAGE_SIZE, expected_probabilities, load_digits, write_digits, write_model
 
-from cnnpipe.decoding import Decoder
-from cnnpipe.errors import CnnpipeError, ConfigError
+from cnnpipe.decoding import DecodedChunk, DecodedFile, Decoder
+from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError
 from cnnpipe.files import find_files
 from cnnpipe.images import RGBImage, decode_image
-from cnnpipe.inference.engine import EngineOptions, Prediction, StageSeconds, classify_files
+from cnnpipe.inference.engine import (
+    BatchRunner,
+    EngineOptions,
+    Prediction,
+    Shard,
+    ShardRows,
+    StageSeconds,
+    classify_shards,
+)
 from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.workers import DecoderPool
 
@@ -86,8 +96,13 @@ def classify(
     decoder: Decoder = decode_image,
 ) -> list[Prediction]:
     with DecoderPool(workers, decoder) as pool:
-        batches = classify_files(folder, find_files(folder), session, pool, options or EngineOptions(), StageSeconds())
-        return [row for rows in batches for row in rows]
+        parts = classify_shards(folder, whole(folder), session, pool, options or EngineOptions(), StageSeconds())
+        return [row for part in parts for row in part.rows]
+
+
+def whole(folder: Path) -> Iterator[Shard]:
+    """Return all files of a folder as one shard."""
+    return iter([Shard(0, list(find_files(folder)))])
 
 
 def is_running(pid: int) -> bool:
@@ -241,26 +256,26 @@ def test_decoder_that_prints_does_not_disturb(digits: Path, session: ClassifierS
     assert classify(digits, session, decoder=decode_and_print) == classify(digits, session)
 
 
-def test_paths_are_read_only_as_far_as_needed(digits: Path, session: ClassifierSession) -> None:
+def test_shards_are_read_only_as_far_as_needed(digits: Path, session: ClassifierSession) -> None:
     first = next(find_files(digits))
     taken = 0
 
-    def endless() -> Iterator[str]:
+    def endless() -> Iterator[Shard]:
         nonlocal taken
-        for taken in count(1):  # noqa: B007
-            yield first
+        for taken in count(1):
+            yield Shard(taken, [first] * 100)
 
     with DecoderPool(2) as pool:
-        batches = classify_files(digits, endless(), session, pool, EngineOptions(), StageSeconds())
-        classified = sum(len(next(batches)) for _ in range(20))
+        parts = classify_shards(digits, endless(), session, pool, EngineOptions(), StageSeconds())
+        classified = sum(len(next(parts).rows) for _ in range(20))
     assert classified > 0
-    assert taken <= classified + 6 * 128 + 32
+    assert taken * 100 <= classified + 6 * 128 + 32 + 100
 
 
 def test_seconds_of_each_stage_are_counted(digits: Path, session: ClassifierSession) -> None:
     seconds = StageSeconds()
     with DecoderPool(1) as pool:
-        for _ in classify_files(digits, find_files(digits), session, pool, EngineOptions(), seconds):
+        for _ in classify_shards(digits, whole(digits), session, pool, EngineOptions(), seconds):
             pass
     assert min(seconds.list, seconds.decode, seconds.inference) > 0
     assert seconds.write == 0
@@ -279,6 +294,165 @@ def test_pool_ends_its_workers_when_it_is_left_early(digits: Path) -> None:
     assert all(process.returncode is not None for process in workers)
     with pytest.raises(CnnpipeError, match="decoding was stopped"):
         pool.start()
+
+
+class FakePool(DecoderPool):
+    """Gives a black image for every path that ends in .png and an error for others, in chunks of a fixed length."""
+
+    def __init__(self, chunk_files: int) -> None:
+        super().__init__(1)
+        self._chunk_files = chunk_files
+        self.taken = 0
+
+    def decode(
+        self,
+        root: Path,
+        paths: Iterator[str],
+        image_size: tuple[int, int],
+        known_digests: Callable[[str], str] | None = None,
+    ) -> Iterator[DecodedChunk]:
+        while names := list(islice(paths, self._chunk_files)):
+            self.taken += len(names)
+            kinds = ["" if name.endswith(".png") else "empty" for name in names]
+            files = tuple(DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True))
+            yield DecodedChunk(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
+
+
+def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(session: ClassifierSession) -> None:
+    paths = [*(f"{number}.png" for number in range(5)), *(f"{number}.txt" for number in range(100_000))]
+    pool, given, held = FakePool(100), 0, []
+    found = classify_shards(Path(), iter([Shard(0, paths)]), session, pool, EngineOptions(64), StageSeconds())
+    for part in found:
+        held.append(pool.taken - given)
+        given += len(part.rows)
+    assert given == pool.taken == 100_005
+    assert max(held) <= 5 + 4096 + 100
+
+
+def test_batches_end_at_the_same_files_whatever_the_chunks(
+    session: ClassifierSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    run = session.run
+
+    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        sizes.append(len(images))
+        return run(images)
+
+    monkeypatch.setattr(session, "run", run_and_note)
+    # A full batch, one that ends by its 4,097th failed file with an image behind it, and the rest.
+    kinds = ["png"] * 64 + ["txt"] * 5000 + ["png"] * 3 + ["txt"] * 4090 + ["png"] + ["txt"] * 7 + ["png"] * 2
+    paths = [f"{number:05}.{kind}" for number, kind in enumerate(kinds)]
+    results = []
+    for chunk_files in (1, 7, 128, 20_000):
+        pool = FakePool(chunk_files)
+        found = classify_shards(Path(), iter([Shard(0, paths)]), session, pool, EngineOptions(64), StageSeconds())
+        results.append([row for part in found for row in part.rows])
+        assert sizes == [64, 4, 2]
+        sizes.clear()
+    assert [row.path for row in results[0]] == paths
+    assert results[1:] == results[:1] * 3
+
+
+def rows_of(parts: Iterator[ShardRows]) -> dict[int, list[Prediction]]:
+    """Return the rows by their shard, each of which must be complete."""
+    rows: dict[int, list[Prediction]] = {}
+    complete: set[int] = set()
+    for part in parts:
+        assert part.number not in complete
+        rows.setdefault(part.number, []).extend(part.rows)
+        if part.complete:
+            complete.add(part.number)
+    assert set(rows) == complete
+    return rows
+
+
+def test_rows_of_a_shard_do_not_depend_on_what_is_classified_around_it(
+    digits: Path, session: ClassifierSession
+) -> None:
+    paths = list(find_files(digits))
+    shards = [Shard(number, paths[start : start + 50]) for number, start in enumerate(range(0, 400, 50))]
+    options = EngineOptions(32, 3)
+    with DecoderPool(2) as pool:
+        together = rows_of(classify_shards(digits, iter(shards), session, pool, options, StageSeconds()))
+        alone = rows_of(classify_shards(digits, iter(shards[3:4]), session, pool, options, StageSeconds()))
+    assert [row.path for rows in together.values() for row in rows] == paths
+    assert alone == {3: together[3]}
+
+
+def test_no_batch_spans_two_shards(session: ClassifierSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run = session.run
+
+    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        sizes.append(len(images))
+        return run(images)
+
+    monkeypatch.setattr(session, "run", run_and_note)
+    shards = [Shard(0, ["a.png"] * 5 + ["b.txt"]), Shard(1, ["b.txt"]), Shard(2, ["a.png"] * 9), Shard(3, ["a.png"])]
+    rows = rows_of(classify_shards(Path(), iter(shards), session, FakePool(1000), EngineOptions(8), StageSeconds()))
+    assert sizes == [5, 8, 1, 1]
+    assert {number: len(part) for number, part in rows.items()} == {0: 6, 1: 1, 2: 9, 3: 1}
+
+
+class Kept:
+    """Rows to keep for two of the files."""
+
+    def __init__(self, rows: dict[str, Prediction]) -> None:
+        self._rows = rows
+
+    def digest(self, path: str) -> str:
+        return self._rows[path].sha256 if path in self._rows else ""
+
+    def row(self, path: str) -> Prediction:
+        return self._rows[path]
+
+
+def test_unchanged_files_keep_their_rows_and_changed_ones_get_new_ones(
+    tmp_path: Path, session: ClassifierSession
+) -> None:
+    paths = write_digits(tmp_path, range(20))
+    made = {row.path: row for row in classify(tmp_path, session)}
+    kept = {path: replace(made[path], labels=("kept",)) for path in paths[3:15]}
+    (tmp_path / paths[5]).write_bytes((tmp_path / paths[0]).read_bytes())
+    with DecoderPool(2) as pool:
+        parts = classify_shards(
+            tmp_path, iter([Shard(0, paths)]), session, pool, EngineOptions(), StageSeconds(), Kept(kept)
+        )
+        rows = {row.path: row for part in parts for row in part.rows}
+    assert list(rows) == paths
+    assert [path for path, row in rows.items() if row.labels == ("kept",)] == [*paths[3:5], *paths[6:15]]
+    assert rows[paths[5]].labels == made[paths[0]].labels
+
+
+def run_with_room_for(num_images: int, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Do what a GPU does that has room for so many images at a time."""
+    if len(images) > num_images:
+        raise GpuMemoryError(f"the GPU has no room for a batch of {len(images)}")
+    return images[:, 0, 0, :2].astype(np.float32)
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+def test_batches_are_halved_for_good_when_the_gpu_is_full(fixed_shape: bool, caplog: pytest.LogCaptureFixture) -> None:
+    sizes: list[int] = []
+
+    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        sizes.append(len(images))
+        return run_with_room_for(30, images)
+
+    images = np.arange(100 * 3, dtype=np.uint8).reshape(100, 1, 1, 3)
+    runner = BatchRunner(run, 100, fixed_shape=fixed_shape)
+    for _ in range(2):
+        np.testing.assert_array_equal(runner.run(images), images[:, 0, 0, :2])
+    assert runner.size == 25
+    assert sizes == [100, 50, *[25] * 8]
+    assert "no room for a batch of 50; going on with batches of 25" in caplog.text
+
+
+def test_gpu_without_room_for_one_image_is_an_error() -> None:
+    runner = BatchRunner(functools.partial(run_with_room_for, 0), 8, fixed_shape=True)
+    with pytest.raises(GpuMemoryError, match="no room for a batch of 1"):
+        runner.run(np.zeros((8, 4, 4, 3), np.uint8))
 
 
 # No `if __name__ == "__main__"`: a worker must not import the main module of its parent again.

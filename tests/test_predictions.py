@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnnpipe.errors import PredictionsError, StorageError
+from cnnpipe.errors import PredictionsError
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.inference.predictions import check_output, open_table, table_columns
+from cnnpipe.inference.predictions import TableFormat, join_tables, open_table, read_table, table_columns
 
 MODEL = "tiny/20260101T000000Z"
 ODD_NAMES = (
@@ -44,8 +45,8 @@ def failed(path: str, sha256: str = "b" * 64) -> Prediction:
     return Prediction(path, "error", (), (), "truncated", 'ends, "too early"', sha256, MODEL)
 
 
-def write(path: Path, rows: list[Prediction], top_k: int = 1) -> Path:
-    with open_table(path, top_k, overwrite=True) as (table, _):
+def write(path: Path, rows: list[Prediction], top_k: int = 1, *, safe_csv: bool = False) -> Path:
+    with open_table(path, TableFormat(path.suffix, top_k, safe_csv)) as table:
         for row in rows:
             table.write([row])
     return path
@@ -137,7 +138,7 @@ def test_parquet_columns_are_typed(tmp_path: Path) -> None:
 def test_parquet_is_written_in_groups_of_bounded_size(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     row = ok("a.png", ("cat", 0.5))
-    with open_table(path, 1) as (table, _):
+    with open_table(path, TableFormat(".parquet", 1)) as table:
         for _ in range(50):
             table.write([row] * 1000)
     metadata = pq.read_metadata(path)
@@ -151,9 +152,9 @@ def test_table_appears_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
     path.write_text("the old one")
 
     def write_and_stop() -> None:
-        with open_table(path, 1, overwrite=True) as (table, temporary):
+        with open_table(path, TableFormat(suffix, 1)) as table:
             table.write([failed("a.png")])
-            assert temporary.exists()
+            assert len(list(tmp_path.iterdir())) == 2
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -163,24 +164,9 @@ def test_table_appears_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_table_that_came_meanwhile_stays(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"t{suffix}"
-
-    def write_while_another_does() -> None:
-        with open_table(path, 1) as (table, _):
-            table.write([failed("a.png")])
-            path.write_text("the other one")
-
-    with pytest.raises(PredictionsError, match="was written by another process meanwhile, so this table was dropped"):
-        write_while_another_does()
-    assert path.read_text() == "the other one"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_error_of_the_block_is_not_called_one_of_the_table(tmp_path: Path, suffix: str) -> None:
     def write_and_fail() -> None:
-        with open_table(tmp_path / f"t{suffix}", 1) as (table, _):
+        with open_table(tmp_path / f"t{suffix}", TableFormat(suffix, 1)) as table:
             table.write([failed("a.png")])
             raise TimeoutError("the server does not answer")
 
@@ -197,10 +183,11 @@ def test_disk_that_takes_no_more_is_one_error_that_names_the_table(tmp_path: Pat
         "import hashlib, resource, signal, sys; from pathlib import Path\n"
         "from cnnpipe.errors import StorageError\n"
         "from cnnpipe.inference.engine import Prediction\n"
-        "from cnnpipe.inference.predictions import open_table\n"
+        "from cnnpipe.inference.predictions import TableFormat, open_table\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "try:\n"
-        "    with open_table(Path(sys.argv[1]), 1) as (table, _):\n"
+        "    path = Path(sys.argv[1])\n"
+        "    with open_table(path, TableFormat(path.suffix, 1)) as table:\n"
         "        for number in range(int(sys.argv[2])):\n"
         "            digest = hashlib.sha256(str(number).encode()).hexdigest()\n"
         "            table.write([Prediction(str(number), 'error', (), (), 'empty', 'no bytes', digest, 'm')])\n"
@@ -215,45 +202,71 @@ def test_disk_that_takes_no_more_is_one_error_that_names_the_table(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_summary_is_part_of_the_output(tmp_path: Path) -> None:
-    table, summary = tmp_path / "t.csv", tmp_path / "summary.json"
-    summary.write_text(json.dumps({"table": str(table)}))
-    with pytest.raises(PredictionsError, match=r"summary\.json is there already; .*--overwrite"):
-        check_output(table, overwrite=False)
-    check_output(table, overwrite=True)
+FORMULAS = ("=1+1.png", "+1.png", "-1.png", "@SUM(A1).png", "\t=1.png", "\r=1.png", "'quoted.png")
+
+
+def test_safe_csv_has_no_field_that_a_spreadsheet_computes(tmp_path: Path) -> None:
+    rows = [ok(name, ("=cat", 0.5)) for name in (*FORMULAS, "plain.png", "a=b.png")]
+    found = read(write(tmp_path / "t.csv", rows, safe_csv=True))
+    assert [row["path"] for row in found] == [*("'" + name for name in FORMULAS), "plain.png", "a=b.png"]
+    assert {row["label"] for row in found} == {"'=cat"}
+    assert {row["probability"] for row in found} == {np.float32(0.5)}
+
+
+def test_formulas_stay_as_they_are_unless_asked(tmp_path: Path) -> None:
+    found = read(write(tmp_path / "t.csv", [ok(name, ("=cat", 0.5)) for name in FORMULAS]))
+    assert [row["path"] for row in found] == list(FORMULAS)
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "7", '"table"', "{}", '{"mine":1}', '{"table": 7}', '{"table": "u.csv"}', '{"table": "/t.csv"}'],
+    ("suffix", "safe_csv"), [(".csv", False), (".csv", True), (".jsonl", False), (".parquet", False)]
 )
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_summary_of_anything_else_is_refused(tmp_path: Path, content: str, overwrite: bool) -> None:
-    (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(PredictionsError, match=r"summary\.json is no summary of ours; choose another folder"):
-        check_output(tmp_path / "t.csv", overwrite)
+def test_tables_are_read_back_as_they_were_written(tmp_path: Path, suffix: str, safe_csv: bool) -> None:
+    rows = [
+        *(ok(name, ("cat", 0.33333334), ("-dog, small", 1e-45)) for name in (*ODD_NAMES, *FORMULAS)),
+        failed("b.png"),
+        failed("c.png", sha256=""),
+    ]
+    path = write(tmp_path / f"t{suffix}", rows, 2, safe_csv=safe_csv)
+    found = list(read_table(path, TableFormat(suffix, 2, safe_csv)))
+    rounded = [replace(row, probabilities=tuple(float(np.float32(each)) for each in row.probabilities)) for row in rows]
+    assert [
+        replace(row, probabilities=tuple(float(np.float32(each)) for each in row.probabilities)) for row in found
+    ] == rounded
 
 
-def test_folder_called_like_the_summary_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").mkdir()
-    with pytest.raises(PredictionsError, match="choose another folder for --output"):
-        check_output(tmp_path / "t.csv", overwrite=True)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_parts_make_the_bytes_of_the_whole(tmp_path: Path, suffix: str) -> None:
+    form = TableFormat(suffix, 1)
+    rows = [ok(f"{number}.png", ("cat", 1 / (number + 1))) for number in range(20_000)]
+    whole = write(tmp_path / f"whole{suffix}", rows)
+    parts = []
+    for start in range(0, len(rows), 3_000):
+        parts.append(tmp_path / f"{start}{suffix}")
+        with open_table(parts[-1], form, part=True) as table:
+            table.write(rows[start : start + 3_000])
+    join_tables(parts, tmp_path / f"joined{suffix}", form)
+    assert (tmp_path / f"joined{suffix}").read_bytes() == whole.read_bytes()
+    assert [row.path for part in parts for row in read_table(part, form, part=True)] == [row.path for row in rows]
 
 
-def test_output_of_an_impossible_name_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"cannot write .*: File name too long"):
-        check_output(tmp_path / ("n" * 300 + ".csv"), overwrite=False)
-
-
-def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    there = tmp_path / "there.csv"
-    there.touch()
-    (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(PredictionsError, match=r"there\.csv is there already; .*--overwrite"):
-        check_output(there, overwrite=False)
-    with pytest.raises(PredictionsError, match=r"must end in \.csv, \.jsonl, \.parquet, received .*t\.xlsx"):
-        check_output(tmp_path / "t.xlsx", overwrite=False)
-    with pytest.raises(PredictionsError, match="must be a file, received the folder"):
-        check_output(tmp_path / "folder.csv", overwrite=True)
-    check_output(there, overwrite=True)
-    check_output(tmp_path / "new" / "t.csv", overwrite=False)
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".csv", b""),
+        (".csv", b"path,label\na.png,cat\n"),
+        (".csv", b"path,status,label,probability,error,sha256,model\na.png,fine,cat,1,,,m\n"),
+        (".csv", b"path,status,label,probability,error,sha256,model\na.png,ok,cat\n"),
+        (".csv", b"\xff"),
+        (".jsonl", b"{"),
+        (".jsonl", b"[]\n"),
+        (".parquet", b"PAR1"),
+    ],
+)
+def test_what_is_no_table_of_ours_is_one_clear_error(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(
+        PredictionsError, match=rf"t\{suffix} cannot be read as a table of 1 classes a row: .*--overwrite"
+    ):
+        list(read_table(path, TableFormat(suffix, 1)))

@@ -1,48 +1,55 @@
-"""Classify a folder: from settings to a table and its summary."""
+"""Classify a folder: from settings to a table and its summary, going on where an earlier attempt was broken off."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.environment import package_versions, usable_cores
-from cnnpipe.errors import DatasetError
+from cnnpipe.errors import DatasetError, PredictionsError
 from cnnpipe.files import display_path, find_files
-from cnnpipe.inference.engine import EngineOptions, StageSeconds, check_top_k, classify_files
-from cnnpipe.inference.predictions import check_output, open_table
+from cnnpipe.inference.contact_sheet import check_report, write_report
+from cnnpipe.inference.earlier import EarlierTable, KeptRows, kept_rows, replace_failed
+from cnnpipe.inference.engine import check_top_k
+from cnnpipe.inference.job_files import JobFiles
+from cnnpipe.inference.output import check_output, default_table
+from cnnpipe.inference.predictions import join_tables, read_table
+from cnnpipe.inference.running import run_shards
+from cnnpipe.inference.shards import FinishedTable, Job, ShardFolder, finished_job, remove_leftovers, shards_folder
+from cnnpipe.inference.sorting import SortedFiles, check_target, sort_files
 from cnnpipe.inference.summary import (
     ClassificationSummary,
     ModelUsed,
     RowCounts,
     StageReport,
     check_failure_rate,
-    summaries_of,
+    remove_summaries,
     write_summary,
 )
 from cnnpipe.registry import resolve_model_file
-from cnnpipe.storage import make_folder, storage_errors
+from cnnpipe.storage import sha256_file
 from cnnpipe.workers import DecoderPool
 
 if TYPE_CHECKING:  # loading onnxruntime takes longer than refusing a wrong path
     from cnnpipe.inference.session import ClassifierSession
 
-__all__ = ["Progress", "classify_folder", "create_output_folder", "predict_folder"]
+__all__ = ["Classification", "Progress", "classify_folder", "open_classification", "predict_folder"]
 
 Progress = Callable[[str, int, int], None]
-"""(what, files done, files in all or 0 where unknown); as files are not counted in advance, always 0 here."""
+"""(what, files done, files in all or 0 as long as they are not counted)."""
 
-_MAX_NAME_BYTES = 100
-"""Of the input's name in the name of the output folder; file systems allow 255 bytes in all."""
+_VERSIONS: Final = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
 
-_VERSIONS = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
+_STAGES: Final = ("list", "decode", "inference", "write")
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +63,7 @@ def classify_folder(
         artifacts: where models are looked up, and where the table goes without `settings.output`.
     Raises:
         FailureBudgetError: more files failed than allowed; table and summary are complete all the same.
-        CnnpipeError: as `predict_folder`.
+        CnnpipeError: as `open_classification` and the methods of `Classification`.
     """
     summary = predict_folder(settings, artifacts, progress=progress)
     check_failure_rate(summary)
@@ -66,79 +73,92 @@ def classify_folder(
 def predict_folder(
     settings: ClassifySettings, artifacts: Path, *, progress: Progress | None = None
 ) -> ClassificationSummary:
-    """Do what `classify_folder` does, and leave the failure rate to the caller to judge.
-
-    Raises:
-        DatasetError: there is no such folder, or no file in it.
-        PredictionsError: the output is there already or came there meanwhile, or is not a table.
-        ModelError, RegistryError: there is no such model.
-        ConfigError: `top_k` exceeds the number of classes.
-        ProviderError: the device cannot be used.
-        StorageError: the table cannot be written.
-    """
-    started, began = datetime.now(UTC), time.perf_counter()
-    root = Path(settings.folder).expanduser()
-    paths = _find_some(root)
-    wanted = Path(settings.output).expanduser() if settings.output else None
-    if wanted is not None:
-        check_output(wanted, settings.overwrite)
-    model = resolve_model_file(settings.model, artifacts)
-    with DecoderPool(settings.workers or usable_cores()) as pool:
-        pool.start()  # comes up while this process loads onnxruntime
-        session = _open(model, settings.device)
-        check_top_k(settings.top_k, session)
-        start_up = time.perf_counter() - began
-        with _output(wanted, root, artifacts, started) as output:
-            counts, seconds = _write_table(settings, root, paths, output, session, pool, progress)
-    report = StageReport(
-        time.perf_counter() - began, start_up, seconds.list, seconds.decode, seconds.inference, seconds.write
-    )
-    summary = _summarize(settings, output, session, pool.workers, counts, report, started)
-    _logger.info("summary: %s", write_summary(summary, output))
-    return summary
-
-
-def create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
-    """Create the folder that the table goes to if no output is given, named after the input and the time.
-
-    Raises:
-        StorageError: it cannot be created.
-    """
-    name = display_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
-    predictions = make_folder(artifacts / "predictions")
-    wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
-    folder, number = predictions / wanted, 1
-    while True:
-        with storage_errors(folder):
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another classification of this second
-                number += 1
-                folder = predictions / f"{wanted}-{number}"
+    """Do what `classify_folder` does, and leave the failure rate to the caller to judge."""
+    with open_classification(settings, artifacts) as classification:
+        classification.run(progress)
+        return classification.finish()
 
 
 @contextmanager
-def _output(wanted: Path | None, root: Path, artifacts: Path, started: datetime) -> Iterator[Path]:
-    """Give the path of the table; a folder that was created for it goes again if no table came of it."""
-    if wanted is not None:
-        yield wanted
-        return
-    folder = create_output_folder(root, artifacts, started)
-    try:
-        yield folder / "predictions.csv"
-    finally:
-        with suppress(OSError):  # it is not empty: the table is in it
-            folder.rmdir()
+def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator[Classification]:
+    """Load the model and take the output: all that can be refused is refused here, before any work is done.
+
+    Raises:
+        DatasetError: there is no such folder, or no file in it.
+        PredictionsError: the output is there already, is being written by another process, or was begun with other
+            settings.
+        ModelError, RegistryError: there is no such model.
+        ConfigError: `top_k` exceeds the number of classes.
+        ProviderError: the device cannot be used.
+        StorageError: the output cannot be written.
+    """
+    started, began = datetime.now(UTC), time.perf_counter()
+    root = Path(settings.folder).expanduser()
+    _require_files(root, settings)
+    wanted = Path(settings.output).expanduser().absolute() if settings.output else None
+    earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
+    if settings.sort_into is not None:
+        check_target(root, Path(settings.sort_into).expanduser())
+    if settings.report is not None:
+        own = wanted is not None and finished_job(wanted) is not None  # else it may be half of what is gone on with
+        check_report(Path(settings.report).expanduser(), settings.replaces_output or own)
+    model = resolve_model_file(settings.model, artifacts)
+    with ExitStack() as stack:
+        pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
+        stack.enter_context(pool).start()  # comes up while this process loads onnxruntime
+        session = _open(model, settings.device)
+        check_top_k(settings.top_k, session)
+        known = _keep_rows(earlier, session, settings, stack)
+        if settings.incremental and earlier is not None and known is None:
+            earlier_sha256 = ""
+        job = _describe_job(settings, root, wanted, session, earlier_sha256)
+        table = wanted or stack.enter_context(default_table(root, artifacts, started, job))
+        folder, job = shards_folder(table), replace(job, table=str(table))
+        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=settings.overwrite))
+        yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
 
 
-def _find_some(root: Path) -> Iterator[str]:
-    """Return the files below `root`, at least one."""
-    paths = find_files(root)
-    first = next(paths, None)
-    if first is None:
+def _require_files(root: Path, settings: ClassifySettings) -> None:
+    """Refuse a folder without files; of what a list or patterns leave, nobody knows yet."""
+    with suppress(OSError), os.scandir(root) as entries:
+        if any(not entry.is_dir() for entry in entries):  # the usual case, and quick where there are millions
+            return
+    if next(find_files(root), None) is None and not settings.files:
         raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
-    return chain([first], paths)
+
+
+def _check_table(table: Path, settings: ClassifySettings) -> tuple[EarlierTable | None, str]:
+    """Refuse an output that is in the way; return the table to bring up to date, if that is wanted, and its digest."""
+    remove_leftovers(shards_folder(table))
+    finished = finished_job(table)
+    if finished is not None:  # a table of ours that still lacks its summary is in nobody's way
+        return None, finished.earlier_sha256
+    check_output(table, replace=settings.replaces_output)
+    if not table.exists():
+        if settings.retry_failed:
+            raise PredictionsError(f"there is no table {table} to try again; leave out --retry-failed")
+        return None, ""
+    if settings.retry_failed or settings.incremental:
+        return EarlierTable(table), sha256_file(table)
+    return None, ""
+
+
+def _keep_rows(
+    earlier: EarlierTable | None, session: ClassifierSession, settings: ClassifySettings, stack: ExitStack
+) -> KeptRows | None:
+    """Return the rows of an earlier table that need not be made again, if it is to be brought up to date by content."""
+    if earlier is None:
+        return None
+    difference = earlier.difference(session.model_sha256, settings)
+    if not difference:
+        return stack.enter_context(kept_rows(earlier)) if settings.incremental else None
+    if settings.retry_failed:
+        raise PredictionsError(
+            f"the rows of {earlier.path} were made with {difference}, and one table is never made with two; "
+            "classify all files anew with --overwrite"
+        )
+    _logger.warning("every file is classified anew: %s was made with %s", earlier.path, difference)
+    return None
 
 
 def _open(model: Path, device: str) -> ClassifierSession:
@@ -147,99 +167,214 @@ def _open(model: Path, device: str) -> ClassifierSession:
     return open_session(model, device)
 
 
-def _write_table(
-    settings: ClassifySettings,
-    root: Path,
-    paths: Iterator[str],
-    output: Path,
-    session: ClassifierSession,
-    pool: DecoderPool,
-    progress: Progress | None,
-) -> tuple[RowCounts, StageSeconds]:
-    counts, seconds = RowCounts(), StageSeconds()
-    found = 0
-
-    def count(names: Iterator[str]) -> Iterator[str]:
-        nonlocal found
-        for name in names:
-            found += 1
-            yield name
-
-    options = EngineOptions(settings.batch_size, settings.top_k)
-    with open_table(output, settings.top_k, overwrite=settings.overwrite) as (table, temporary):
-        files = count(_without(root, temporary, paths))
-        for rows in classify_files(root, files, session, pool, options, seconds):
-            began = time.perf_counter()
-            table.write(rows)
-            seconds.write += time.perf_counter() - began
-            counts.add(rows)
-            if progress is not None:
-                progress(f"classify: {counts.error:,} failed", counts.ok + counts.error, 0)
-        if counts.ok + counts.error != found:
-            raise RuntimeError(f"{found:,} files found, but {counts.ok:,} ok + {counts.error:,} error: a bug of ours")
-        if settings.overwrite:
-            _remove_summaries(output)
-    return counts, seconds
-
-
-def _remove_summaries(table: Path) -> None:
-    """Remove the summary of the table that is about to be replaced: it must never stand beside the new one."""
-    for summary in summaries_of(table):
-        with storage_errors(summary):
-            summary.unlink()
-
-
-def _without(root: Path, temporary: Path, paths: Iterator[str]) -> Iterator[str]:
-    """Leave out our own unfinished table, which is found if the output lies below the folder."""
-    own = Path(os.path.realpath(temporary))
-    base = Path(os.path.realpath(root))
-    if not own.is_relative_to(base):
-        return paths
-    name = own.relative_to(base).as_posix()
-    return (path for path in paths if path != name)
-
-
-def _summarize(
-    settings: ClassifySettings,
-    output: Path,
-    session: ClassifierSession,
-    workers: int,
-    counts: RowCounts,
-    seconds: StageReport,
-    started: datetime,
-) -> ClassificationSummary:
-    found = counts.ok + counts.error
-    stages = {
-        "list": seconds.list,
-        "decode": seconds.decode / workers,
-        "inference": seconds.inference,
-        "write": seconds.write,
-    }
-    return ClassificationSummary(
-        table=display_path(str(output.absolute())),
-        folder=display_path(str(Path(settings.folder).expanduser().absolute())),
-        found=found,
-        ok=counts.ok,
-        error=counts.error,
-        failure_rate=counts.error / found,
-        max_failure_rate=settings.max_failure_rate,
-        classes={name: counts.labels[name] for name in session.info.class_names if counts.labels[name]},
-        error_kinds=dict(counts.error_kinds.most_common()),
-        first_errors=tuple(counts.first_errors),
-        images_per_second=found / max(seconds.total - seconds.start_up, 1e-9),
-        images_per_second_with_start_up=found / seconds.total,
-        seconds=seconds,
-        slowest_stage=max(stages, key=lambda stage: stages[stage]),
+def _describe_job(
+    settings: ClassifySettings, root: Path, table: Path | None, session: ClassifierSession, earlier_sha256: str
+) -> Job:
+    mode = "retry-failed" if settings.retry_failed else "incremental" if settings.incremental else "all"
+    return Job(
+        root=str(root.absolute()),
+        table=str(table or ""),
+        mode=mode,
+        files=settings.files,
+        include=settings.include,
+        exclude=settings.exclude,
+        earlier_sha256=earlier_sha256,
+        model=f"{session.info.name}/{session.info.run_id}",
+        model_path=str(session.path.absolute()),
+        model_sha256=session.model_sha256,
+        precision="fp32",
         device=session.device,
-        provider=session.provider,
         batch_size=settings.batch_size or session.default_batch_size,
-        workers=workers,
-        threads=session.threads,
         top_k=settings.top_k,
-        model=ModelUsed(
-            session.info.name, session.info.run_id, display_path(str(session.path.absolute())), session.model_sha256
-        ),
+        shard_size=settings.shard_size,
+        safe_csv=settings.safe_csv,
+        min_probability=settings.min_probability,
+        file_timeout=settings.file_timeout,
+        workers=settings.workers or usable_cores(),
         versions=package_versions(_VERSIONS),
-        started=started.isoformat(timespec="seconds"),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+@dataclass
+class _Clock:
+    """When an attempt began, and how long it took to be ready."""
+
+    started: datetime
+    began: float
+    start_up: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.began
+
+
+class Classification:
+    """A classification that is ready to go; made by `open_classification`.
+
+    `run` does the work in this process. `plan` hands it out instead, a shard at a time, to `run_planned_shard` in
+    others. `finish` makes the table of what they have left.
+    """
+
+    def __init__(
+        self,
+        settings: ClassifySettings,
+        session: ClassifierSession,
+        pool: DecoderPool,
+        shards: ShardFolder,
+        earlier: EarlierTable | None,
+        known: KeptRows | None,
+        clock: _Clock,
+    ) -> None:
+        self.shards = shards
+        self._settings = settings
+        self._session = session
+        self._pool = pool
+        self._earlier = earlier
+        self._known = known
+        self._files = JobFiles(shards.job, earlier)
+        self._clock = clock
+        self._clock.start_up = clock.seconds
+        self._resumed, self._resumed_seconds = shards.done()
+        if self._resumed.found:
+            _logger.info("going on in %s: %d files are done", display_path(str(shards.path)), self._resumed.found)
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Classify all files that have no row yet.
+
+        Raises:
+            CnnpipeError: as `run_shards`.
+        """
+        if self.shards.finished() is not None:
+            return
+        shown = _Shown(self._resumed, progress, self._files.count)
+        run_shards(
+            self.shards, self.shards.shards(self._files.behind), self._session, self._pool, self._known, shown.add
+        )
+
+    def plan(self) -> Iterator[int]:
+        """Yield the numbers of the shards that have no rows yet, each written down for another process.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self.shards.finished() is not None:
+            return
+        for shard in self.shards.shards(self._files.behind):
+            self.shards.plan(shard)
+            yield shard.number
+
+    def finish(self) -> ClassificationSummary:
+        """Make one table of the shards, and what else was asked for; the summary last.
+
+        Raises:
+            DatasetError: there was no file at all.
+            PredictionsError: the name of the table or of the summary was taken meanwhile.
+            StorageError: something cannot be written.
+        """
+        settings, job = self._settings, self.shards.job
+        finished = self.shards.finished() or self.shards.join(self._join)
+        if not finished.files and not settings.retry_failed:
+            raise DatasetError(f"no file is left of {_described(settings)}; check the patterns and the list")
+        table = Path(job.table)
+        replaces = settings.replaces_output or finished_job(table) is not None
+        if replaces:
+            remove_summaries(table)
+        self.shards.put_in_place(finished, replace=settings.replaces_output)
+        report = Path(settings.report).expanduser().absolute() if settings.report else None
+        summary = self._summarize(finished, self._sort(), report)
+        if report is not None:
+            self._write_report(summary, report, replace=replaces)
+        _logger.info("summary: %s", write_summary(summary, table))
+        self.shards.remove()
+        return summary
+
+    def _join(self, parts: list[Path], table: Path) -> RowCounts:
+        job = self.shards.job
+        if self._earlier is not None and self._settings.retry_failed:
+            return replace_failed(self._earlier, parts, table, job.form, job.min_probability)
+        join_tables(parts, table, job.form)
+        counts, _ = self.shards.done()
+        return counts
+
+    def _sort(self) -> SortedFiles | None:
+        settings, job = self._settings, self.shards.job
+        if settings.sort_into is None:
+            return None
+        rows = read_table(Path(job.table), job.form)
+        return sort_files(rows, Path(job.root), Path(settings.sort_into).expanduser(), settings.min_probability)
+
+    def _write_report(self, summary: ClassificationSummary, path: Path, *, replace: bool) -> None:
+        job, accuracy = self.shards.job, self._session.info.test_accuracy
+        rows = read_table(Path(job.table), job.form)
+        write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replace)
+
+    def _summarize(
+        self, finished: FinishedTable, sorted_files: SortedFiles | None, report: Path | None
+    ) -> ClassificationSummary:
+        settings, session, job, counts = self._settings, self._session, self.shards.job, finished.counts
+        made, spent = self.shards.done()
+        seconds = {stage: spent.get(stage, 0.0) - self._resumed_seconds.get(stage, 0.0) for stage in _STAGES}
+        num_new = made.found - self._resumed.found
+        total = self._clock.seconds
+        by_core = {**seconds, "decode": seconds["decode"] / self._pool.workers}
+        info = session.info
+        return ClassificationSummary(
+            table=display_path(job.table),
+            folder=display_path(job.root),
+            found=counts.found,
+            ok=counts.ok,
+            error=counts.error,
+            resumed=self._resumed.found,
+            unchanged=counts.unchanged,
+            uncertain=counts.uncertain,
+            min_probability=job.min_probability,
+            failure_rate=counts.error / max(counts.found, 1),
+            max_failure_rate=settings.max_failure_rate,
+            classes={name: counts.labels[name] for name in info.class_names if counts.labels[name]},
+            error_kinds=dict(counts.error_kinds.most_common()),
+            first_errors=tuple(counts.first_errors),
+            images_per_second=num_new / max(total - self._clock.start_up, 1e-9),
+            images_per_second_with_start_up=num_new / total,
+            seconds=StageReport(total=total, start_up=self._clock.start_up, **seconds),
+            slowest_stage=max(by_core, key=lambda stage: by_core[stage]),
+            device=session.device,
+            provider=session.provider,
+            precision=job.precision,
+            batch_size=job.batch_size,
+            workers=self._pool.workers,
+            threads=session.threads,
+            top_k=job.top_k,
+            safe_csv=job.safe_csv,
+            sorted_files=sorted_files,
+            report=display_path(str(report)) if report else None,
+            model=ModelUsed(info.name, info.run_id, display_path(job.model_path), session.model_sha256),
+            versions=package_versions(_VERSIONS),
+            started=self._clock.started.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+class _Shown:
+    """Tells how far it is, and as soon as they are counted, of how many files."""
+
+    def __init__(self, done: RowCounts, progress: Progress | None, count: Callable[[], int]) -> None:
+        self._done, self._failed, self._total = done.found, done.error, 0
+        self._progress = progress
+        if progress is not None:  # a daemon: nobody waits for it if the work is done first
+            threading.Thread(target=self._count, args=(count,), daemon=True).start()
+
+    def _count(self, count: Callable[[], int]) -> None:
+        self._total = count()
+
+    def add(self, counts: RowCounts) -> None:
+        self._done += counts.found
+        self._failed += counts.error
+        if self._progress is not None:
+            self._progress(
+                f"classify: {self._failed:,} failed", self._done, max(self._total, self._done) if self._total else 0
+            )
+
+
+def _described(settings: ClassifySettings) -> str:
+    return f"the list {settings.files}" if settings.files else display_path(settings.folder)

@@ -1,33 +1,37 @@
 """The stages of bulk classification: list -> read and decode -> batch -> run, overlapping, with bounded memory.
 
 Listing and batching happen here, decoding in the worker processes of a `DecoderPool`, inference in onnxruntime's own
-threads. Memory does not depend on how many files there are, and results do not depend on the timing: the files and
-their order alone say which images make a batch, so the same files give the same bits.
+threads. Memory does not depend on how many files there are, and results do not depend on the timing: a shard's files
+and their order alone say which images make a batch, so the same shard gives the same bits.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.decoding import DecodedFile
-from cnnpipe.errors import ConfigError
+from cnnpipe.errors import ConfigError, GpuMemoryError
 from cnnpipe.workers import DecoderPool
 
 if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
     from cnnpipe.inference.session import ClassifierSession
 
-__all__ = ["EngineOptions", "Prediction", "StageSeconds", "classify_files"]
+__all__ = ["BatchRunner", "EngineOptions", "KnownRows", "Prediction", "Shard", "ShardRows", "StageSeconds",
+           "check_top_k", "classify_shards"]  # fmt: skip
 
-_MAX_WAITING_ERRORS: Final = 4096
-"""Failed files that wait for the images before them; more, and their batch is run as it is. Some MB of rows."""
+_MAX_WAITING_FILES: Final = 4096
+"""Files without pixels that wait for the images before them; more, and their batch is run as it is. Some MB of rows."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,38 @@ class Prediction:
     """`<name>/<run id>`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Files that follow each other, whose rows are written together."""
+
+    number: int
+    paths: Sequence[str]
+    """At least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """Some rows of a shard, behind those that came before."""
+
+    number: int
+    """Of the shard."""
+    rows: list[Prediction]
+    complete: bool
+    """Whether they are its last."""
+
+
+class KnownRows(Protocol):
+    """The rows of an earlier table, which stay true while a file's content does."""
+
+    def digest(self, path: str) -> str:
+        """Return the SHA-256 that a file had when its row was made; empty if there is no row to keep."""
+        ...
+
+    def row(self, path: str) -> Prediction:
+        """Return the row of a file that has a digest."""
+        ...
+
+
 @dataclass
 class StageSeconds:
     """Time spent in each stage. The stages overlap, so together they exceed the time that has passed."""
@@ -72,22 +108,24 @@ class StageSeconds:
     write: float = 0.0
 
 
-def classify_files(
+def classify_shards(
     root: Path,
-    paths: Iterator[str],
+    shards: Iterator[Shard],
     session: ClassifierSession,
     pool: DecoderPool,
     options: EngineOptions,
     seconds: StageSeconds,
-) -> Iterator[list[Prediction]]:
-    """Classify files, and yield one row for each, in their order, as soon as it is known.
+    known: KnownRows | None = None,
+) -> Iterator[ShardRows]:
+    """Classify the files of shards, and yield one row for each, in their order, as soon as it is known.
+
+    No batch spans two shards: a shard's rows are the same whatever is classified before or behind it.
 
     Args:
-        root: the folder that `paths` are relative to.
-        paths: any iterator, such as `find_files(root)` or a part of it; read only as far as needed.
+        root: the folder that the paths are relative to.
+        shards: read only as far as needed.
         seconds: the stages' time is added here.
-    Yields:
-        Lists of rows; all together one for each of `paths`.
+        known: rows to keep for files whose content is unchanged.
     Raises:
         ConfigError: `top_k` exceeds the number of classes.
         ModelError, ProviderError: the model or the device failed.
@@ -95,45 +133,161 @@ def classify_files(
         RuntimeError: a bug in the decoder.
     """
     check_top_k(options.top_k, session)
-    batches = _Batches(options.batch_size or session.default_batch_size)
-    waiting: deque[DecodedFile] = deque()
-    images = np.empty((0, *session.info.image_size, 3), np.uint8)  # of the files in `waiting`
-    for chunk in pool.decode(root, _timed(paths, seconds), session.info.image_size):
+    open_shards = _OpenShards()
+    rows = _Rows(session, options.top_k, known)
+    batches = _Batches(options.batch_size or session.default_batch_size, open_shards.lengths)
+    runner = BatchRunner(session.run, batches.size, fixed_shape=session.wants_fixed_batch)
+    images = np.empty((0, *session.info.image_size, 3), np.uint8)  # of the files that wait for their batch to end
+    digest = known.digest if known else None
+    for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
         seconds.decode += chunk.seconds
-        waiting.extend(chunk.files)
+        rows.waiting.extend(chunk.files)
         images = np.concatenate([images, chunk.images]) if len(images) else chunk.images
-        sizes = batches.add(chunk.files)
-        if sizes or not len(images):
-            probabilities = _run_batches(session, images, sizes, batches.size, seconds)
-            images = images[len(probabilities) :]
-            yield _take_rows(waiting, probabilities, session, options.top_k)
-    rest = [len(images)] if len(images) else []
-    probabilities = _run_batches(session, images, rest, batches.size, seconds)
-    yield _take_rows(waiting, probabilities, session, options.top_k)
+        began = time.perf_counter()
+        num_classes = len(session.info.class_names)
+        results = [np.empty((0, num_classes), np.float32)]
+        for size in batches.add(chunk.files):
+            results.append(runner.run(images[:size]))
+            images = images[size:]
+        seconds.inference += time.perf_counter() - began
+        yield from open_shards.split(rows.take(np.concatenate(results)))
 
 
-@dataclass
+class _OpenShards:
+    """Hands out the paths of shards, and knows again to which of them a row belongs."""
+
+    def __init__(self) -> None:
+        self.lengths: deque[int] = deque()
+        """Files of the shards that were begun, for whoever counts files behind the decoder."""
+        self._open: deque[tuple[int, int]] = deque()  # number, rows to come
+
+    def paths(self, shards: Iterator[Shard], seconds: StageSeconds) -> Iterator[str]:
+        while True:
+            began = time.perf_counter()
+            shard = next(shards, None)
+            seconds.list += time.perf_counter() - began
+            if shard is None:
+                return
+            self.lengths.append(len(shard.paths))
+            self._open.append((shard.number, len(shard.paths)))
+            yield from shard.paths
+
+    def split(self, rows: list[Prediction]) -> Iterator[ShardRows]:
+        while rows:
+            number, left = self._open.popleft()
+            part, rows = rows[:left], rows[left:]
+            if left > len(part):
+                self._open.appendleft((number, left - len(part)))
+            yield ShardRows(number, part, left == len(part))
+
+
 class _Batches:
     """Says where a batch ends: by counting files, never by the chunks they come in, whose lengths follow the clock."""
 
-    size: int
-    """Images of a full batch."""
-    _num_images: int = 0
-    _num_errors: int = 0
-    """Failed files behind the first image of the open batch."""
+    def __init__(self, size: int, lengths: deque[int]) -> None:
+        self.size = size
+        """Images of a full batch."""
+        self._lengths = lengths
+        self._num_left = 0
+        """Files of the shard that are still to come."""
+        self._num_images = 0
+        self._num_waiting = 0
+        """Files without pixels behind the first image of the open batch."""
 
     def add(self, files: Sequence[DecodedFile]) -> list[int]:
         """Return how many images each batch has that ends among these files."""
         ended = []
         for file in files:
-            if not file.error_kind:
+            if not self._num_left:
+                self._num_left = self._lengths.popleft()
+            self._num_left -= 1
+            if file.has_image:
                 self._num_images += 1
             elif self._num_images:
-                self._num_errors += 1
-            if self._num_images == self.size or self._num_errors > _MAX_WAITING_ERRORS:
+                self._num_waiting += 1
+            full = self._num_images == self.size or self._num_waiting > _MAX_WAITING_FILES
+            if self._num_images and (full or not self._num_left):
                 ended.append(self._num_images)
-                self._num_images = self._num_errors = 0
+                self._num_images = self._num_waiting = 0
         return ended
+
+
+class BatchRunner:
+    """Runs batches, and halves them for good when the GPU has no room for more.
+
+    Args:
+        run: (N, H, W, 3) uint8 -> (N, classes) float32; raises GpuMemoryError.
+        size: images of a full batch.
+        fixed_shape: whether a smaller batch is padded to the full one.
+    """
+
+    def __init__(
+        self, run: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]], size: int, *, fixed_shape: bool
+    ) -> None:
+        self._run = run
+        self.size = size
+        self._fixed_shape = fixed_shape
+
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return the probabilities of at least one and at most a full batch of images.
+
+        Raises:
+            GpuMemoryError: there is no room even for one image.
+        """
+        while True:
+            try:
+                parts = range(0, len(images), self.size)
+                return np.concatenate([self._run_part(images[start : start + self.size]) for start in parts])
+            except GpuMemoryError as error:
+                if self.size == 1:
+                    raise
+                self.size = (self.size + 1) // 2
+                _logger.warning("%s; going on with batches of %d", error, self.size)
+
+    def _run_part(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        num_missing = self.size - len(images)
+        if not (num_missing and self._fixed_shape):
+            return self._run(images)
+        return self._run(np.pad(images, ((0, num_missing), (0, 0), (0, 0), (0, 0))))[: len(images)]
+
+
+class _Rows:
+    """Makes the rows of decoded files, in their order, from the probabilities of those that have pixels."""
+
+    def __init__(self, session: ClassifierSession, top_k: int, known: KnownRows | None) -> None:
+        self.waiting: deque[DecodedFile] = deque()
+        self._names = np.array(session.info.class_names, object)
+        self._model = f"{session.info.name}/{session.info.run_id}"
+        self._top_k = top_k
+        self._known = known
+
+    def take(self, probabilities: npt.NDArray[np.float32]) -> list[Prediction]:
+        """Take the files off `waiting` up to the first image that has no probabilities yet, and return their rows.
+
+        Args:
+            probabilities: (N, classes), of the first N images that wait.
+        """
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._top_k]  # of equal ones, the first class
+        labels = map(tuple, self._names[order].tolist())
+        # NumPy prints the shortest digits that tell a float32 from its neighbours; float() of these keeps them.
+        digits = np.take_along_axis(probabilities, order, axis=1).astype("U32")
+        shortest = map(tuple, digits.astype(np.float64).tolist())
+        rows: list[Prediction] = []
+        num_left = len(probabilities)
+        while self.waiting:
+            file = self.waiting[0]
+            if file.error_kind:
+                row = Prediction(file.path, "error", (), (), file.error_kind, file.error, file.sha256, self._model)
+            elif file.unchanged and self._known:
+                row = self._known.row(file.path)
+            elif num_left:
+                num_left -= 1
+                row = Prediction(file.path, "ok", next(labels), next(shortest), "", "", file.sha256, self._model)
+            else:
+                break
+            self.waiting.popleft()
+            rows.append(row)
+        return rows
 
 
 def check_top_k(top_k: int, session: ClassifierSession) -> None:
@@ -145,67 +299,3 @@ def check_top_k(top_k: int, session: ClassifierSession) -> None:
     num_classes = len(session.info.class_names)
     if top_k > num_classes:
         raise ConfigError(f"top_k must be at most {num_classes}, the classes of {session.path}, received {top_k}")
-
-
-def _timed(paths: Iterator[str], seconds: StageSeconds) -> Iterator[str]:
-    """Pass paths on, and add the time that listing takes."""
-    while True:
-        began = time.perf_counter()
-        path = next(paths, None)
-        seconds.list += time.perf_counter() - began
-        if path is None:
-            return
-        yield path
-
-
-def _run_batches(
-    session: ClassifierSession,
-    images: npt.NDArray[np.uint8],
-    sizes: Sequence[int],
-    batch_size: int,
-    seconds: StageSeconds,
-) -> npt.NDArray[np.float32]:
-    """Return the probabilities of the first of (N, H, W, 3) images, (sum of sizes, classes), run batch by batch.
-
-    Args:
-        sizes: images of each batch.
-        batch_size: what a smaller one is padded to where the session wants one fixed shape.
-    """
-    began = time.perf_counter()
-    results = [np.empty((0, len(session.info.class_names)), np.float32)]
-    start = 0
-    for size in sizes:
-        batch = images[start : start + size]
-        start += size
-        num_missing = batch_size - size
-        if num_missing and session.wants_fixed_batch:
-            padded = np.pad(batch, ((0, num_missing), (0, 0), (0, 0), (0, 0)))
-            results.append(session.run(padded)[:size])
-        else:
-            results.append(session.run(batch))
-    seconds.inference += time.perf_counter() - began
-    return np.concatenate(results)
-
-
-def _take_rows(
-    waiting: deque[DecodedFile], probabilities: npt.NDArray[np.float32], session: ClassifierSession, top_k: int
-) -> list[Prediction]:
-    """Take the files off `waiting` up to the first image that has no probabilities yet, and make their rows."""
-    names = np.array(session.info.class_names, object)
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # of equal ones, the first class
-    labels = map(tuple, names[order].tolist())
-    # NumPy prints the shortest digits that tell a float32 from its neighbours; float() of these keeps them.
-    digits = np.take_along_axis(probabilities, order, axis=1).astype("U32")
-    shortest = map(tuple, digits.astype(np.float64).tolist())
-    model = f"{session.info.name}/{session.info.run_id}"
-    rows: list[Prediction] = []
-    num_scored = 0
-    while waiting and (waiting[0].error_kind or num_scored < len(probabilities)):
-        file = waiting.popleft()
-        if file.error_kind:
-            row = Prediction(file.path, "error", (), (), file.error_kind, file.error, file.sha256, model)
-        else:
-            row = Prediction(file.path, "ok", next(labels), next(shortest), "", "", file.sha256, model)
-            num_scored += 1
-        rows.append(row)
-    return rows

@@ -8,21 +8,22 @@ All formats hold the same values. Where a row has none, CSV is empty and the oth
 
 from __future__ import annotations
 
+import csv
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
+from cnnpipe.errors import PredictionsError, StorageError
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.inference.summary import SUMMARY_FILE, described_table, summaries_of
 from cnnpipe.storage import storage_errors, write_file
 
-__all__ = ["TABLE_SUFFIXES", "TableWriter", "check_output", "open_table", "table_columns"]
+__all__ = ["TABLE_SUFFIXES", "TableFormat", "TableWriter", "join_tables", "open_table", "read_table", "table_columns"]
 
 TABLE_SUFFIXES: Final = (".csv", ".jsonl", ".parquet")
 
@@ -31,7 +32,25 @@ _ROW_GROUP: Final = 16_384
 
 _NEEDS_QUOTES: Final = re.compile('[",\r\n]')
 
+_FORMULA_SIGNS: Final = tuple("=+-@\t\r")
+"""What makes a spreadsheet take a field for a formula, when it is the first character of it.
+
+Source: https://owasp.org/www-community/attacks/CSV_Injection
+"""
+
 Row = list[str | float | None]
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How a table is written."""
+
+    suffix: str
+    """One of `TABLE_SUFFIXES`."""
+    top_k: int
+    """Classes in each row."""
+    safe_csv: bool = False
+    """Whether a text that a spreadsheet would take for a formula gets an apostrophe in front."""
 
 
 def table_columns(top_k: int) -> list[str]:
@@ -40,69 +59,73 @@ def table_columns(top_k: int) -> list[str]:
     return ["path", "status", *likeliest, "error", "sha256", "model"]
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, before any work is done.
-
-    The summary is part of the output: it is replaced only with the table it describes.
-
-    Args:
-        path: the table.
-        overwrite: whether a table and its summary may be replaced.
-    Raises:
-        PredictionsError: its suffix is none of `TABLE_SUFFIXES`, it is a folder, it or its summary is there already,
-            or the `summary.json` beside it is not ours.
-        StorageError: there can be no such file.
-    """
-    if path.suffix not in TABLE_SUFFIXES:
-        raise PredictionsError(f"the output must end in {', '.join(TABLE_SUFFIXES)}, received {path}")
-    with storage_errors(path):  # such as a name that is too long
-        if path.is_dir():
-            raise PredictionsError(f"the output must be a file, received the folder {path}; name a file in it")
-    summary = path.with_name(SUMMARY_FILE)
-    if os.path.lexists(summary) and described_table(summary) is None:
-        raise PredictionsError(f"{summary} is no summary of ours; choose another folder for --output")
-    for file in (path, *summaries_of(path)):
-        if os.path.lexists(file) and not overwrite:
-            raise PredictionsError(f"{file} is there already; name another output, or allow it with --overwrite")
-
-
 @contextmanager
-def open_table(path: Path, top_k: int, *, overwrite: bool = False) -> Iterator[tuple[TableWriter, Path]]:
-    """Open a table for writing; it takes its name only when the block ends without an error.
+def open_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator[TableWriter]:
+    """Open a table for writing; it takes its name, and the place of what had it, when the block ends without an error.
 
     Args:
-        path: its suffix decides the format.
-        top_k: classes in each row.
-        overwrite: whether a table of that name gives way.
-    Yields:
-        The writer, and the temporary file it writes to.
+        part: whether it is a part for `join_tables`, which needs no names of the columns.
     Raises:
-        PredictionsError: the name was taken while this table was written.
         StorageError: it cannot be written.
     """
-    try:
-        with write_file(path, replace=overwrite) as temporary:
-            table = TableWriter(path, temporary, top_k)
-            try:
-                yield table, temporary
+    with write_file(path) as temporary:
+        table = TableWriter(path, temporary, form)
+        try:
+            if form.suffix == ".csv" and not part:
+                table.write_values([[*table_columns(form.top_k)]])
+            yield table
+            table.close()
+        finally:
+            with suppress(StorageError):  # closed above, or an error is on its way that says more
                 table.close()
-            finally:
-                with suppress(StorageError):  # closed above, or an error is on its way that says more
-                    table.close()
-    except AlreadyThereError as error:
+
+
+def join_tables(parts: Iterable[Path], path: Path, form: TableFormat) -> None:
+    """Write one table of the rows of its parts, in their order.
+
+    Raises:
+        StorageError: it cannot be written, or a part cannot be read.
+    """
+    if form.suffix == ".parquet":
+        with open_table(path, form) as table:
+            for part in parts:
+                for batch in _parquet_batches(part):
+                    table.write_values(batch)
+        return
+    with write_file(path) as temporary, storage_errors(path), temporary.open("wb") as file:
+        if form.suffix == ".csv":
+            file.write(_csv_line(table_columns(form.top_k)).encode())
+        for part in parts:
+            with part.open("rb") as rows:
+                shutil.copyfileobj(rows, file, 2**20)
+
+
+def read_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator[Prediction]:
+    """Yield the rows of a finished table, in order; their paths as they are displayed.
+
+    Args:
+        part: whether it was written as a part.
+    Raises:
+        PredictionsError: it cannot be read, or is no table of ours with so many classes in a row.
+    """
+    try:
+        for values in _READERS[form.suffix](path, form, part):
+            yield _prediction(values, form.top_k)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise PredictionsError(
-            f"{path} was written by another process meanwhile, so this table was dropped; "
-            "run again with another --output"
+            f"{path} cannot be read as a table of {form.top_k} classes a row: {reason}; make it anew with --overwrite"
         ) from error
 
 
 class TableWriter:
     """An open table; what cannot be written is a StorageError that names the table, not its temporary file."""
 
-    def __init__(self, path: Path, temporary: Path, top_k: int) -> None:
+    def __init__(self, path: Path, temporary: Path, form: TableFormat) -> None:
         self._path = path
+        self._top_k = form.top_k
         with storage_errors(path):
-            self._format = _FORMATS[path.suffix](temporary, top_k)
+            self._format = _FORMATS[form.suffix](temporary, form)
 
     def write(self, rows: Sequence[Prediction]) -> None:
         """Append rows.
@@ -110,6 +133,10 @@ class TableWriter:
         Raises:
             StorageError: they cannot be written.
         """
+        self.write_values([_values(row, self._top_k) for row in rows])
+
+    def write_values(self, rows: Sequence[Row]) -> None:
+        """Append rows that are given as values in the order of the columns; raises as `write`."""
         with storage_errors(self._path):
             self._format.write(rows)
 
@@ -126,9 +153,9 @@ class TableWriter:
 class _Format(Protocol):
     """A file of rows; may raise OSError."""
 
-    def __init__(self, path: Path, top_k: int) -> None: ...
+    def __init__(self, path: Path, form: TableFormat) -> None: ...
 
-    def write(self, rows: Sequence[Prediction]) -> None: ...
+    def write(self, rows: Sequence[Row]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -146,11 +173,21 @@ def _values(row: Prediction, top_k: int) -> Row:
     return [display_path(row.path), row.status, *likeliest, error, row.sha256 or None, row.model]
 
 
+def _prediction(values: Sequence[Any], top_k: int) -> Prediction:
+    """Return the row that `_values` made these of."""
+    path, status, *likeliest, error, sha256, model = values
+    if status not in ("ok", "error") or len(likeliest) != 2 * top_k:
+        raise ValueError(f"a row that is not ours: {values!r}")
+    kind, _, message = (error or "").partition(": ")
+    labels = tuple(likeliest[::2]) if status == "ok" else ()
+    probabilities = tuple(map(float, likeliest[1::2])) if status == "ok" else ()
+    return Prediction(path, status, labels, probabilities, kind, message, sha256 or "", model)
+
+
 class _TextWriter:
     """UTF-8 without conditions and not the platform's line ends: the same bytes everywhere."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
-        self._top_k, self._columns = top_k, table_columns(top_k)
+    def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", newline="", buffering=2**20)
 
     def close(self) -> None:
@@ -164,38 +201,52 @@ class _CsvWriter(_TextWriter):
     Source: https://www.rfc-editor.org/rfc/rfc4180
     """
 
-    def __init__(self, path: Path, top_k: int) -> None:
-        super().__init__(path, top_k)
-        self._file.write(",".join(self._columns) + "\n")
+    def __init__(self, path: Path, form: TableFormat) -> None:
+        super().__init__(path)
+        self._line = _safe_csv_line if form.safe_csv else _csv_line
 
-    def write(self, rows: Sequence[Prediction]) -> None:
-        self._file.writelines(",".join(map(_csv_field, _values(row, self._top_k))) + "\n" for row in rows)
+    def write(self, rows: Sequence[Row]) -> None:
+        self._file.writelines(map(self._line, rows))
 
 
-def _csv_field(value: str | float | None) -> str:
-    if value is None:
-        return ""
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text
+def _csv_line(values: Sequence[str | float | None]) -> str:
+    fields = ["" if value is None else str(value) for value in values]
+    line = ",".join(fields)
+    # Of the whole line first: nearly none needs quotes, and there may be millions.
+    if line.count(",") >= len(fields) or '"' in line or "\r" in line or "\n" in line:
+        line = ",".join('"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text for text in fields)
+    return line + "\n"
+
+
+def _safe_csv_line(values: Sequence[str | float | None]) -> str:
+    return _csv_line([_defuse(value) if isinstance(value, str) else value for value in values])
+
+
+def _defuse(text: str) -> str:
+    """Put an apostrophe before what a spreadsheet would compute; and before an apostrophe, so that it can be undone."""
+    return "'" + text if text.startswith((*_FORMULA_SIGNS, "'")) else text
 
 
 class _JsonLinesWriter(_TextWriter):
     """One JSON object a line."""
 
-    def write(self, rows: Sequence[Prediction]) -> None:
+    def __init__(self, path: Path, form: TableFormat) -> None:
+        super().__init__(path)
+        self._columns = table_columns(form.top_k)
+
+    def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            values = dict(zip(self._columns, _values(row, self._top_k), strict=True))
+            values = dict(zip(self._columns, row, strict=True))
             self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class _ParquetWriter:
     """Typed columns: text, and float32 probabilities; only path, status and model are never null."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
+    def __init__(self, path: Path, form: TableFormat) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._top_k = top_k
         self._rows: list[Row] = []
         self._arrow: Any = pa
         self._schema = pa.schema(
@@ -205,36 +256,86 @@ class _ParquetWriter:
                     pa.float32() if name.startswith("probability") else pa.string(),
                     nullable=name not in ("path", "status", "model"),
                 )
-                for name in table_columns(top_k)
+                for name in table_columns(form.top_k)
             ]
         )
         self._file = path.open("wb")
         self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd")
 
-    def write(self, rows: Sequence[Prediction]) -> None:
-        self._rows.extend(_values(row, self._top_k) for row in rows)
-        if len(self._rows) >= _ROW_GROUP:
-            self._flush()
+    def write(self, rows: Sequence[Row]) -> None:
+        self._rows.extend(rows)
+        while len(self._rows) >= _ROW_GROUP:
+            # Groups of one length, wherever the rows came from: the same rows give the same bytes.
+            group, self._rows = self._rows[:_ROW_GROUP], self._rows[_ROW_GROUP:]
+            self._write_group(group)
 
-    def _flush(self) -> None:
-        """Write what is held in memory as one row group."""
-        rows, self._rows = self._rows, []  # taken out first: what fails is not tried again by `close`
-        if rows:
-            columns = zip(*rows, strict=True)
-            kinds = [field.type for field in self._schema]
-            arrays = [self._arrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-            self._writer.write_batch(self._arrow.RecordBatch.from_arrays(arrays, schema=self._schema))
+    def _write_group(self, rows: Sequence[Row]) -> None:
+        columns = zip(*rows, strict=True)
+        kinds = [field.type for field in self._schema]
+        arrays = [self._arrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+        self._writer.write_batch(self._arrow.RecordBatch.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:
         """Write what is held in memory, and the footer."""
         if not self._file.closed:
             with self._file:
-                self._flush()
+                rows, self._rows = self._rows, []  # taken out first: what fails is not tried again
+                if rows:
+                    self._write_group(rows)
                 self._writer.close()
+
+
+def _read_csv(path: Path, form: TableFormat, part: bool) -> Iterator[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        if not part:
+            _check_columns(next(rows, []), form)
+        for row in rows:
+            yield [_undo_defuse(field) for field in row] if form.safe_csv else row
+
+
+def _undo_defuse(text: str) -> str:
+    return text.removeprefix("'")
+
+
+def _read_json_lines(path: Path, form: TableFormat, _: bool) -> Iterator[list[Any]]:
+    columns = table_columns(form.top_k)
+    with path.open(encoding="utf-8", newline="") as file:
+        for line in file:
+            row = json.loads(line)
+            _check_columns(list(row), form)
+            yield [row[column] for column in columns]
+
+
+def _read_parquet(path: Path, form: TableFormat, _: bool) -> Iterator[Row]:
+    for rows in _parquet_batches(path, form):
+        yield from rows
+
+
+def _parquet_batches(path: Path, form: TableFormat | None = None) -> Iterator[list[Row]]:
+    """Yield the rows of a Parquet file, some at a time; a probability with the digits of its float32."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if form is not None:
+            _check_columns(file.schema_arrow.names, form)
+        for batch in file.iter_batches(_ROW_GROUP):
+            columns = [column.to_pylist() for column in batch.columns]
+            yield [list(row) for row in zip(*columns, strict=True)]
+
+
+def _check_columns(found: list[str], form: TableFormat) -> None:
+    if found != table_columns(form.top_k):
+        raise ValueError(f"its columns are {', '.join(found)[:100] or 'missing'}")
 
 
 _FORMATS: Final[dict[str, type[_Format]]] = {
     ".csv": _CsvWriter,
     ".jsonl": _JsonLinesWriter,
     ".parquet": _ParquetWriter,
+}
+_READERS: Final[dict[str, Callable[[Path, TableFormat, bool], Iterator[Sequence[Any]]]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
 }

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,10 +14,23 @@ from typing import Any, Final
 from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
+from cnnpipe.inference.sorting import SortedFiles, uncertainty_test
 from cnnpipe.storage import storage_errors, write_json
 
-__all__ = ["SUMMARY_FILE", "ClassificationSummary", "FailedFile", "ModelUsed", "RowCounts", "StageReport",
-           "check_failure_rate", "described_table", "summaries_of", "write_summary"]  # fmt: skip
+__all__ = [
+    "SUMMARY_FILE",
+    "ClassificationSummary",
+    "FailedFile",
+    "ModelUsed",
+    "RowCounts",
+    "StageReport",
+    "check_failure_rate",
+    "described_table",
+    "read_summary",
+    "remove_summaries",
+    "summaries_of",
+    "write_summary",
+]
 
 SUMMARY_FILE: Final = "summary.json"
 """Written after the table: its presence means that the table is complete."""
@@ -69,6 +83,13 @@ class ClassificationSummary:
     """Files found; `ok + error = found`."""
     ok: int
     error: int
+    resumed: int
+    """Of these, files whose rows were made by an earlier attempt that was broken off."""
+    unchanged: int
+    """Files whose rows were taken over from the earlier table, as their content and the model are the same."""
+    uncertain: int
+    """Classified files whose likeliest class has less than `min_probability`."""
+    min_probability: float
     failure_rate: float
     """`error / found`, 0-1."""
     max_failure_rate: float
@@ -78,7 +99,7 @@ class ClassificationSummary:
     """Most frequent first."""
     first_errors: tuple[FailedFile, ...]
     images_per_second: float
-    """Files found by the time after start-up."""
+    """Files classified or failed in this attempt by its time after start-up."""
     images_per_second_with_start_up: float
     seconds: StageReport
     slowest_stage: str
@@ -87,12 +108,20 @@ class ClassificationSummary:
     """`cpu` or `cuda:N`, as really used."""
     provider: str
     """onnxruntime's name for it."""
+    precision: str
+    """Of the model that was used: `fp32`, `int8` or `fp16`."""
     batch_size: int
     workers: int
     """Decoding processes, at most."""
     threads: int
     """Of onnxruntime, on the CPU."""
     top_k: int
+    safe_csv: bool
+    """Whether texts that a spreadsheet would take for formulas have an apostrophe in front."""
+    sorted_files: SortedFiles | None
+    """What `--sort-into` did."""
+    report: str | None
+    """Path of the contact sheet."""
     model: ModelUsed
     versions: dict[str, str]
     started: str
@@ -112,12 +141,23 @@ class ClassificationSummary:
         """Return the result for a person, the table's path last."""
         lines = [
             f"{self.found:,} files: {self.ok:,} classified, {self.error:,} failed ({self.failure_rate:.1%})",
-            f"{self.images_per_second:,.0f} images/s on {self.device}, {self.seconds.total:.1f} s with "
-            f"{self.seconds.start_up:.1f} s of start-up; slowest stage: {self.slowest_stage}",
+            f"{self.images_per_second:,.0f} images/s on {self.device} in {self.precision}, {self.seconds.total:.1f} s "
+            f"with {self.seconds.start_up:.1f} s of start-up; slowest stage: {self.slowest_stage}",
             "classes: " + (_list_counts(self.classes) or "none"),
         ]
         if self.error:
             lines.append("errors: " + _list_counts(self.error_kinds))
+        if self.uncertain:
+            lines.append(f"uncertain: {self.uncertain:,} with a probability below {self.min_probability:g}")
+        if self.resumed:
+            lines.append(f"resumed: {self.resumed:,} were there from an attempt that was broken off")
+        if self.unchanged:
+            lines.append(f"unchanged: {self.unchanged:,} rows taken over from the earlier table")
+        if self.sorted_files is not None:
+            counts = {name: count for name, count in asdict(self.sorted_files).items() if count}
+            lines.append("sorted: " + (_list_counts(counts) or "none"))
+        if self.report is not None:
+            lines.append(f"report: {self.report}")
         return [*lines, self.table]
 
 
@@ -127,21 +167,55 @@ class RowCounts:
 
     ok: int = 0
     error: int = 0
+    uncertain: int = 0
+    unchanged: int = 0
     labels: Counter[str] = field(default_factory=Counter)
+    """By the likeliest class."""
     error_kinds: Counter[str] = field(default_factory=Counter)
     first_errors: list[FailedFile] = field(default_factory=list)
 
-    def add(self, rows: Sequence[Prediction]) -> None:
-        """Count rows."""
+    @property
+    def found(self) -> int:
+        """All rows."""
+        return self.ok + self.error
+
+    def add(self, rows: Sequence[Prediction], min_probability: float) -> None:
+        """Count rows; one of less than `min_probability` is uncertain."""
+        is_uncertain = uncertainty_test(min_probability)
         for row in rows:
             if row.status == "ok":
                 self.ok += 1
                 self.labels[row.labels[0]] += 1
+                if min_probability and is_uncertain(row.probabilities[0]):
+                    self.uncertain += 1
                 continue
             self.error += 1
             self.error_kinds[row.error_kind] += 1
             if len(self.first_errors) < _FAILED_FILES_SHOWN:
                 self.first_errors.append(FailedFile(display_path(row.path), row.error_kind, row.error))
+
+    def merge(self, other: RowCounts) -> None:
+        """Add the counts of the rows that follow."""
+        self.ok += other.ok
+        self.error += other.error
+        self.uncertain += other.uncertain
+        self.unchanged += other.unchanged
+        self.labels.update(other.labels)
+        self.error_kinds.update(other.error_kinds)
+        self.first_errors = [*self.first_errors, *other.first_errors][:_FAILED_FILES_SHOWN]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as plain values."""
+        failed = [asdict(file) for file in self.first_errors]
+        # Not asdict of the whole, which counts a Counter's items anew.
+        return {**vars(self), "first_errors": failed}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RowCounts:
+        """Return the counts that `to_json` made these of."""
+        failed = [FailedFile(**file) for file in values["first_errors"]]
+        counters = {name: Counter(values[name]) for name in ("labels", "error_kinds")}
+        return cls(**{**values, **counters, "first_errors": failed})
 
 
 def _list_counts(counts: dict[str, int]) -> str:
@@ -149,6 +223,15 @@ def _list_counts(counts: dict[str, int]) -> str:
     largest = Counter(counts).most_common(_COUNTS_SHOWN)
     others = f", and {len(counts) - _COUNTS_SHOWN:,} more" if len(counts) > _COUNTS_SHOWN else ""
     return ", ".join(f"{name} {count:,}" for name, count in largest) + others
+
+
+def read_summary(table: Path) -> dict[str, Any] | None:
+    """Return the content of a table's summary, or None if the table is not complete or was not made by us."""
+    for path in summaries_of(table):
+        with suppress(OSError, ValueError):
+            content: dict[str, Any] = json.loads(path.read_bytes())
+            return content
+    return None
 
 
 def described_table(path: Path) -> str | None:
@@ -168,6 +251,17 @@ def summaries_of(table: Path) -> list[Path]:
     name = display_path(table.name)
     places = (table.with_name(SUMMARY_FILE), _place_aside(table.parent, name))
     return [path for path in places if described_table(path) == name]
+
+
+def remove_summaries(table: Path) -> None:
+    """Remove the summary of a table that is about to be replaced: it must never stand beside the new one.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    for summary in summaries_of(table):
+        with storage_errors(summary):
+            summary.unlink(missing_ok=True)
 
 
 def _place_aside(folder: Path, table_name: str) -> Path:

@@ -1,0 +1,210 @@
+"""`cnnpipe classify` as a user types it: which files, how the table comes, what lies beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_digits, write_model
+
+Completed = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return a folder of 30 digits, two of them once more in a folder of their own, and a text file."""
+    folder = tmp_path / "images"
+    paths = write_digits(folder, range(30))
+    (folder / "thumbs" / "small").mkdir(parents=True)
+    for path in paths[:2]:
+        (folder / "thumbs" / "small" / Path(path).name).write_bytes((folder / path).read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "cnnpipe.cli", "classify", *map(str, arguments), "--device", "cpu"]
+
+
+def classify(*arguments: object, stdin: bytes = b"", cwd: Path | None = None) -> Completed:
+    ended = subprocess.run(
+        command(*arguments), input=stdin, capture_output=True, timeout=120, cwd=cwd, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    return Completed(ended.args, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary_beside(table: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((table.parent / "summary.json").read_text())
+    return content
+
+
+def test_patterns_choose_the_files(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out" / "t.csv"
+    ended = classify(images, "--model", model, "--output", table, "--include", "*.png", "--exclude", "thumbs/*")
+    assert ended.returncode == 0, ended.stderr
+    assert len(read_csv(table)) == 30
+    only = classify(images, "--model", model, "--output", tmp_path / "b.csv", "--include", "000[0-4].png")
+    assert only.returncode == 0, only.stderr
+    names = [Path(row["path"]).name for row in read_csv(tmp_path / "b.csv")]
+    assert sorted(set(names)) == ["0000.png", "0001.png", "0002.png", "0003.png", "0004.png"]
+
+
+def test_patterns_that_leave_nothing_are_told(images: Path, model: Path, tmp_path: Path) -> None:
+    ended = classify(images, "--model", model, "--output", tmp_path / "t.csv", "--include", "*.heic")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: no file is left of ")
+    assert not (tmp_path / "t.csv").exists()
+    assert not (tmp_path / "t.csv.shards").exists()
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\0"], ids=["newline", "NUL"])
+def test_list_of_files_comes_from_standard_input(images: Path, model: Path, tmp_path: Path, separator: bytes) -> None:
+    paths = [b"./thumbs/small/0000.png", b"notes.txt", b"gone.png"]
+    table = tmp_path / "t.csv"
+    ended = classify(
+        "--files", "-", "--model", model, "--output", table, "--max-failure-rate", "1",
+        stdin=separator.join(paths) + separator, cwd=images,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert [(row["path"], row["status"], row["error"].split(":")[0]) for row in read_csv(table)] == [
+        ("thumbs/small/0000.png", "ok", ""),
+        ("notes.txt", "error", "not_an_image"),
+        ("gone.png", "error", "not_found"),
+    ]
+
+
+def test_list_of_files_comes_from_a_text_file_in_its_order(images: Path, model: Path, tmp_path: Path) -> None:
+    paths = sorted((str(path.relative_to(images)) for path in images.rglob("*.png")), reverse=True)
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in paths))
+    table = tmp_path / "t.csv"
+    ended = classify(images, "--files", listed, "--model", model, "--output", table)
+    assert ended.returncode == 0, ended.stderr
+    assert [row["path"] for row in read_csv(table)] == paths
+
+
+def test_missing_list_and_missing_folder_are_one_line(images: Path, model: Path, tmp_path: Path) -> None:
+    ended = classify(images, "--files", tmp_path / "none.txt", "--model", model, "--output", tmp_path / "t.csv")
+    assert (ended.returncode, "none.txt" in ended.stderr.splitlines()[-1]) == (1, True)
+    nothing = classify("--model", model)
+    assert nothing.returncode == 2
+    assert "Traceback" not in nothing.stderr
+
+
+def test_topk_is_spelled_either_way(images: Path, model: Path, tmp_path: Path) -> None:
+    for option in ("--topk", "--top-k"):
+        table = tmp_path / f"{option}.csv"
+        assert classify(images, "--model", model, "--output", table, option, 3).returncode == 0
+        assert list(read_csv(table)[0])[2:8] == [
+            "label", "probability", "label_2", "probability_2", "label_3", "probability_3",
+        ]  # fmt: skip
+
+
+def test_uncertain_images_are_counted_and_sorted_apart(images: Path, model: Path, tmp_path: Path) -> None:
+    table, target = tmp_path / "t.csv", tmp_path / "sorted"
+    ended = classify(images, "--model", model, "--output", table, "--min-probability", 0.98, "--sort-into", target)
+    assert ended.returncode == 0, ended.stderr
+    rows = [row for row in read_csv(table) if row["status"] == "ok"]
+    uncertain = {row["path"] for row in rows if float(row["probability"]) < 0.98}
+    assert 0 < len(uncertain) < len(rows)
+    assert summary_beside(table)["uncertain"] == len(uncertain)
+    assert {str(path.relative_to(target / "_uncertain")) for path in target.glob("_uncertain/**/*.png")} == uncertain
+    for row in rows:
+        if row["path"] not in uncertain:
+            assert (target / row["label"] / row["path"]).samefile(images / row["path"])
+    assert f"uncertain: {len(uncertain)} with a probability below 0.98" in ended.stdout
+    assert "sorted: linked 32, uncertain" in ended.stdout
+
+
+def test_sorting_into_the_folder_itself_is_refused(images: Path, model: Path, tmp_path: Path) -> None:
+    ended = classify(images, "--model", model, "--output", tmp_path / "t.csv", "--sort-into", images / "sorted")
+    assert ended.returncode == 1
+    assert "name a folder beside it" in ended.stderr
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_report_is_one_page_that_names_every_class_and_error(images: Path, model: Path, tmp_path: Path) -> None:
+    table, page = tmp_path / "t.csv", tmp_path / "report.html"
+    ended = classify(images, "--model", model, "--output", table, "--report", page)
+    assert ended.returncode == 0, ended.stderr
+    text = page.read_text()
+    assert all(row["label"] in text for row in read_csv(table))
+    assert "not_an_image" in text
+    assert "notes.txt" in text
+    assert text.count("data:image/") >= 10
+    assert summary_beside(table)["report"] == str(page)
+
+
+def test_safe_csv_disarms_formulas(images: Path, model: Path, tmp_path: Path) -> None:
+    (images / "=HYPERLINK(1).png").write_bytes((images / "thumbs/small/0000.png").read_bytes())
+    table = tmp_path / "t.csv"
+    assert classify(images, "--model", model, "--output", table, "--safe-csv").returncode == 0
+    assert "'=HYPERLINK(1).png" in [row["path"] for row in read_csv(table)]
+    refused = classify(images, "--model", model, "--output", tmp_path / "t.jsonl", "--safe-csv")
+    assert refused.returncode == 2
+    assert "safe_csv is for a table that ends in .csv" in refused.stderr
+
+
+def test_failed_rows_are_tried_again_on_demand(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    assert classify(images, "--model", model, "--output", table).returncode == 0
+    (images / "notes.txt").write_bytes((images / "thumbs/small/0000.png").read_bytes())
+    ended = classify(images, "--model", model, "--output", table, "--retry-failed", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["error"] == 0
+    assert {row["status"] for row in read_csv(table)} == {"ok"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_ended_in_the_middle_it_says_so_and_goes_on_when_run_again(
+    model: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    folder, table = tmp_path / "images", tmp_path / "out" / "t.csv"
+    [path] = write_digits(folder, [0])
+    for number in range(6000):
+        os.link(folder / path, folder / f"{number:05}.png")
+    arguments = (folder, "--model", model, "--output", table, "--shard-size", 64)
+    # A shell has Ctrl-C ignored in what it starts in the background, as these tests may be.
+    begun = subprocess.Popen(
+        command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    shards = tmp_path / "out" / "t.csv.shards"
+    end = time.monotonic() + 60
+    while len(list(shards.glob("*.json"))) < 5:
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    begun.send_signal(signal.SIGSTOP)
+    busy = classify(*arguments)
+    assert busy.returncode == 1
+    assert "another process is writing" in busy.stderr
+    begun.send_signal(ending)
+    begun.send_signal(signal.SIGCONT)
+    _, stderr = begun.communicate(timeout=60)
+    assert begun.returncode == 128 + ending
+    assert "Traceback" not in stderr
+    ended = classify(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed: " in ended.stdout
+    assert len(read_csv(table)) == 6001
+    assert not shards.exists()

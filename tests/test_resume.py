@@ -1,0 +1,424 @@
+"""A classification that is broken off goes on: whatever the moment, the table gets the bytes of an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import model_info, write_digits, write_model
+
+from cnnpipe.config import ClassifySettings
+from cnnpipe.errors import ConfigError, DatasetError, PredictionsError
+from cnnpipe.inference.classify import open_classification, predict_folder
+from cnnpipe.inference.running import run_planned_shard
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+SHARD_SIZE = 16
+NUM_FILES = 75
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+# Kills itself when the disk is touched for the n-th time; without a number it tells how often that happens.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from cnnpipe.config import ClassifySettings
+from cnnpipe.inference.classify import predict_folder
+
+last, touched = int(sys.argv[1]), 0
+
+def counted(function):
+    def call(*args, **options):
+        global touched
+        touched += 1
+        if touched == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+
+for name in ("fsync", "replace", "link", "unlink", "rmdir", "mkdir"):
+    setattr(os, name, counted(getattr(os, name)))
+summary = predict_folder(ClassifySettings.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
+print(touched, summary.found, summary.resumed)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 70 digits and 5 files that are no images."""
+    folder = tmp_path_factory.mktemp("images")
+    write_digits(folder, range(NUM_FILES - 5))
+    for number in range(5):
+        (folder / f"{number}" / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def own_images(images: Path, tmp_path: Path) -> Path:
+    """Return a copy of the folder, to change at will."""
+    return Path(shutil.copytree(images, tmp_path / "images"))
+
+
+def settings_for(images: Path, model: Path, output: Path | None, **changes: Any) -> ClassifySettings:
+    values = {"folder": str(images), "model": str(model), "device": "cpu", "workers": 1, "shard_size": SHARD_SIZE}
+    return ClassifySettings.model_validate(values | {"output": str(output) if output else None} | changes)
+
+
+class Stopped(Exception):  # noqa: N818  no error: a stand-in for whatever ends a classification
+    pass
+
+
+def stop_after(settings: ClassifySettings, artifacts: Path, num_files: int) -> None:
+    """Classify, and break it off after so many files."""
+
+    def stop(_: str, done: int, __: int) -> None:
+        if done >= num_files:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        predict_folder(settings, artifacts, progress=stop)
+
+
+def content(table: Path) -> bytes:
+    assert (table.parent / "summary.json").is_file()
+    assert not table.with_name(f"{table.name}.shards").exists()
+    return table.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the bytes of the tables that nobody broke off."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for suffix in SUFFIXES:
+        predict_folder(settings_for(images, model, folder / suffix[1:] / f"t{suffix}"), folder)
+    return {suffix: content(folder / suffix[1:] / f"t{suffix}") for suffix in SUFFIXES}
+
+
+def drive(settings: ClassifySettings, artifacts: Path, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DRIVER, str(kill_at), settings.model_dump_json(), str(artifacts)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def kill_everywhere(settings: ClassifySettings, artifacts: Path, moments: Iterator[int]) -> int:
+    """Kill each attempt some touches of the disk after its start, until one ends by itself; return how many died."""
+    for killed, moment in enumerate(moments):
+        ended = drive(settings, artifacts, moment)
+        if ended.returncode == 0:
+            return killed
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    raise AssertionError("it never came to its end")
+
+
+def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_bytes(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    settings = settings_for(images, model, tmp_path / "t.csv")
+    killed = kill_everywhere(settings, tmp_path, iter([1, 4, 11, 13, 20, 9, 6, 7, 11, 12, 1, 5, 10**6]))
+    assert killed >= 8
+    assert content(tmp_path / "t.csv") == unbroken[".csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.json", "t.csv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_killed_at_every_touch_of_the_disk_it_ends_with_the_same_bytes(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes], suffix: str
+) -> None:
+    touches = int(drive(settings_for(images, model, tmp_path / f"t{suffix}"), tmp_path).stdout.split()[0])
+    assert touches > 25
+    for moment in range(1, touches + 1):
+        table = tmp_path / f"{moment}" / f"t{suffix}"
+        settings = settings_for(images, model, table)
+        assert drive(settings, tmp_path, moment).returncode == -signal.SIGKILL
+        complete = (table.parent / "summary.json").exists()
+        again = drive(settings, tmp_path)
+        assert again.returncode == 0 or (complete and "is there already" in again.stderr), again.stderr
+        assert content(table) == unbroken[suffix], f"killed at touch {moment}"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    moments = random.Random(0)
+    killed = 0
+    for number in range(200):
+        suffix = SUFFIXES[number % len(SUFFIXES)]
+        table = tmp_path / f"{number}" / f"t{suffix}"
+        command = [sys.executable, "-m", "cnnpipe.cli", "classify", str(images), "--model", str(model)]
+        command += ["--output", str(table), "--shard-size", "4", "--workers", "2", "--device", "cpu"]
+        while True:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                _, errors = process.communicate(timeout=moments.uniform(0.2, 1.2))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                continue
+            complete = (table.parent / "summary.json").exists()
+            assert process.returncode == 0 or (complete and b"is there already" in errors), errors
+            break
+        with_other_shards = settings_for(images, model, tmp_path / f"{number}-whole" / f"t{suffix}", shard_size=4)
+        predict_folder(with_other_shards, tmp_path)
+        assert content(table) == content(Path(with_other_shards.output or ""))
+        if killed >= 60:
+            break
+    assert killed >= 60
+
+
+def test_rows_of_a_broken_off_attempt_are_not_made_again(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    settings = settings_for(images, model, tmp_path / "t.csv")
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    assert not (tmp_path / "t.csv").exists()
+    summary = predict_folder(settings, tmp_path)
+    assert summary.resumed >= 2 * SHARD_SIZE
+    assert summary.resumed % SHARD_SIZE == 0
+    assert summary.found == NUM_FILES
+    assert any("were there from an attempt that was broken off" in line for line in summary.lines())
+    assert content(tmp_path / "t.csv") == unbroken[".csv"]
+
+
+def test_without_an_output_the_same_command_goes_on_in_the_folder_it_began(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    settings = settings_for(images, model, None)
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    [begun] = (tmp_path / "predictions").iterdir()
+    summary = predict_folder(settings, tmp_path)
+    assert summary.resumed > 0
+    assert Path(summary.table).parent == begun
+    assert content(Path(summary.table)) == unbroken[".csv"]
+    assert Path(predict_folder(settings, tmp_path).table).parent != begun
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"top_k": 2}, "with top_k 1; now it is 2"),
+        ({"shard_size": 8}, "with shard_size 16; now it is 8"),
+        ({"batch_size": 7}, "with batch_size 32; now it is 7"),
+        ({"include": ["*.png"]}, r"with include \(\); now it is \('\*\.png',\)"),
+        ({"safe_csv": True}, "with safe_csv False; now it is True"),
+    ],
+)
+def test_other_settings_are_never_mixed_into_a_half_done_table(
+    images: Path, model: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    table = tmp_path / "t.csv"
+    stop_after(settings_for(images, model, table), tmp_path, 3 * SHARD_SIZE)
+    other = settings_for(images, model, table, **changes)
+    with pytest.raises(PredictionsError, match=rf"t\.csv\.shards holds a classification that was broken off, {told}"):
+        predict_folder(other, tmp_path)
+    assert predict_folder(settings_for(images, model, table), tmp_path).resumed > 0
+
+
+def test_another_model_is_never_mixed_in_and_overwrite_starts_over(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    other = write_model(tmp_path / "other.onnx", model_info(run_id="20260202T000000Z"))
+    table = tmp_path / "out" / "t.csv"
+    stop_after(settings_for(images, other, table), tmp_path, 3 * SHARD_SIZE)
+    with pytest.raises(PredictionsError, match="with model 'tiny/20260202T000000Z'; now it is 'tiny/20260101T000000Z'"):
+        predict_folder(settings_for(images, model, table), tmp_path)
+    summary = predict_folder(settings_for(images, model, table, overwrite=True), tmp_path)
+    assert summary.resumed == 0
+    assert content(table) == unbroken[".csv"]
+
+
+def test_overwrite_goes_on_with_what_was_begun_in_the_same_way(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("the old one")
+    settings = settings_for(images, model, table, overwrite=True)
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    assert table.read_text() == "the old one"
+    assert predict_folder(settings, tmp_path).resumed > 0
+    assert content(table) == unbroken[".csv"]
+
+
+def test_files_that_came_or_went_before_the_break_do_not_shift_the_rest(
+    own_images: Path, model: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(own_images, model, tmp_path / "t.csv")
+    whole = predict_folder(settings_for(own_images, model, tmp_path / "whole" / "t.csv"), tmp_path)
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    (own_images / "0" / "0000.png").rename(own_images / "0" / "00000.png")
+    summary = predict_folder(settings, tmp_path)
+    assert summary.found == whole.found
+    assert content(tmp_path / "t.csv") == content(tmp_path / "whole" / "t.csv")
+
+
+def test_attempt_that_did_nothing_leaves_nothing(images: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no file is left of"):
+        predict_folder(settings_for(images, model, tmp_path / "t.csv", include=["*.jpg"]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_of_files_goes_on_where_it_was(images: Path, model: Path, tmp_path: Path) -> None:
+    paths = [f"{path.parent.name}/{path.name}" for path in sorted(images.rglob("*.png"), reverse=True)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(paths))
+    out = tmp_path / "out"
+    settings = settings_for(images, model, out / "t.csv", files=str(listed))
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    listed.write_text("\n".join(["4/other.png", *paths]))
+    with pytest.raises(PredictionsError, match="the list of files has changed: number"):
+        predict_folder(settings, tmp_path)
+    listed.write_text("\n".join(paths))
+    assert predict_folder(settings, tmp_path).resumed > 0
+    assert [row.split(",")[0] for row in (out / "t.csv").read_text().splitlines()[1:]] == paths
+
+
+def read_rows(table: Path) -> dict[str, dict[str, Any]]:
+    return {row["path"]: row for row in map(json.loads, table.read_text().splitlines())}
+
+
+def test_retry_failed_does_only_the_rows_that_failed(own_images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    predict_folder(settings_for(own_images, model, table), tmp_path)
+    before = read_rows(table)
+    shutil.copy(next(own_images.glob("0/*.png")), own_images / "1" / "notes.txt")
+    changed = next(own_images.glob("2/*.png"))
+    changed.write_text("not looked at again")
+    summary = predict_folder(settings_for(own_images, model, table, retry_failed=True), tmp_path)
+    after = read_rows(table)
+    assert list(after) == list(before)
+    assert {path for path in after if after[path] != before[path]} == {"1/notes.txt"}
+    assert (summary.found, summary.ok, summary.error) == (NUM_FILES, NUM_FILES - 4, 4)
+    assert content(table)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_retry_failed_finds_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    [path] = write_digits(folder, [0])
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    odd.write_text("no image")
+    table = tmp_path / "out" / "t.jsonl"
+    predict_folder(settings_for(folder, model, table), tmp_path)
+    shutil.copy(folder / path, odd)
+    assert predict_folder(settings_for(folder, model, table, retry_failed=True), tmp_path).error == 0
+    assert {path: row["status"] for path, row in read_rows(table).items()} == {path: "ok", "caf\\xe9.png": "ok"}
+
+
+def test_retry_failed_that_is_broken_off_goes_on(own_images: Path, model: Path, tmp_path: Path) -> None:
+    for number in range(3 * SHARD_SIZE):
+        (own_images / f"x{number:02}.png").write_text("no image yet")
+    table, whole = tmp_path / "a" / "t.csv", tmp_path / "b" / "t.csv"
+    for each in (table, whole):
+        predict_folder(settings_for(own_images, model, each), tmp_path)
+    digit = next(own_images.glob("0/*.png")).read_bytes()
+    for path in own_images.glob("x*.png"):
+        path.write_bytes(digit)
+    predict_folder(settings_for(own_images, model, whole, retry_failed=True), tmp_path)
+    before = table.read_bytes()
+    settings = settings_for(own_images, model, table, retry_failed=True)
+    stop_after(settings, tmp_path, 2 * SHARD_SIZE)
+    assert table.read_bytes() == before
+    assert predict_folder(settings, tmp_path).resumed > 0
+    assert content(table) == content(whole)
+
+
+def test_retry_failed_needs_the_table_and_its_model(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out" / "t.csv"
+    with pytest.raises(PredictionsError, match=r"there is no table .*t\.csv to try again"):
+        predict_folder(settings_for(images, model, table, retry_failed=True), tmp_path)
+    predict_folder(settings_for(images, model, table), tmp_path)
+    other = write_model(tmp_path / "other.onnx", model_info(run_id="20260202T000000Z"))
+    with pytest.raises(PredictionsError, match=r"were made with the model tiny/20260101T000000Z .*--overwrite"):
+        predict_folder(settings_for(images, other, table, retry_failed=True), tmp_path)
+    (table.parent / "summary.json").unlink()
+    with pytest.raises(PredictionsError, match=r"has no summary\.json beside it"):
+        predict_folder(settings_for(images, model, table, retry_failed=True), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"retry_failed": True}, {"incremental": True}])
+def test_bringing_up_to_date_needs_a_table(images: Path, model: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs output, the table to bring up to date"):
+        settings_for(images, model, None, **changes)
+
+
+def test_incremental_classifies_what_is_new_or_changed_and_drops_what_is_gone(
+    own_images: Path, model: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.jsonl"
+    incremental = settings_for(own_images, model, table, incremental=True)
+    first = predict_folder(incremental, tmp_path)
+    assert (first.unchanged, first.found) == (0, NUM_FILES)
+    before = read_rows(table)
+    zero, one = next(own_images.glob("0/*.png")), next(own_images.glob("1/*.png"))
+    (own_images / "2" / "new.png").write_bytes(zero.read_bytes())
+    one.write_bytes(zero.read_bytes())
+    gone = next(own_images.glob("3/*.png"))
+    gone.unlink()
+    summary = predict_folder(incremental, tmp_path)
+    assert (summary.found, summary.error) == (NUM_FILES, 5)
+    assert summary.unchanged == NUM_FILES - 5 - 2
+    predict_folder(settings_for(own_images, model, tmp_path / "whole" / "t.jsonl"), tmp_path)
+    rows, whole = read_rows(table), read_rows(tmp_path / "whole" / "t.jsonl")
+    assert [(path, row["label"]) for path, row in rows.items()] == [(path, row["label"]) for path, row in whole.items()]
+    kept = set(before) - {f"1/{one.name}", f"3/{gone.name}"}
+    assert all(rows[path] == before[path] for path in kept)
+
+
+def test_incremental_with_another_model_classifies_everything_anew(
+    images: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "out" / "t.csv"
+    predict_folder(settings_for(images, model, table), tmp_path)
+    other = write_model(tmp_path / "other.onnx", model_info(run_id="20260202T000000Z"))
+    summary = predict_folder(settings_for(images, other, table, incremental=True), tmp_path)
+    assert summary.unchanged == 0
+    assert "every file is classified anew" in caplog.text
+    assert table.read_text().count("tiny/20260202T000000Z") == NUM_FILES
+
+
+def test_shards_done_by_other_processes_make_the_same_table(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    with open_classification(settings_for(images, model, tmp_path / "t.csv"), tmp_path) as classification:
+        numbers = list(classification.plan())
+        for number in reversed(numbers):
+            run_planned_shard(classification.shards.path, number)
+        summary = classification.finish()
+    assert numbers == list(range(5))
+    assert summary.found == NUM_FILES
+    assert content(tmp_path / "t.csv") == unbroken[".csv"]
+
+
+def test_shards_that_are_left_over_are_done_in_this_process(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    settings = settings_for(images, model, tmp_path / "t.csv")
+    with open_classification(settings, tmp_path) as classification:
+        numbers = list(classification.plan())
+        for number in (1, 3):
+            run_planned_shard(classification.shards.path, number)
+    summary = predict_folder(settings, tmp_path)
+    assert summary.resumed == 2 * SHARD_SIZE
+    assert len(numbers) == 5
+    assert content(tmp_path / "t.csv") == unbroken[".csv"]
+
+
+def test_too_many_classes_are_refused_before_anything_is_written(images: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="top_k must be at most 10"):
+        predict_folder(settings_for(images, model, tmp_path / "out" / "t.csv", top_k=11), tmp_path)
+    assert list(tmp_path.iterdir()) == []
