@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.storage import make_folder, storage_errors, write_text
+from cnnpipe.variants import Precision, choose_model_file
 
 __all__ = [
     "CHAMPION_FILE",
@@ -37,6 +38,7 @@ __all__ = [
     "list_runs",
     "promote_run",
     "promotion_history",
+    "resolve_model",
     "resolve_model_file",
     "resolve_run",
     "rollback",
@@ -334,31 +336,37 @@ def resolve_run(model: str, artifacts: Path) -> Path:
     )
 
 
-def resolve_model_file(model: str | None, artifacts: Path, file_name: str = "model.onnx") -> Path:
-    """Return the model file that a user means.
+def resolve_model(model: str | None, artifacts: Path, precision: Precision | Literal["auto"] = "auto") -> Path:
+    """Return the run folder or the model file that a user means.
 
     Args:
         model: as for `resolve_run`, or the path of an .onnx or .keras file; None is the only champion there is.
-        file_name: the file to take from a run folder.
+        precision: a run that has no model of it is refused now, before anything heavy is loaded.
     Raises:
-        ModelError: nothing is found under it, or None and there is not exactly one champion.
+        ModelError: nothing is found under it, None and there is not exactly one champion, or no such precision.
         RegistryError: the alias names a run that is not complete.
     """
-    if model is None:
-        champions = [name for name in list_names(artifacts) if (artifacts / name / CHAMPION_FILE).is_file()]
-        if len(champions) != 1:
-            if champions:
-                raise ModelError(f"{artifacts} has several champions ({', '.join(champions)}); choose one with --model")
-            raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
-        model = champions[0]
-    path = Path(model).expanduser()
+    path = Path(_only_champion(artifacts) if model is None else model).expanduser()
     if path.suffix in (".onnx", ".keras"):
         if not path.is_file():
             raise ModelError(f"no model file at {path}; check the path")
         return path
     if path.is_file() and path.name != CHAMPION_FILE:
         raise ModelError(f"{path} is no model: it ends in {path.suffix or 'no suffix'}, not in .onnx or .keras")
-    file = resolve_run(model, artifacts) / file_name
-    if not file.is_file():
-        raise ModelError(f"the run {file.parent} has no {file_name}; finish it with `cnnpipe export {file.parent}`")
-    return file
+    run = resolve_run(str(path) if model is None else model, artifacts)
+    choose_model_file(run, "cpu", precision)
+    return run
+
+
+def _only_champion(artifacts: Path) -> str:
+    champions = [name for name in list_names(artifacts) if (artifacts / name / CHAMPION_FILE).is_file()]
+    if len(champions) == 1:
+        return champions[0]
+    if champions:
+        raise ModelError(f"{artifacts} has several champions ({', '.join(champions)}); choose one with --model")
+    raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
+
+
+def resolve_model_file(model: str | None, artifacts: Path) -> Path:
+    """Return the model file that a user means: of a run, the fp32 one; arguments and errors as for `resolve_model`."""
+    return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32")

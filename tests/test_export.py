@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from cnnpipe.manifest import ModelInfo
 from cnnpipe.storage import sha256_file
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.export import compare_probabilities, export_onnx
+from cnnpipe.training.export import export_onnx
 from cnnpipe.training.models import build_model
+from cnnpipe.training.parity import compare_probabilities
 
 
 def dims(value: onnx.ValueInfoProto) -> list[str | int]:
@@ -78,10 +80,91 @@ def test_parity_is_recorded_with_the_digest_of_the_file(finished_run: Path, digi
     record = json.loads((finished_run / "parity.json").read_text())
     parity = record["fp32"]
 
-    assert record["sha256"] == sha256_file(finished_run / "model.onnx")
+    assert parity["sha256"] == sha256_file(finished_run / "model.onnx")
     assert parity["num_images"] == digits.num_images["test"]
     assert parity["agreement"] >= 0.999
     assert parity["max_difference"] <= 1e-4
+
+
+def test_variants_are_recorded_with_their_own_figures_and_digests(finished_run: Path, digits: PreparedDataset) -> None:
+    record = json.loads((finished_run / "parity.json").read_text())
+
+    assert list(record) == ["fp32", "int8", "fp16"]
+    for precision in ("int8", "fp16"):
+        variant = record[precision]
+        assert variant["kept"]
+        assert variant["sha256"] == sha256_file(finished_run / f"model.{precision}.onnx")
+        assert variant["num_images"] == digits.num_images["test"]
+        assert variant["accuracy"] >= record["fp32"]["accuracy"] - ExportSettings().max_accuracy_loss
+        assert 0 < variant["max_difference"] < 0.5
+    assert record["int8"]["relative_speed"] > 0
+    assert record["fp16"]["relative_speed"] is None  # no GPU was asked
+
+
+def test_variants_are_among_the_files_that_the_manifest_lists(finished_run: Path) -> None:
+    files = json.loads((finished_run / "manifest.json").read_text())["files"]
+    parity = json.loads((finished_run / "parity.json").read_text())
+
+    assert files["model.int8.onnx"]["sha256"] == parity["int8"]["sha256"]
+    assert files["model.fp16.onnx"]["sha256"] == parity["fp16"]["sha256"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_variant_keeps_the_contract_and_says_its_precision_and_accuracy(finished_run: Path, precision: str) -> None:
+    reference = onnx.load(finished_run / "model.onnx")
+    variant = onnx.load(finished_run / f"model.{precision}.onnx")
+
+    assert variant.graph.input == reference.graph.input
+    assert variant.graph.output == reference.graph.output
+    onnx.checker.check_model(variant, full_check=True)
+    theirs, ours = ({each.key: each.value for each in model.metadata_props} for model in (reference, variant))
+    record = json.loads((finished_run / "parity.json").read_text())[precision]
+    assert (theirs["precision"], ours["precision"]) == ("fp32", precision)
+    assert json.loads(ours["test_accuracy"]) == record["accuracy"]
+    assert ours == theirs | {key: ours[key] for key in ("precision", "test_accuracy")}
+
+
+def test_variants_that_are_not_wanted_are_not_made_and_old_ones_go(
+    unfinished_run: Path, digits: PreparedDataset
+) -> None:
+    export_onnx(unfinished_run, "baseline", digits, ExportSettings(int8=False, fp16=False))
+
+    assert sorted(file.name for file in unfinished_run.glob("*.onnx")) == ["model.onnx"]
+    assert list(json.loads((unfinished_run / "parity.json").read_text())) == ["fp32"]
+
+
+def test_a_variant_that_loses_too_much_is_not_kept_and_says_why(
+    unfinished_run: Path, digits: PreparedDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Seen with one dark image only, the activations of all others are cut off.
+    settings = ExportSettings(calibration_images=1, fp16=False)
+    dark = _with_blank_training_images(digits, unfinished_run.parent / "blank")
+
+    export_onnx(unfinished_run, "baseline", dark, settings)
+
+    assert (unfinished_run / "model.onnx").is_file()
+    assert not (unfinished_run / "model.int8.onnx").exists()
+    record = json.loads((unfinished_run / "parity.json").read_text())["int8"]
+    assert not record["kept"]
+    assert record["accuracy"] < 0.9
+    assert len(record["disagreements"]) == 10
+    assert record["sha256"] == ""
+    assert "int8: not kept, loses " in caplog.text
+    assert record["reason"].endswith("points of accuracy, at most 0.50")
+
+
+@pytest.fixture
+def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
+    run = tmp_path / "artifacts" / "digits" / "runs" / finished_run.name
+    shutil.copytree(finished_run, run)
+    (run / "manifest.json").unlink()
+    return run
+
+
+def _with_blank_training_images(digits: PreparedDataset, folder: Path) -> PreparedDataset:
+    shutil.copytree(digits.path, folder)
+    np.save(folder / "train_images.npy", np.zeros((4, 32, 32, 3), np.uint8))
+    return replace(digits, path=folder)
 
 
 def test_comparison_names_the_images_that_disagree() -> None:

@@ -18,7 +18,9 @@ from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.gate import conclude_run, decide_promotion
 
 RUN_FILES = {
-    "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx", "metrics.json", "parity.json",
+    "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx",
+    "model.int8.onnx",
+    "model.fp16.onnx", "metrics.json", "parity.json",
     "classification_report.csv", "predictions_test.csv", "accuracy.png", "loss.png", "confusion_matrix.png",
     "samples.png", "mistakes.png", "promotion.json",
 }  # fmt: skip

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "cnnpipe"
 TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
 GROUND_FLOOR = (
-    "config", "decoding", "devices", "environment", "errors", "images", "manifest", "registry", "storage", "workers",
+    "config", "decoding", "decoding_process", "devices", "environment", "errors", "files", "images", "listing",
+    "manifest", "registry", "storage", "variants", "workers",
 )  # fmt: skip
 
 

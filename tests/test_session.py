@@ -9,12 +9,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_info, write_model
 
 from cnnpipe.devices import ask_driver
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
+from cnnpipe.inference.cuda import BoundBuffers, is_out_of_memory
 from cnnpipe.inference.session import device_report, open_session
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.variants import MODEL_FILES, PARITY_FILE
+
+# As onnxruntime printed them on the machines of people who reported them, but for the names of those machines.
+OUT_OF_MEMORY = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. "
+    "Name:'fc1/Conv' Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* "
+    "onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*, bool, "
+    "onnxruntime::WaitNotificationFn) Failed to allocate memory for requested buffer of size 4585490524",
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running TfIdfVectorizer node. "
+    "Status Message: bfc_arena.cc:376 void *onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, "
+    "onnxruntime::Stream *, bool, onnxruntime::WaitNotificationFn) Available memory of 0 is smaller than requested "
+    "bytes of 135383040",
+    "[ONNXRuntimeError] : 1 : FAIL : D:\\a\\_work\\1\\s\\onnxruntime\\core\\providers\\cuda\\cuda_call.cc:121 "
+    "onnxruntime::CudaCall CUDA failure 2: out of memory ; GPU=0 ; hostname=H ; file=cuda_stream_handle.cc ; "
+    "line=175 ; expr=cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);",
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Gemm node. "
+    "Name:'fullyconnected0' Status Message: CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ; hostname=H ; "
+    "file=cuda_execution_provider.cc ; line=168 ; expr=cublasCreate(&cublas_handle_);",
+    "CUDNN failure 2: CUDNN_STATUS_ALLOC_FAILED ; GPU=0 ; hostname=H ; expr=cudnnCreate(&cudnn_handle_);",
+    "CUDNN failure 4002: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0 ; hostname=H",
+)
+OTHER_FAILURES = (
+    "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=H ; expr=cudaStreamSynchronize",
+    "CUDA failure 209: no kernel image is available for execution on the device ; GPU=0 ; hostname=H",
+    "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED ; GPU=0 ; hostname=H ; expr=cublasSgemm",
+    "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0 ; hostname=H",
+    "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input: images",
+)
 
 needs_no_driver = pytest.mark.skipif(bool(ask_driver().gpus), reason="this machine has a GPU")
 
@@ -108,7 +141,7 @@ def test_file_that_is_no_model_is_refused_in_one_line(
 def test_missing_model_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot read the model .*none\.onnx: No such file"):
         open_session(tmp_path / "none.onnx", "cpu")
-    with pytest.raises(ModelError, match="cannot read the model"):
+    with pytest.raises(ModelError, match=r"has no model\.onnx; finish it with `cnnpipe export"):
         open_session(tmp_path, "cpu")
 
 
@@ -145,6 +178,87 @@ def test_probabilities_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     session = open_session(write_model(tmp_path / "model.onnx", scale=float("nan")), "cpu")
     with pytest.raises(ModelError, match="no numbers"):
         session.run(rgb_digits(1))
+
+
+def test_run_folder_opens_with_the_model_of_the_precision(finished_run: Path, digits: PreparedDataset) -> None:
+    images = np.asarray(digits.images("test")[:50])
+    probabilities: dict[str, Any] = {}
+    for precision in ("fp32", "int8", "fp16"):
+        session = open_session(finished_run, "cpu", precision=precision)
+        assert session.precision == precision
+        assert session.path == finished_run / MODEL_FILES[session.precision]
+        probabilities[precision] = session.run(images)
+    for precision, tolerance in (("int8", 0.2), ("fp16", 0.01)):
+        assert 0 < np.abs(probabilities[precision] - probabilities["fp32"]).max() < tolerance
+
+
+@needs_no_driver
+def test_auto_device_takes_the_precision_of_the_cpu_where_there_is_no_gpu(artifacts: Path, tmp_path: Path) -> None:
+    run = next((artifacts / "digits" / "runs").iterdir())
+    for relative_speed, precision in ((2.0, "int8"), (0.9, "fp32")):
+        parity = json.loads((run / PARITY_FILE).read_text())
+        parity["int8"]["relative_speed"] = relative_speed
+        (run / PARITY_FILE).write_text(json.dumps(parity))
+        assert open_session(run).precision == precision
+
+
+def test_file_given_by_its_path_is_taken_as_it_is(finished_run: Path) -> None:
+    assert open_session(finished_run / "model.onnx", "cpu").precision == "fp32"
+    assert open_session(finished_run / "model.fp16.onnx", "cpu").precision == "fp16"
+    assert open_session(finished_run / "model.int8.onnx", "cpu", precision="int8").precision == "int8"
+    with pytest.raises(ModelError, match=r"model\.onnx is fp32, not int8; name the run folder"):
+        open_session(finished_run / "model.onnx", "cpu", precision="int8")
+
+
+def test_model_of_an_earlier_version_is_fp32_and_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.onnx")
+    assert open_session(path, "cpu").precision == "fp32"
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, model_info().to_metadata() | {"precision": "int4"})
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="must be of precision fp32, int8, fp16, received 'int4'"):
+        open_session(path, "cpu")
+
+
+def test_unknown_precision_is_a_setting_error(model: Path) -> None:
+    with pytest.raises(ConfigError, match="precision must be auto, fp32, int8, fp16, received 'int4'"):
+        open_session(model, "cpu", precision="int4")
+
+
+def test_bound_buffers_give_what_a_plain_run_gives_for_every_batch(model: Path) -> None:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    buffers = BoundBuffers(session, len(CLASS_NAMES), "cpu")
+    images = rgb_digits(120)
+    batches = [images[:32], images[32:64], images[64:80], images[88:120], images[::4]]
+    results = [buffers.run(batch) for batch in batches]
+    buffers.release()
+    results.append(buffers.run(batches[0]))
+    for batch, result in zip([*batches, batches[0]], results, strict=True):
+        np.testing.assert_allclose(result, expected_probabilities(batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+def test_lack_of_gpu_memory_is_told_from_the_message(message: str) -> None:
+    assert is_out_of_memory(message)
+
+
+@pytest.mark.parametrize("message", OTHER_FAILURES)
+def test_other_failures_of_the_gpu_are_no_lack_of_memory(message: str) -> None:
+    assert not is_out_of_memory(message)
+
+
+def test_message_of_the_real_runtime_is_known() -> None:
+    node = onnx.helper.make_node("ConstantOfShape", ["shape"], ["zeros"])
+    shape = onnx.helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, [1])
+    zeros = onnx.helper.make_tensor_value_info("zeros", onnx.TensorProto.FLOAT, [None])
+    graph = onnx.helper.make_graph([node], "full", [shape], [zeros])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(RuntimeException) as caught:
+        session.run(None, {"shape": np.array([2**45])})  # the arena of the CPU speaks as the one of CUDA does
+    assert is_out_of_memory(str(caught.value))
 
 
 def test_device_report_is_json() -> None:

@@ -35,7 +35,7 @@ from cnnpipe.inference.summary import (
     remove_summaries,
     write_summary,
 )
-from cnnpipe.registry import resolve_model_file
+from cnnpipe.registry import resolve_model
 from cnnpipe.storage import sha256_file
 from cnnpipe.workers import DecoderPool
 
@@ -102,11 +102,11 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     if settings.report is not None:
         own = wanted is not None and finished_job(wanted) is not None  # else it may be half of what is gone on with
         check_report(Path(settings.report).expanduser(), settings.replaces_output or own)
-    model = resolve_model_file(settings.model, artifacts)
+    model = resolve_model(settings.model, artifacts, settings.precision)
     with ExitStack() as stack:
         pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
         stack.enter_context(pool).start()  # comes up while this process loads onnxruntime
-        session = _open(model, settings.device)
+        session = _open(model, settings)
         check_top_k(settings.top_k, session)
         known = _keep_rows(earlier, session, settings, stack)
         if settings.incremental and earlier is not None and known is None:
@@ -161,10 +161,10 @@ def _keep_rows(
     return None
 
 
-def _open(model: Path, device: str) -> ClassifierSession:
+def _open(model: Path, settings: ClassifySettings) -> ClassifierSession:
     from cnnpipe.inference.session import open_session
 
-    return open_session(model, device)
+    return open_session(model, settings.device, threads=1, precision=settings.precision)
 
 
 def _describe_job(
@@ -182,7 +182,7 @@ def _describe_job(
         model=f"{session.info.name}/{session.info.run_id}",
         model_path=str(session.path.absolute()),
         model_sha256=session.model_sha256,
-        precision="fp32",
+        precision=session.precision,
         device=session.device,
         batch_size=settings.batch_size or session.default_batch_size,
         top_k=settings.top_k,
@@ -248,9 +248,8 @@ class Classification:
         if self.shards.finished() is not None:
             return
         shown = _Shown(self._resumed, progress, self._files.count)
-        run_shards(
-            self.shards, self.shards.shards(self._files.behind), self._session, self._pool, self._known, shown.add
-        )
+        shards = self.shards.shards(self._files.behind)
+        run_shards(self.shards, shards, self._session, self._pool, usable_cores(), self._known, shown.add)
 
     def plan(self) -> Iterator[int]:
         """Yield the numbers of the shards that have no rows yet, each written down for another process.
@@ -317,7 +316,9 @@ class Classification:
         seconds = {stage: spent.get(stage, 0.0) - self._resumed_seconds.get(stage, 0.0) for stage in _STAGES}
         num_new = made.found - self._resumed.found
         total = self._clock.seconds
-        by_core = {**seconds, "decode": seconds["decode"] / self._pool.workers}
+        threads = usable_cores() if session.device == "cpu" else 1
+        shares = {"decode": self._pool.workers, "inference": threads}
+        elapsed = {stage: spent / shares.get(stage, 1) for stage, spent in seconds.items()}
         info = session.info
         return ClassificationSummary(
             table=display_path(job.table),
@@ -337,13 +338,13 @@ class Classification:
             images_per_second=num_new / max(total - self._clock.start_up, 1e-9),
             images_per_second_with_start_up=num_new / total,
             seconds=StageReport(total=total, start_up=self._clock.start_up, **seconds),
-            slowest_stage=max(by_core, key=lambda stage: by_core[stage]),
+            slowest_stage=max(elapsed, key=lambda stage: elapsed[stage]),
             device=session.device,
             provider=session.provider,
             precision=job.precision,
             batch_size=job.batch_size,
             workers=self._pool.workers,
-            threads=session.threads,
+            threads=threads,
             top_k=job.top_k,
             safe_csv=job.safe_csv,
             sorted_files=sorted_files,

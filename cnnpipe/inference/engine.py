@@ -11,9 +11,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ class EngineOptions:
     """Images a step; None is what suits the device."""
     top_k: int = 1
     """Classes to report for each image."""
+    runners: int = 1
+    """Batches that are run at a time, each in a thread: for a session of one thread, and more than one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class StageSeconds:
     decode: float = 0.0
     """Summed over the workers."""
     inference: float = 0.0
+    """Summed over the runners."""
     write: float = 0.0
 
 
@@ -139,18 +143,61 @@ def classify_shards(
     runner = BatchRunner(session.run, batches.size, fixed_shape=session.wants_fixed_batch)
     images = np.empty((0, *session.info.image_size, 3), np.uint8)  # of the files that wait for their batch to end
     digest = known.digest if known else None
-    for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
-        seconds.decode += chunk.seconds
-        rows.waiting.extend(chunk.files)
-        images = np.concatenate([images, chunk.images]) if len(images) else chunk.images
+    with _Inference(runner, options.runners, len(session.info.class_names), seconds) as inference:
+        for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
+            seconds.decode += chunk.seconds
+            rows.waiting.extend(chunk.files)
+            images = np.concatenate([images, chunk.images]) if len(images) else chunk.images
+            for size in batches.add(chunk.files):
+                inference.begin(images[:size])
+                images = images[size:]
+            too_many = len(rows.waiting) > 2 * _MAX_WAITING_FILES
+            yield from open_shards.split(rows.take(inference.take_finished(wait=too_many)))
+        yield from open_shards.split(rows.take(inference.take_finished(wait=True)))
+
+
+class _Inference:
+    """Runs batches in threads of its own, a few ahead of what is taken, and gives their results in order.
+
+    Args:
+        runners: threads. One for each core, with a session of one thread, is faster than one batch on all cores: none
+            waits at every layer for another that is decoding just then.
+    """
+
+    def __init__(self, runner: BatchRunner, runners: int, num_classes: int, seconds: StageSeconds) -> None:
+        self._runner = runner
+        self._threads = ThreadPoolExecutor(runners, thread_name_prefix="inference")
+        self._max_begun = 4 * runners
+        self._begun: deque[Future[tuple[npt.NDArray[np.float32], float]]] = deque()
+        self._none = np.empty((0, num_classes), np.float32)
+        self._seconds = seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, images: npt.NDArray[np.uint8]) -> None:
+        """Run a batch as soon as a thread is free."""
+        self._begun.append(self._threads.submit(self._run, images))
+
+    def _run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], float]:
         began = time.perf_counter()
-        num_classes = len(session.info.class_names)
-        results = [np.empty((0, num_classes), np.float32)]
-        for size in batches.add(chunk.files):
-            results.append(runner.run(images[:size]))
-            images = images[size:]
-        seconds.inference += time.perf_counter() - began
-        yield from open_shards.split(rows.take(np.concatenate(results)))
+        return self._runner.run(images), time.perf_counter() - began
+
+    def take_finished(self, *, wait: bool) -> npt.NDArray[np.float32]:
+        """Return the probabilities of the first batches, as far as they are there; wait for them if too many are not.
+
+        Args:
+            wait: for all that were begun.
+        """
+        results = [self._none]
+        while self._begun and (wait or self._begun[0].done() or len(self._begun) > self._max_begun):
+            probabilities, seconds = self._begun.popleft().result()
+            self._seconds.inference += seconds
+            results.append(probabilities)
+        return np.concatenate(results)
 
 
 class _OpenShards:

@@ -39,6 +39,7 @@ def run_shards(
     shards: Iterator[Shard],
     session: ClassifierSession,
     pool: DecoderPool,
+    cores: int,
     known: KeptRows | None = None,
     report: Callable[[RowCounts], None] | None = None,
 ) -> None:
@@ -47,6 +48,8 @@ def run_shards(
     A shard is flushed to the disk in a thread of its own while the next one is under way.
 
     Args:
+        session: of one thread, if it runs on the CPU.
+        cores: to use.
         known: rows to keep for files whose content is unchanged.
         report: told the counts of every few rows, in order.
     Raises:
@@ -54,11 +57,11 @@ def run_shards(
         StorageError: rows cannot be written.
     """
     job, seconds = folder.job, StageSeconds()
-    options = EngineOptions(job.batch_size, job.top_k)
+    options = EngineOptions(job.batch_size, job.top_k, cores if session.device == "cpu" else 1)
     found = classify_shards(Path(job.root), shards, session, pool, options, seconds, known)
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as flusher:
         flushed: Future[None] | None = None
-        spent, kept = asdict(seconds), 0  # until the end of the shard before
+        spent, kept = asdict(seconds), known.taken if known else 0  # until the end of the shard before
         for number, parts in groupby(found, key=attrgetter("number")):
             counts, last = RowCounts(), ""
             with ExitStack() as stack:
@@ -112,7 +115,7 @@ def run_planned_shard(path: Path, number: int, cores: int = 1) -> RowCounts:
         if not folder.is_complete(number):
             _check_images(Path(job.root))
             session, pool, known = _tools.open(job, cores)
-            run_shards(folder, iter([folder.planned(number)]), session, pool, known, counts.merge)
+            run_shards(folder, iter([folder.planned(number)]), session, pool, cores, known, counts.merge)
     return counts
 
 
@@ -178,7 +181,7 @@ def _open_tools(job: Job, cores: int, stack: ExitStack) -> tuple[ClassifierSessi
         )
     pool = stack.enter_context(DecoderPool(cores, seconds_per_file=job.file_timeout))
     pool.start()
-    session = open_session(Path(job.model_path), job.device, cores)
+    session = open_session(Path(job.model_path), job.device, threads=1)
     if session.model_sha256 != job.model_sha256:
         raise PredictionsError(
             f"{job.model_path} on {socket.gethostname()} is not the model that the classification was begun with"

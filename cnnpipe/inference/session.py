@@ -6,13 +6,12 @@ stderr. So the NVIDIA driver is asked first, and after opening it is checked whi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +20,22 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from cnnpipe.devices import ask_driver
 from cnnpipe.environment import usable_cores
-from cnnpipe.errors import ConfigError, ModelError, ProviderError
+from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError
+from cnnpipe.inference.cuda import (
+    CUDA,
+    CUDA_OPTIONS,
+    BoundBuffers,
+    built_for_cuda,
+    cuda_problem,
+    is_out_of_memory,
+    missing_libraries,
+)
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
+from cnnpipe.variants import PRECISIONS, Precision, choose_model_file
 
 __all__ = ["ClassifierSession", "device_report", "open_session"]
 
 CPU: Final = "CPUExecutionProvider"
-CUDA: Final = "CUDAExecutionProvider"
 
 # On a CPU 32 small images stay in its cache: 17,900 images/s against 13,500 at 256. A GPU wants more at once.
 _CPU_BATCH_SIZE: Final = 32
@@ -38,14 +46,6 @@ _NOT_A_MODEL = (_ort.InvalidProtobuf, _ort.InvalidGraph, _ort.NoModel, _ort.NotI
 _SESSION_ERRORS = (*_NOT_A_MODEL, _ort.Fail, _ort.RuntimeException, _ort.EPFail, _ort.NotFound, RuntimeError,
                    ValueError)  # fmt: skip
 
-_CUDA_OPTIONS: Final = {
-    # Exhaustive search, the default, times every convolution algorithm anew for each shape: seconds before the first
-    # image, for a network that needs milliseconds.
-    "cudnn_conv_algo_search": "HEURISTIC",
-    # Grow by what is needed, not by doubling: the GPU may be shared.
-    "arena_extend_strategy": "kSameAsRequested",
-}
-
 _logger = logging.getLogger(__name__)
 
 
@@ -54,6 +54,7 @@ class ClassifierSession:
 
     Attributes:
         info: what the model says of itself.
+        precision: of the file that was opened.
         provider: `CPUExecutionProvider` or `CUDAExecutionProvider`, as the session itself reports it.
         device: `cpu` or `cuda:N`.
         threads: of onnxruntime within an operator, on the CPU.
@@ -61,14 +62,19 @@ class ClassifierSession:
         model_sha256: of the bytes that were loaded, 64 hexadecimal digits.
     """
 
-    def __init__(self, session: Any, info: ModelInfo, path: Path, sha256: str, device: str, threads: int) -> None:
+    def __init__(
+        self, session: Any, info: ModelInfo, precision: Precision, path: Path, sha256: str, device: str, threads: int
+    ) -> None:
         self._session = session
         self.info = info
+        self.precision = precision
         self.path = path
         self.model_sha256 = sha256
         self.device = device
         self.threads = threads
         self.provider: str = session.get_providers()[0]
+        on_gpu = self.provider == CUDA
+        self._buffers = BoundBuffers(session, len(info.class_names), device) if on_gpu else None
 
     @property
     def default_batch_size(self) -> int:
@@ -89,7 +95,8 @@ class ClassifierSession:
             Probabilities, (N, classes) float32, each row sums to 1.
         Raises:
             ModelError: shape or type do not fit, the model failed, or it gave something that is no number.
-            ProviderError: the GPU failed.
+            GpuMemoryError: the GPU's memory is too small for so many images; a smaller batch may fit.
+            ProviderError: the GPU failed otherwise.
         """
         height, width = self.info.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
@@ -100,28 +107,45 @@ class ClassifierSession:
         if not len(images):
             return np.empty((0, len(self.info.class_names)), np.float32)
         try:
-            probabilities: npt.NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            probabilities = self._run(images)
         except _SESSION_ERRORS as error:
-            if self.provider == CUDA:
-                raise ProviderError(
-                    f"{self.device} failed on {len(images)} images: {_one_line(error)}; try a smaller batch size"
-                ) from error
-            raise ModelError(f"{self.path} failed on {len(images)} images: {_one_line(error)}") from error
+            raise self._failure(error, len(images)) from error
         if not np.isfinite(probabilities).all():
             raise ModelError(f"{self.path} gave probabilities that are no numbers (NaN or infinite); train it again")
         return probabilities
 
+    def _run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        if self._buffers is not None:
+            return self._buffers.run(images)
+        probabilities: npt.NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+        return probabilities
 
-def open_session(model: Path, device: str = "auto", threads: int | None = None) -> ClassifierSession:
-    """Open an ONNX model exported by cnnpipe.
+    def _failure(self, error: Exception, num_images: int) -> CnnpipeError:
+        if self._buffers is None:
+            return ModelError(f"{self.path} failed on {num_images} images: {_one_line(error)}; export it again")
+        if is_out_of_memory(str(error)):
+            self._buffers.release()  # the smaller batch that may be tried next needs what they hold
+            return GpuMemoryError(
+                f"{self.device} has no room for {num_images} images at once: {_one_line(error)}; "
+                "choose a smaller batch size, or end what else uses the GPU"
+            )
+        return ProviderError(f"{self.device} failed on {num_images} images: {_one_line(error)}; try --device cpu")
+
+
+def open_session(
+    model: Path, device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> ClassifierSession:
+    """Open a model exported by cnnpipe.
 
     Args:
-        model: the .onnx file.
+        model: a run folder, or an .onnx file.
         device: `auto`, `cpu`, `cuda` (the first) or `cuda:N`. Only `auto` may choose, and logs what it took and why.
         threads: for one operator, on the CPU; default: one a usable core.
+        precision: `auto`, `fp32`, `int8` or `fp16`. `auto` takes a file as it is, and of a run the one that is fastest
+            on the device, which is chosen first.
     Raises:
-        ConfigError: `device` or `threads` is none of these.
-        ModelError: the file cannot be read or is not a model of ours.
+        ConfigError: `device`, `threads` or `precision` is none of these.
+        ModelError: the file cannot be read or is not a model of ours, or is not of that precision.
         ProviderError: CUDA was asked for and cannot be used; names what is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
@@ -129,22 +153,17 @@ def open_session(model: Path, device: str = "auto", threads: int | None = None) 
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, received {device!r}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, received {threads}")
-    threads = threads or usable_cores()
-    content = _read_model(model)
-    sha256 = hashlib.sha256(content).hexdigest()
-    number = int(match[1] or 0)
-    session = None
+    if precision not in ("auto", *PRECISIONS):
+        raise ConfigError(f"precision must be auto, {', '.join(PRECISIONS)}, received {precision!r}")
+    wanted = _Wanted(model, cast("Precision | Literal['auto']", precision), threads or usable_cores())
     if device == "auto":
-        session = _open_cuda_if_possible(content, model, threads)
-    elif device != "cpu":
-        if problem := _cuda_problem(number):
-            raise ProviderError(f"{device} cannot be used: {problem}; mend that, or use --device cpu")
-        session = _open_cuda(content, model, number, threads)
-    device = "cpu" if session is None else f"cuda:{number}"
-    session = session or _open_cpu(content, model, threads)
-    info = ModelInfo.from_metadata(session.get_modelmeta().custom_metadata_map, model)
-    _check_tensors(session, info, model)
-    return ClassifierSession(session, info, model, sha256, device, threads)
+        return _open_cuda_if_possible(wanted) or _open_cpu(wanted)
+    if device == "cpu":
+        return _open_cpu(wanted)
+    number = int(match[1] or 0)
+    if problem := cuda_problem(number):
+        raise ProviderError(f"{device} cannot be used: {problem}; mend that, or use --device cpu")
+    return _open_cuda(wanted, number)
 
 
 def device_report() -> dict[str, Any]:
@@ -158,9 +177,61 @@ def device_report() -> dict[str, Any]:
         "gpus": list(driver.gpus),
         "driver_cuda": driver.cuda,
         "onnxruntime": onnxruntime.__version__,
-        "onnxruntime_cuda": _built_for_cuda(),
-        "problem": _cuda_problem(0) or _missing_libraries(),
+        "onnxruntime_cuda": built_for_cuda(),
+        "problem": cuda_problem(0) or missing_libraries(),
     }
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to open, on whatever device it will be."""
+
+    model: Path
+    precision: Precision | Literal["auto"]
+    threads: int
+
+
+def _open_cpu(wanted: _Wanted) -> ClassifierSession:
+    path = choose_model_file(wanted.model, "cpu", wanted.precision)
+    content = _read_model(path)
+    try:
+        session = _create(content, wanted.threads, [CPU])
+    except _SESSION_ERRORS as error:
+        raise _not_a_model(path, error) from error
+    return _check_model(session, path, content, "cpu", wanted)
+
+
+def _open_cuda_if_possible(wanted: _Wanted) -> ClassifierSession | None:
+    """Open on the first GPU, or return None and log why not."""
+    if problem := cuda_problem(0):
+        _logger.info("device auto: the CPU (%s)", problem)
+        return None
+    try:
+        session = _open_cuda(wanted, 0)
+    except ProviderError as error:
+        _logger.warning("device auto: the CPU, although there is a GPU: %s", error)
+        return None
+    _logger.info("device auto: cuda:0")
+    return session
+
+
+def _open_cuda(wanted: _Wanted, number: int) -> ClassifierSession:
+    path = choose_model_file(wanted.model, "cuda", wanted.precision)
+    content = _read_model(path)
+    missing = missing_libraries()
+    # onnxruntime would print a paragraph for each library that it does not find; the reason is in our own line.
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        session = _create(content, wanted.threads, [(CUDA, {"device_id": str(number), **CUDA_OPTIONS}), CPU])
+    except _NOT_A_MODEL as error:
+        raise _not_a_model(path, error) from error
+    except _SESSION_ERRORS as error:
+        raise ProviderError(f"cuda:{number} cannot be used: {missing or _one_line(error)}") from error
+    finally:
+        onnxruntime.set_default_logger_severity(3)
+    if session.get_providers()[0] != CUDA:
+        raise ProviderError(f"cuda:{number} cannot be used: {missing or 'onnxruntime refused it without a reason'}")
+    return _check_model(session, path, content, f"cuda:{number}", wanted)
 
 
 def _read_model(path: Path) -> bytes:
@@ -170,44 +241,6 @@ def _read_model(path: Path) -> bytes:
         raise ModelError(f"cannot read the model {path}: {error.strerror or error}; check the path") from error
 
 
-def _open_cpu(content: bytes, path: Path, threads: int) -> Any:
-    try:
-        return _create(content, threads, [CPU])
-    except _SESSION_ERRORS as error:
-        raise _not_a_model(path, error) from error
-
-
-def _open_cuda_if_possible(content: bytes, path: Path, threads: int) -> Any | None:
-    """Open on the first GPU, or return None and log why not."""
-    if problem := _cuda_problem(0):
-        _logger.info("device auto: the CPU, %d threads (%s)", threads, problem)
-        return None
-    try:
-        session = _open_cuda(content, path, 0, threads)
-    except ProviderError as error:
-        _logger.warning("device auto: the CPU, %d threads, although there is a GPU: %s", threads, error)
-        return None
-    _logger.info("device auto: cuda:0")
-    return session
-
-
-def _open_cuda(content: bytes, path: Path, number: int, threads: int) -> Any:
-    missing = _missing_libraries()
-    # onnxruntime would print a paragraph for each library that it does not find; the reason is in our own line.
-    onnxruntime.set_default_logger_severity(4)
-    try:
-        session = _create(content, threads, [(CUDA, {"device_id": str(number), **_CUDA_OPTIONS}), CPU])
-    except _NOT_A_MODEL as error:
-        raise _not_a_model(path, error) from error
-    except _SESSION_ERRORS as error:
-        raise ProviderError(f"cuda:{number} cannot be used: {missing or _one_line(error)}") from error
-    finally:
-        onnxruntime.set_default_logger_severity(3)
-    if session.get_providers()[0] != CUDA:
-        raise ProviderError(f"cuda:{number} cannot be used: {missing or 'onnxruntime refused it without a reason'}")
-    return session
-
-
 def _create(content: bytes, threads: int, providers: list[Any]) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
@@ -215,6 +248,25 @@ def _create(content: bytes, threads: int, providers: list[Any]) -> Any:
     # A spinning thread answers faster, but takes its core from the processes that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+
+
+def _check_model(session: Any, path: Path, content: bytes, device: str, wanted: _Wanted) -> ClassifierSession:
+    metadata = session.get_modelmeta().custom_metadata_map
+    info = ModelInfo.from_metadata(metadata, path)
+    _check_tensors(session, info, path)
+    precision = metadata.get("precision", "fp32")  # models of version 0.1 do not say it, and were all of this one
+    if precision not in PRECISIONS:
+        raise ModelError(
+            f"{path} must be of precision {', '.join(PRECISIONS)}, received {precision!r}; export it again"
+        )
+    if wanted.precision not in ("auto", precision):
+        raise ModelError(
+            f"{path} is {precision}, not {wanted.precision}; name the run folder to have its {wanted.precision} model, "
+            "or leave --precision at auto"
+        )
+    return ClassifierSession(
+        session, info, precision, path, hashlib.sha256(content).hexdigest(), device, wanted.threads
+    )
 
 
 def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
@@ -235,37 +287,6 @@ def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
         )
     if isinstance(session.get_inputs()[0].shape[0], int):
         raise ModelError(f"{path} takes only batches of {session.get_inputs()[0].shape[0]}; export it again")
-
-
-def _cuda_problem(number: int) -> str:
-    """Return what stands against GPU `number` before its libraries are tried, or an empty string."""
-    driver = ask_driver()
-    if driver.problem:
-        return driver.problem
-    if number >= len(driver.gpus):
-        names = ", ".join(f"cuda:{index} {name}" for index, name in enumerate(driver.gpus))
-        return f"there is no GPU {number}, only {names}; choose one of these"
-    if CUDA not in onnxruntime.get_available_providers():
-        return f"onnxruntime {onnxruntime.__version__} is built without CUDA; install onnxruntime-gpu in its place"
-    built_for = _built_for_cuda()
-    if built_for and int(driver.cuda.split(".")[0]) < int(built_for.split(".")[0]):
-        return f"the NVIDIA driver supports CUDA {driver.cuda}, onnxruntime needs {built_for}; update the driver"
-    return ""
-
-
-def _built_for_cuda() -> str:
-    return getattr(onnxruntime, "cuda_version", "") or ""
-
-
-def _missing_libraries() -> str:
-    """Load the CUDA libraries where pip put them, and return in one line which are not found; empty if none."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):  # it prints its failures; standard output is for results
-        onnxruntime.preload_dlls()
-    names = re.findall(r"Failed to load (\S+?):", output.getvalue())
-    if not names:
-        return ""
-    return f"{', '.join(dict.fromkeys(names))} not found; install them with `make setup CUDA=1` (the extra `cuda`)"
 
 
 def _not_a_model(path: Path, error: Exception) -> ModelError:

@@ -61,7 +61,7 @@ class ModelUsed:
 
 @dataclass(frozen=True)
 class StageReport:
-    """Seconds in each stage; they overlap, and `decode` is summed over the workers."""
+    """Seconds in each stage; they overlap. `decode` is summed over the workers, `inference` over the threads."""
 
     total: float
     start_up: float
@@ -103,7 +103,7 @@ class ClassificationSummary:
     images_per_second_with_start_up: float
     seconds: StageReport
     slowest_stage: str
-    """The one that would have to become faster: decode counts by the worker."""
+    """The one that would have to become faster: decode counts by the worker, inference by the thread."""
     device: str
     """`cpu` or `cuda:N`, as really used."""
     provider: str
@@ -114,7 +114,7 @@ class ClassificationSummary:
     workers: int
     """Decoding processes, at most."""
     threads: int
-    """Of onnxruntime, on the CPU."""
+    """Of the CPU, each of which runs batches; 1 on CUDA."""
     top_k: int
     safe_csv: bool
     """Whether texts that a spreadsheet would take for formulas have an apostrophe in front."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
 from cnnpipe import __version__
 from cnnpipe.config import ExportSettings
@@ -22,41 +19,22 @@ from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
 from cnnpipe.training.backend import full_float32, keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import load_keras_model, predict_keras, predict_onnx, read_evaluation
+from cnnpipe.training.graphs import simplify_graph
+from cnnpipe.training.parity import Parity, compare_probabilities
+from cnnpipe.training.variants import Reference, export_variants
+from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 
 __all__ = [
-    "MODEL_FILE",
-    "PARITY_FILE",
     "Parity",
-    "compare_probabilities",
     "convert_model",
     "export_onnx",
-    "simplify_graph",
 ]
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE: Final = "model.onnx"
-PARITY_FILE: Final = "parity.json"
-_MAX_DISAGREEMENTS_LISTED = 10
-
-Probabilities = npt.NDArray[np.float32]  # (N, classes)
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How closely an exported model repeats the trained one on the same images."""
-
-    num_images: int
-    agreement: float
-    """Share of images that get the same class, 0-1."""
-    max_difference: float
-    """Largest difference of any probability."""
-    disagreements: tuple[str, ...]
-    """The first images that get another class."""
-
 
 def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: ExportSettings) -> Parity:
-    """Write `model.onnx` and `parity.json` of a trained and evaluated run.
+    """Write `model.onnx`, its variants and, last, `parity.json` of a trained and evaluated run.
 
     The file gets its final name only after onnx's checker has passed it and the whole test split has gone through
     both models: a file of that name can be relied on.
@@ -82,46 +60,47 @@ def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: Expo
         test_accuracy=read_evaluation(run).accuracy,
         training_statistics=dataset.statistics,
     )
-    graph = convert_model(model, dataset.image_size, settings.opset)
-    onnx.helper.set_model_props(graph, info.to_metadata())
-    graph.producer_name, graph.producer_version = "cnnpipe", __version__
-    graph.doc_string = "Input: uint8 (batch, height, width, 3) RGB. Output: probabilities of metadata `class_names`."
-    try:
-        onnx.checker.check_model(graph, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"the exported graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
-    images = dataset.images("test")
-    with write_file(run / MODEL_FILE) as temporary:
-        with storage_errors(run / MODEL_FILE):
+    graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
+    _remove_earlier(run)
+    file = run / MODEL_FILES["fp32"]
+    with write_file(file) as temporary:
+        with storage_errors(file):
             onnx.save(graph, temporary)
-        exported = predict_onnx(open_session(temporary, "cpu"), images)
+        session = open_session(temporary, "cpu")
+        exported = predict_onnx(session, dataset.images("test"))
         with full_float32():
-            trained = predict_keras(model, images)
+            trained = predict_keras(model, dataset.images("test"))
         parity = compare_probabilities(trained, exported, dataset.paths("test"))
         _require_parity(parity, settings)
-    write_json(run / PARITY_FILE, {"fp32": asdict(parity), "sha256": sha256_file(run / MODEL_FILE)})
     logger.info(
         "exported %s: %d nodes, same class on %.4f of %d test images, largest difference %.1e",
-        *(run / MODEL_FILE, len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference),
+        *(file, len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference),
     )
+    accuracy = float(np.mean(exported.argmax(axis=1) == dataset.labels("test")))
+    reference = Reference(graph, info, session, trained, accuracy)
+    records = {each.precision: each.to_record() for each in export_variants(run, reference, dataset, settings)}
+    fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
+    write_json(run / PARITY_FILE, {"fp32": fp32, **records})
     return parity
 
 
-def compare_probabilities(reference: Probabilities, exported: Probabilities, paths: list[str]) -> Parity:
-    """Compare two models' probabilities for the same images.
+def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
+    """Write into a converted model what it says of itself, and check that it is valid."""
+    onnx.helper.set_model_props(model, info.to_metadata() | {"precision": "fp32"})
+    model.producer_name, model.producer_version = "cnnpipe", __version__
+    model.doc_string = "Input: uint8 (batch, height, width, 3) RGB. Output: probabilities of metadata `class_names`."
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(f"the exported graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
+    return model
 
-    Args:
-        reference: (N, classes), of the trained model.
-        exported: (N, classes), of the exported one.
-        paths: the images' names, in the same order.
-    """
-    differs = np.flatnonzero(reference.argmax(axis=1) != exported.argmax(axis=1))
-    return Parity(
-        num_images=len(reference),
-        agreement=1.0 - len(differs) / len(reference),
-        max_difference=float(np.abs(reference - exported).max()),
-        disagreements=tuple(paths[index] for index in differs[:_MAX_DISAGREEMENTS_LISTED]),
-    )
+
+def _remove_earlier(run: Path) -> None:
+    """Remove what an earlier export left: a variant must never stand beside a model that it was not made from."""
+    for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
+        with storage_errors(run / name):
+            (run / name).unlink(missing_ok=True)
 
 
 def _require_parity(parity: Parity, settings: ExportSettings) -> None:
@@ -165,61 +144,3 @@ def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     return simplify_graph(graph)
-
-
-def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model without what the conversion leaves over; what it computes stays the same.
-
-    - a Reshape to a shape computed at run time, of which only the batch is unknown, gets a constant shape;
-    - `x + 0` goes (Keras' Rescaling adds its offset even where it is 0);
-    - nodes and constants that nothing uses any more go.
-    """
-    # With data propagation, because the shapes sought are themselves computed by nodes.
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    graph = model.graph
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Reshape" and node.input[1] not in constants:
-            sizes = [dim.dim_value for dim in shapes.get(node.output[0], ())]
-            if sizes and all(sizes[1:]):
-                name = f"{node.output[0]}/shape"
-                graph.initializer.append(numpy_helper.from_array(np.array([-1, *sizes[1:]], np.int64), name))
-                node.input[1] = name
-    _bypass_nodes(graph, lambda node: _adds_zero(node, constants))
-    _remove_unused(graph)
-    del graph.value_info[:]
-    return model
-
-
-def _adds_zero(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    if node.op_type != "Add" or node.input[1] not in constants:
-        return False
-    addend = numpy_helper.to_array(constants[node.input[1]])
-    return addend.size == 1 and not addend.any()
-
-
-def _bypass_nodes(graph: onnx.GraphProto, passes_through: Callable[[onnx.NodeProto], bool]) -> None:
-    """Let the users of each such node's output read its first input instead."""
-    outputs = {value.name for value in graph.output}
-    replaced: dict[str, str] = {}
-    for node in graph.node:  # topological order: an input has been replaced before it is read
-        for index, name in enumerate(node.input):
-            node.input[index] = replaced.get(name, name)
-        if passes_through(node) and node.output[0] not in outputs:
-            replaced[node.output[0]] = node.input[0]
-
-
-def _remove_unused(graph: onnx.GraphProto) -> None:
-    """Remove the nodes and constants from which no output follows."""
-    needed = {value.name for value in graph.output}
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
-    for field, content in ((graph.node, kept[::-1]), (graph.initializer, tensors)):
-        copies = [type(item).FromString(item.SerializeToString()) for item in content]
-        del field[:]
-        field.extend(copies)

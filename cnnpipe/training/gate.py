@@ -24,7 +24,7 @@ from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_hi
 from cnnpipe.storage import write_json
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import METRICS_FILE, predict_onnx
-from cnnpipe.training.export import MODEL_FILE, PARITY_FILE
+from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 
 __all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
 
@@ -102,7 +102,7 @@ def _accuracy_on(champion: Path, info: ModelInfo, dataset: PreparedDataset) -> f
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return theirs.test_accuracy
     logger.info("the test split has changed since the champion %s was measured: scoring it anew", champion.name)
-    predicted = predict_onnx(open_session(champion / MODEL_FILE, "cpu"), dataset.images("test")).argmax(axis=1)
+    predicted = predict_onnx(open_session(champion / MODEL_FILES["fp32"], "cpu"), dataset.images("test")).argmax(axis=1)
     return float(np.mean(predicted == dataset.labels("test")))
 
 
@@ -126,7 +126,7 @@ def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings,
     with alias_lock(artifacts, name):  # between reading the champion and moving the alias nobody else may move it
         decision = None if forced else _standing_decision(run, artifacts, name)
         if decision is None:
-            info = open_session(run / MODEL_FILE, "cpu").info
+            info = open_session(run / MODEL_FILES["fp32"], "cpu").info
             champion = None if forced else champion_run(artifacts, name)
             decision = decide_promotion(info, champion, dataset, settings.min_accuracy)
             if forced:

@@ -22,9 +22,9 @@ from cnnpipe.training.download import Progress
 
 if TYPE_CHECKING:
     from cnnpipe.training.evaluation import Evaluation
-    from cnnpipe.training.export import Parity
     from cnnpipe.training.fit import TrainingResult
     from cnnpipe.training.gate import Decision
+    from cnnpipe.training.parity import Parity
 
 __all__ = ["conclude_run", "evaluate_any", "evaluate_run", "export_run", "load_run", "plot_run", "train_run"]
 
@@ -108,7 +108,7 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def export_run(run: Path) -> Parity:
-    """Write `model.onnx` of an evaluated run and check it; see `export.export_onnx`."""
+    """Write `model.onnx` of an evaluated run and its variants, all checked; see `export.export_onnx`."""
     from cnnpipe.training.backend import select_device
     from cnnpipe.training.export import export_onnx
 
