@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from cnnpipe.decoding import decode_files
 from cnnpipe.environment import usable_cores
-from cnnpipe.files import find_files
+from cnnpipe.finding import find_files
 from cnnpipe.workers import DecoderPool
 
 __all__ = ["InferenceLimit", "both_per_second", "measure_decoding", "measure_inference", "measure_pool"]

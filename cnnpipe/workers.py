@@ -78,9 +78,10 @@ class DecoderPool:
     ) -> None:
         self.close()
 
-    def start(self) -> None:
-        """Start one worker in advance, to have it ready when the model is."""
-        self._give_back(self._take())
+    def start(self, number: int = 1) -> None:
+        """Start some workers in advance, to have them ready when the model is."""
+        for worker in [self._take() for _ in range(min(number, self.workers))]:
+            self._give_back(worker)
 
     def close(self) -> None:
         """End every worker and thread; what was not yet decoded is dropped."""

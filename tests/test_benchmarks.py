@@ -20,7 +20,7 @@ from benchmarks.limits import both_per_second, measure_decoding, measure_inferen
 from benchmarks.processes import run_process
 from benchmarks.tables import markdown_lines
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.files import find_files
+from cnnpipe.finding import find_files
 from cnnpipe.training.datasets import PreparedDataset
 
 NUM_IMAGES = 20

@@ -20,7 +20,7 @@ from tiny_models import load_digits, write_digits, write_model
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
-from cnnpipe.files import find_files
+from cnnpipe.finding import find_files
 from cnnpipe.inference.classify import classify_folder, predict_folder
 from cnnpipe.inference.output import create_output_folder
 from cnnpipe.inference.summary import ClassificationSummary, check_failure_rate

@@ -24,7 +24,7 @@ from tiny_models import IMAGE_SIZE, expected_probabilities, load_digits, write_d
 
 from cnnpipe.decoding import DecodedChunk, DecodedFile, Decoder
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError
-from cnnpipe.files import find_files
+from cnnpipe.finding import find_files
 from cnnpipe.images import RGBImage, decode_image
 from cnnpipe.inference.engine import (
     BatchRunner,
@@ -461,7 +461,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_engine
-from cnnpipe.files import find_files
+from cnnpipe.finding import find_files
 from cnnpipe.workers import DecoderPool
 with DecoderPool(2, test_engine.decode_forever) as pool:
     for chunk in pool.decode(Path({folder!r}), find_files(Path({folder!r})), (8, 8)):

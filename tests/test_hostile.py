@@ -21,7 +21,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from cnnpipe.decoding import DecodedFile, Decoder
-from cnnpipe.files import display_path, find_files
+from cnnpipe.files import display_path
+from cnnpipe.finding import find_files
 from cnnpipe.images import RGBImage, decode_image
 from cnnpipe.workers import DecoderPool
 

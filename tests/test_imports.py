@@ -16,8 +16,8 @@ PACKAGE = ROOT / "cnnpipe"
 TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
 GROUND_FLOOR = (
-    "config", "decoding", "decoding_process", "devices", "environment", "errors", "files", "images", "listing",
-    "manifest", "registry", "storage", "variants", "workers",
+    "config", "decoding", "decoding_process", "devices", "environment", "errors", "files", "finding", "images",
+    "listing", "manifest", "registry", "selection", "storage", "variants", "workers",
 )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnnpipe.errors import PredictionsError, StorageError
-from cnnpipe.files import display_path, find_files
+from cnnpipe.files import display_path
+from cnnpipe.finding import find_files
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.safe_names import harmless_path, label_folder
 from cnnpipe.inference.sorting import SortedFiles, check_target, sort_files, source_path

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 from cnnpipe.config import ClassifySettings
 from cnnpipe.environment import package_versions, usable_cores
 from cnnpipe.errors import DatasetError, PredictionsError
-from cnnpipe.files import display_path, find_files
+from cnnpipe.files import display_path
+from cnnpipe.finding import has_files
 from cnnpipe.inference.contact_sheet import check_report, write_report
 from cnnpipe.inference.earlier import EarlierTable, KeptRows, kept_rows, replace_failed
 from cnnpipe.inference.engine import check_top_k
@@ -48,6 +48,8 @@ Progress = Callable[[str, int, int], None]
 """(what, files done, files in all or 0 as long as they are not counted)."""
 
 _VERSIONS: Final = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
+
+_FILES_WORTH_ALL_WORKERS: Final = 256
 
 _STAGES: Final = ("list", "decode", "inference", "write")
 
@@ -94,7 +96,8 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     """
     started, began = datetime.now(UTC), time.perf_counter()
     root = Path(settings.folder).expanduser()
-    _require_files(root, settings)
+    if not has_files(root) and not settings.files:
+        raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
     wanted = Path(settings.output).expanduser().absolute() if settings.output else None
     earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
     if settings.sort_into is not None:
@@ -105,7 +108,9 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     model = resolve_model(settings.model, artifacts, settings.precision)
     with ExitStack() as stack:
         pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
-        stack.enter_context(pool).start()  # comes up while this process loads onnxruntime
+        # They come up while this process loads onnxruntime; for a few files one is enough.
+        many = settings.files is not None or has_files(root, _FILES_WORTH_ALL_WORKERS)
+        stack.enter_context(pool).start(pool.workers if many else 1)
         session = _open(model, settings)
         check_top_k(settings.top_k, session)
         known = _keep_rows(earlier, session, settings, stack)
@@ -116,15 +121,6 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         folder, job = shards_folder(table), replace(job, table=str(table))
         shards = stack.enter_context(ShardFolder.open(folder, job, start_over=settings.overwrite))
         yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
-
-
-def _require_files(root: Path, settings: ClassifySettings) -> None:
-    """Refuse a folder without files; of what a list or patterns leave, nobody knows yet."""
-    with suppress(OSError), os.scandir(root) as entries:
-        if any(not entry.is_dir() for entry in entries):  # the usual case, and quick where there are millions
-            return
-    if next(find_files(root), None) is None and not settings.files:
-        raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
 
 
 def _check_table(table: Path, settings: ClassifySettings) -> tuple[EarlierTable | None, str]:

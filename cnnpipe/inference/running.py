@@ -180,7 +180,7 @@ def _open_tools(job: Job, cores: int, stack: ExitStack) -> tuple[ClassifierSessi
             f"with {job.versions.get(name)}, and one table is never made with two; install the same on all machines"
         )
     pool = stack.enter_context(DecoderPool(cores, seconds_per_file=job.file_timeout))
-    pool.start()
+    pool.start(cores)
     session = open_session(Path(job.model_path), job.device, threads=1)
     if session.model_sha256 != job.model_sha256:
         raise PredictionsError(

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError
-from cnnpipe.files import display_path, find_files
+from cnnpipe.files import display_path
+from cnnpipe.finding import find_files
 from cnnpipe.training.splits import SPLITS, TRAIN
 
 __all__ = ["ImageFolder", "list_image_folder"]
