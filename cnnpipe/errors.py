@@ -15,7 +15,7 @@ CnnpipeError                     exit status 1
 ├── PredictionsError             the table of predictions cannot be written
 ├── StorageError                 a file cannot be written (full, read-only)
 │   └── AlreadyThereError        a file is there already and may not be replaced
-├── ServerError                  no Prefect server could be reached or started
+├── ServerError                  no Prefect server or Dask scheduler could be reached or started
 └── FailureBudgetError           exit status 3: finished, but too many images failed
 
 Every message is one line: what is wrong, what was received, how to mend it.
@@ -122,7 +122,7 @@ class AlreadyThereError(StorageError):
 
 
 class ServerError(CnnpipeError):
-    """No Prefect server could be reached or started."""
+    """No Prefect server, or no Dask scheduler with workers, could be reached or started."""
 
 
 class FailureBudgetError(CnnpipeError):

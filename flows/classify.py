@@ -17,12 +17,14 @@ from prefect import flow, runtime, task
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import FailureBudgetError
-from cnnpipe.inference.classify import predict_folder
+from cnnpipe.inference.classify import open_classification
 from cnnpipe.inference.summary import check_failure_rate
 from flows import reports
 from flows.logs import send_library_logs
 from flows.progress import progress_artifact
+from flows.runners import Runner, check_runner
 from flows.runs import recorded_run, run_url
+from flows.shards import classify_on_dask
 
 __all__ = ["TooManyFailuresError", "classify"]
 
@@ -53,28 +55,44 @@ def _run_name() -> str:
 
 
 @flow(name="classify", flow_run_name=_run_name)
-def classify(settings: ClassifySettings, artifacts: str = "artifacts") -> dict[str, Any]:
+def classify(
+    settings: ClassifySettings, artifacts: str = "artifacts", runner: Runner = "local", scheduler: str | None = None
+) -> dict[str, Any]:
     """Classify every file of a folder with an exported model, one row each.
+
+    A run that failed or was killed goes on where it stopped when it is retried.
 
     Args:
         settings: folder, model, output and the rest.
         artifacts: folder of runs and champions.
+        runner: `local`, in the process of the flow run, or `dask`, on the workers of a Dask cluster.
+        scheduler: address of the cluster's scheduler, such as tcp://host:8786; default: a cluster on this machine.
     Returns:
         The content of `summary.json`.
     Raises:
         TooManyFailuresError: more images failed than allowed; the table is complete all the same.
     """
+    check_runner(runner, scheduler)
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     with recorded_run(Path(artifacts)):
-        return classify_images(settings, artifacts)
+        return classify_images(settings, artifacts, runner, scheduler)
 
 
 @task(name="classify")
-def classify_images(settings: ClassifySettings, artifacts: str) -> dict[str, Any]:
-    """Run the engine over the folder and show the summary in the UI."""
-    with progress_artifact("classification-progress") as progress:
-        summary = predict_folder(settings, Path(artifacts), progress=progress)
+def classify_images(
+    settings: ClassifySettings, artifacts: str, runner: Runner, scheduler: str | None
+) -> dict[str, Any]:
+    """Run the engine over the folder, here or in a task for each shard, and show the summary in the UI."""
+    with (
+        progress_artifact("classification-progress") as progress,
+        open_classification(settings, Path(artifacts)) as classification,
+    ):
+        if runner == "dask":
+            classify_on_dask(classification, scheduler, progress)
+        else:
+            classification.run(progress)
+        summary = classification.finish()
     reports.publish_classification(summary)
     try:
         check_failure_rate(summary)

@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cnnpipe.config import ClassifySettings, RetrainSettings
-from cnnpipe.console import JsonOption, command, field_lines, print_note, show_result
+from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
+from flows.runners import Runner, check_runner
 from flows.runs import close_dead_runs, run_url
 from flows.server import Server, ensure_server, prefect_home
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from prefect.client.schemas import State
 
 __all__ = ["run_classify", "run_retrain"]
+
+RunnerOption = Annotated[
+    Runner, typer.Option("--runner", help="`local`: this process; `dask`: the workers of a Dask cluster.")
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Address of a Dask scheduler, such as tcp://host:8786; default: a cluster on this machine.",
+        show_default=False,
+    ),
+]
 
 
 def run_retrain() -> None:
@@ -66,9 +79,14 @@ def _retrain(
 @command
 @takes_settings(ClassifySettings, "folder")
 def _classify(
-    settings: ClassifySettings, artifacts: ArtifactsOption = Path("artifacts"), as_json: JsonOption = False
+    settings: ClassifySettings,
+    artifacts: ArtifactsOption = Path("artifacts"),
+    runner: RunnerOption = "local",
+    scheduler: SchedulerOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
+    check_runner(runner, scheduler)
 
     def run() -> State[Any]:
         from prefect import tags
@@ -76,10 +94,13 @@ def _classify(
         from flows.classify import classify
 
         with tags("classify"):
-            state: State[Any] = classify(settings, artifacts=str(artifacts), return_state=True)
+            state: State[Any] = classify(
+                settings, artifacts=str(artifacts), runner=runner, scheduler=scheduler, return_state=True
+            )
         return state
 
-    shown = ("table", "found", "ok", "error", "error_kinds", "images_per_second", "device", "slowest_stage")
+    shown = ("table", "found", "ok", "error", "resumed", "error_kinds", "images_per_second", "device", "precision",
+             "slowest_stage")  # fmt: skip
     _run_flow(run, artifacts, shown, as_json=as_json)
 
 
@@ -107,7 +128,7 @@ def _quieten_prefect() -> None:
 
     They stay in the run's log in the UI; on the terminal the library's log and one line for an error take their place.
     """
-    if "CNNPIPE_DEBUG" in os.environ:
+    if DEBUG_VARIABLE in os.environ:
         return
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Threads of Prefect that send logs and events tell of a lost server too, at length.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cnnpipe.config import RetrainSettings, load_toml
+from cnnpipe.variants import read_parity
 
 if TYPE_CHECKING:
     from cnnpipe.inference.summary import ClassificationSummary
@@ -110,38 +111,80 @@ def publish_decision(run: Path, decision: Decision) -> None:
     lines = [f"# {verdict}", "", reason[:1].upper() + reason[1:] + ".", ""]
     lines += _table(["", "run", "test accuracy"], rows)
     lines += ["", f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.", ""]
-    lines += [f"The model is {_code(run / 'model.onnx')}."]
+    lines += [f"The model is {_code(run / 'model.onnx')}, and by the precision of its numbers:", ""]
+    lines += _variants_table(run)
     create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {reason}")
+
+
+def _variants_table(run: Path) -> list[str]:
+    """Return a table of the model's precisions: which were kept, and what they cost and give."""
+    rows = []
+    for precision, record in read_parity(run).items():
+        kept = "reference" if precision == "fp32" else "kept" if record["kept"] else f"not kept: {record['reason']}"
+        accuracy, speed, agreement = (record.get(key) for key in ("accuracy", "relative_speed", "agreement"))
+        rows.append(
+            [
+                precision,
+                kept,
+                "" if accuracy is None else f"{accuracy:.4f}",
+                "" if agreement is None else f"{agreement:.2%}",
+                "" if speed is None else f"{speed:.1f} times",
+            ]
+        )
+    return _table(["precision", "", "test accuracy", "same class as trained", "speed on the CPU"], rows)
 
 
 def publish_classification(summary: ClassificationSummary) -> None:
     """Show what came of a folder: counts by status, class and kind of error, and where the time went."""
-    rows = [["classified", summary.ok], ["failed", summary.error], ["found", summary.found]]
-    lines = [f"# {summary.found:,} files of {_code(summary.folder)}", "", *_table(["status", "files"], rows)]
-    lines += ["", "## Classes", "", *_table(["class", "files"], summary.classes.items())]
+    lines = [f"# {summary.found:,} files of {_code(summary.folder)}", ""]
+    lines += _table(["", "files"], _outcomes(summary))
+    lines += ["", f"Table {_code(summary.table)}; model {_code(f'{summary.model.name}/{summary.model.run_id}')}."]
+    if summary.report is not None:
+        lines += ["", f"Contact sheet, with thumbnails of each class and of the errors: {_code(summary.report)}."]
+    lines += ["", "## Classes", "", *_table(["class", "files"], _counts(summary.classes))]
     if summary.error:
-        lines += ["", "## Errors", "", *_table(["kind", "files"], summary.error_kinds.items()), "", "The first:", ""]
+        lines += ["", "## Errors", "", *_table(["kind", "files"], _counts(summary.error_kinds)), "", "The first:", ""]
         lines += _table(
             ["file", "kind", "reason"], [[each.path, each.kind, each.message] for each in summary.first_errors]
         )
-    spent = summary.seconds
-    stages = [
-        ["start-up", f"{spent.start_up:.2f}"],
-        ["list", f"{spent.list:.2f}"],
-        [f"decode (sum over {summary.workers} processes)", f"{spent.decode:.2f}"],
-        ["inference", f"{spent.inference:.2f}"],
-        ["write", f"{spent.write:.2f}"],
-        ["in all (stages overlap)", f"{spent.total:.2f}"],
-    ]
-    lines += ["", "## Time", "", *_table(["stage", "seconds"], stages), ""]
+    lines += ["", "## Time", "", *_table(["stage", "seconds"], _stages(summary)), ""]
     lines += [
-        f"{summary.images_per_second:,.0f} images/s after start-up on {_code(summary.device)} ({summary.provider}), "
-        f"slowest stage: {summary.slowest_stage}.",
-        "",
-        f"Model {_code(f'{summary.model.name}/{summary.model.run_id}')}; table {_code(summary.table)}.",
+        f"{summary.images_per_second:,.0f} images/s after start-up on {_code(summary.device)} ({summary.provider}) "
+        f"in {summary.precision}; slowest stage: {summary.slowest_stage}."
     ]
     description = f"{summary.ok:,} classified, {summary.error:,} failed"
     create_markdown_artifact("\n".join(lines), key="classification-summary", description=description)
+
+
+def _outcomes(summary: ClassificationSummary) -> list[list[str]]:
+    """Return what became of the files, with all that is there always, and what is asked for or special where it is."""
+    sorted_files = summary.sorted_files
+    counts = {"classified": summary.ok, "failed": summary.error, "found": summary.found}
+    special = {
+        f"uncertain: a probability below {summary.min_probability:g}": summary.uncertain,
+        "resumed: made by an attempt that was broken off": summary.resumed,
+        "unchanged: taken over from the earlier table": summary.unchanged,
+        "sorted into folders, as links": sorted_files.linked if sorted_files else 0,
+        "sorted into folders, as copies": sorted_files.copied if sorted_files else 0,
+    }
+    return _counts(counts | {name: count for name, count in special.items() if count})
+
+
+def _counts(counts: Mapping[str, int]) -> list[list[str]]:
+    return [[name, f"{count:,}"] for name, count in counts.items()]
+
+
+def _stages(summary: ClassificationSummary) -> list[list[str]]:
+    spent = summary.seconds
+    stages = {
+        "start-up": spent.start_up,
+        "list": spent.list,
+        "decode (summed over its processes)": spent.decode,
+        "inference": spent.inference,
+        "write": spent.write,
+        "in all (stages overlap)": spent.total,
+    }
+    return [[name, f"{seconds:,.2f}"] for name, seconds in stages.items()]
 
 
 def _picture(alt: str, path: Path) -> str:

@@ -8,6 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,11 +29,16 @@ from prefect.client.schemas.filters import (
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
+from tiny_models import write_digits, write_model
 
+import flows.classify
 from cnnpipe.config import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
-from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError
+from cnnpipe.console import ProgressCallback
+from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
+from cnnpipe.inference.classify import predict_folder
 from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.training.datasets import PreparedDataset
+from flows import progress
 from flows.classify import classify
 from flows.reports import _code, _text
 from flows.retrain import retrain
@@ -232,19 +238,78 @@ def test_the_form_offers_every_setting_with_its_description() -> None:
     assert set(fields) == set(TrainSettings.model_fields)
     assert all(field.get("description") for field in fields.values())
     assert set(classify.parameters.definitions["ClassifySettings"]["properties"]) == set(ClassifySettings.model_fields)
+    assert classify.parameters.properties["runner"]["enum"] == ["local", "dask"]
+    assert all(field.get("description") for field in classify.parameters.properties.values())
 
 
 def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path) -> None:
-    settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"))
+    report = tmp_path / "sheet.html"
+    settings = ClassifySettings(
+        folder=str(photos), output=str(tmp_path / "table.csv"), min_probability=1.0, report=str(report)
+    )
 
     state = run_classify(settings, artifacts)
 
-    assert state.result()["found"] == 13
+    summary = state.result()
+    assert summary["found"] == 13
     with (tmp_path / "table.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 13
     shown = artifacts_of(client, state)
-    assert shown["classification-summary"].startswith("# 13 files of")
-    assert "not_an_image" in shown["classification-summary"]
+    assert shown["classification-progress"] == 100.0
+    text = shown["classification-summary"]
+    assert text.startswith("# 13 files of")
+    rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:5] == [["classified", "12"], ["failed", "1"], ["found", "13"]]
+    assert [f"uncertain: a probability below {1:g}", str(summary["uncertain"])] in rows
+    assert all([name, str(count)] in rows for name, count in summary["classes"].items())
+    assert ["not_an_image", "1"] in rows
+    assert f"in {summary['precision']}; slowest stage: {summary['slowest_stage']}." in text
+    assert f"Contact sheet, with thumbnails of each class and of the errors: `{report}`." in text
+
+
+def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_model(tmp_path / "model.onnx")
+    write_digits(tmp_path / "images", range(75))
+    settings = ClassifySettings(folder=str(tmp_path / "images"), model=str(model), shard_size=16, workers=1)
+    unbroken = settings.model_copy(update={"output": str(tmp_path / "unbroken.csv")})
+    predict_folder(unbroken, tmp_path)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+
+    with monkeypatch.context() as context:
+        context.setattr(flows.classify, "progress_artifact", progress_until_the_disk_is_full)
+        failed = run_classify(settings, tmp_path / "artifacts")
+    with pytest.raises(StorageError, match="the disk is full"):
+        failed.result()
+    assert 0 < artifacts_of(client, failed)["classification-progress"] < 100
+    assert re.search(r"classify: 0 failed: \d+/75 images \(\d+ %\), [\d,]+ images/s, \d+ s left", caplog.text)
+
+    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
+    retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+
+    assert isinstance(retried, State)
+    summary = retried.result()
+    assert (summary["found"], summary["resumed"] % 16, summary["resumed"] >= 16) == (75, 0, True)
+    assert Path(summary["table"]).read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
+    shown = artifacts_of(client, retried)["classification-summary"]
+    assert ["resumed: made by an attempt that was broken off", str(summary["resumed"])] in map(
+        cells, shown.splitlines()
+    )
+
+
+@contextmanager
+def progress_until_the_disk_is_full(key: str) -> Iterator[ProgressCallback]:
+    with progress.progress_artifact(key) as update:
+
+        def fail(what: str, done: int, total: int) -> None:
+            time.sleep(0.1)  # the files are counted meanwhile
+            update(what, done, total)
+            if done >= 40:
+                raise StorageError("the disk is full")
+
+        yield fail
 
 
 def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
