@@ -71,6 +71,7 @@ def test_lock_files_are_small_and_name_no_index(lock: str) -> None:
 def test_lock_files_satisfy_pyproject(lock: str, platform: tuple[str, str], python: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    wanted += project["project"]["optional-dependencies"]["dask"]
     if "cuda" in lock:
         wanted += project["project"]["optional-dependencies"]["cuda"]
     environment = {
