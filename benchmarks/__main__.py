@@ -28,6 +28,7 @@ ModelOption = Annotated[
 ]
 _ARTIFACTS = Path("artifacts")
 _FILES = [10_000]
+_PRESETS = ["baseline", "fast"]
 _LAYOUTS = list(Layout)
 
 
@@ -35,15 +36,16 @@ _LAYOUTS = list(Layout)
 @command
 def training(
     dataset: Annotated[str, typer.Argument(help="Dataset to train on.")] = "digits",
-    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 3,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of every training; 0: each its own number.")] = 3,
     rounds: Annotated[int, typer.Option(help="How often each contender is trained, in turn.")] = 3,
+    preset: Annotated[list[str], typer.Option(help="Preset to train beside the tutorial's script.")] = _PRESETS,
     data: DataOption = Path("data"),
 ) -> None:
     """Train the tutorial's script and the presets side by side; prints medians, and ratios pair by pair."""
     from cnnpipe.training.datasets import prepare_dataset
 
     prepared = prepare_dataset(PrepareSettings(dataset=dataset), data).path
-    for line in compare_training(prepared, epochs, rounds, ["baseline"]):
+    for line in compare_training(prepared, epochs, rounds, preset):
         typer.echo(line)
 
 

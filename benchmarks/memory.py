@@ -109,7 +109,7 @@ def _classify(tree: Path, output: Path, models: Models) -> ProcessRun:
     """Classify a tree, and note when the first shard of its table lies on the disk."""
     contender = next(each for each in line_up(models)[0] if each.name == CNNPIPE)
     output.parent.mkdir()
-    first_shard = output.with_name(f"{output.name}.shards") / f"000000{output.suffix}"
+    first_shard = output.with_name(f"{output.name}.shards") / f"000000-*{output.suffix}"
     return run_process(contender.command(tree, output), awaited=first_shard)
 
 

@@ -14,14 +14,18 @@ from cnnpipe.training.stages import evaluate_run, train_run
 
 
 def main(prepared: Path, epochs: int, preset: str) -> None:
-    """Train a preset on a prepared dataset and score the test split; `seconds` include compiling and checkpoints."""
-    settings = RetrainSettings(train=TrainSettings.model_validate({"preset": preset, "epochs": epochs}))
+    """Train a preset on a prepared dataset and score the test split; `seconds` include compiling and checkpoints.
+
+    Args:
+        epochs: 0 is the preset's own number.
+    """
+    settings = RetrainSettings(train=TrainSettings.model_validate({"preset": preset, "epochs": epochs or None}))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         result = train_run(settings, prepared, Path(folder))
         whole = time.perf_counter() - began
         accuracy = evaluate_run(result.run).accuracy
-    images = epochs * load_prepared(prepared).num_images["train"]
+    images = result.epochs * load_prepared(prepared).num_images["train"]
     report = {"fit_seconds": result.seconds, "train_seconds": whole, "test_accuracy": accuracy, "images": images}
     print(json.dumps(report))
 

@@ -48,7 +48,7 @@ def run_process(command: Sequence[str], awaited: Path | None = None) -> ProcessR
     not `ru_maxrss`, which begins at the size of the process that started it.
 
     Args:
-        awaited: a file that the command makes some time.
+        awaited: a file that the command makes some time; its name may be a pattern.
     Raises:
         CnnpipeError: the command failed, with the last line that it printed; or this system has no /proc.
     """
@@ -109,7 +109,8 @@ class _Sampler:
 
     def _watch(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):
-            if self.awaited is not None and self.awaited_seconds is None and self.awaited.exists():
+            awaited = self.awaited if self.awaited_seconds is None else None
+            if awaited is not None and any(awaited.parent.glob(awaited.name)):
                 self.awaited_seconds = time.perf_counter() - self.began
             self._sample()
 

@@ -29,7 +29,8 @@ def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence
 
     Args:
         prepared: folder of a prepared dataset.
-        epochs: of every training, so that they do the same work.
+        epochs: of every training, so that they do the same work; 0 lets each do its own number.
+        presets: of ours.
     """
     contenders = {"tutorial": ["benchmarks.tutorial", str(prepared), str(epochs)]}
     contenders |= {preset: ["benchmarks.preset", str(prepared), str(epochs), preset] for preset in presets}

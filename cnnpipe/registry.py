@@ -102,7 +102,8 @@ def list_names(artifacts: Path) -> list[str]:
     return sorted(
         folder.name
         for folder in artifacts.iterdir()
-        if (folder / "runs").is_dir() or (folder / CHAMPION_FILE).is_file()
+        if not folder.name.startswith(".")  # of Prefect's, which has runs too
+        and ((folder / "runs").is_dir() or (folder / CHAMPION_FILE).is_file())
     )
 
 

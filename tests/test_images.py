@@ -260,6 +260,7 @@ def pixels_or_error(data: bytes) -> bytes | tuple[str, str]:
         return error.kind, str(error)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow's, on a damaged EXIF block
 @settings(deadline=None, max_examples=400)
 @given(
     file=st.sampled_from([data for name, data in (PLAIN_JPEGS | ODD_JPEGS).items() if len(data) < 10_000]),

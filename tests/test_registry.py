@@ -94,6 +94,7 @@ def test_runs_created_in_the_same_second_are_different_and_in_order(tmp_path: Pa
 
 def test_names_are_those_with_runs_or_a_champion(artifacts: Path) -> None:
     (artifacts / "predictions").mkdir()
+    (artifacts / ".prefect" / "runs").mkdir(parents=True)
     _complete(artifacts, "A", "cifar10")
     assert list_names(artifacts) == ["cifar10", "digits"]
     assert list_names(artifacts / "none") == []

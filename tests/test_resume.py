@@ -18,8 +18,11 @@ from tiny_models import model_info, write_digits, write_model
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import ConfigError, DatasetError, PredictionsError
+from cnnpipe.inference import classify
 from cnnpipe.inference.classify import open_classification, predict_folder
 from cnnpipe.inference.running import run_planned_shard
+from cnnpipe.inference.shards import ShardFolder
+from cnnpipe.inference.summary import RowCounts
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -422,3 +425,94 @@ def test_too_many_classes_are_refused_before_anything_is_written(images: Path, m
     with pytest.raises(ConfigError, match="top_k must be at most 10"):
         predict_folder(settings_for(images, model, tmp_path / "out" / "t.csv", top_k=11), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["retry_failed", "incremental"])
+def test_broken_off_just_before_it_replaces_the_earlier_table_it_goes_on(
+    own_images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    table = tmp_path / "t.csv"
+    predict_folder(settings_for(own_images, model, table), tmp_path)
+    shutil.copyfile(next(own_images.rglob("*.png")), own_images / "0" / "notes.txt")
+    settings = settings_for(own_images, model, table, **{mode: True})
+    break_off(monkeypatch, settings, tmp_path, ShardFolder, "put_in_place")
+    assert not (tmp_path / "summary.json").exists()
+    summary = predict_folder(settings, tmp_path)
+    assert (summary.found, summary.error) == (NUM_FILES, 4)
+    expected = tmp_path / "anew" / "t.csv"
+    predict_folder(settings_for(own_images, model, expected), tmp_path)
+    assert content(table) == content(expected)
+
+
+def test_retrying_never_starts_over_without_the_rows_that_it_keeps(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, bytes]
+) -> None:
+    table = tmp_path / "t.csv"
+    settings = settings_for(images, model, table)
+    break_off(monkeypatch, settings, tmp_path, classify, "write_summary")
+    with pytest.raises(PredictionsError, match="with mode 'all'; now it is 'retry-failed'"):
+        predict_folder(settings_for(images, model, table, retry_failed=True, overwrite=True), tmp_path)
+    assert predict_folder(settings, tmp_path).resumed == NUM_FILES
+    assert content(table) == unbroken[".csv"]
+
+
+def test_without_an_output_it_goes_on_although_its_report_is_there(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(images, model, None, report=str(tmp_path / "r.html"))
+    break_off(monkeypatch, settings, tmp_path, classify, "write_summary")
+    assert (tmp_path / "r.html").exists()
+    assert predict_folder(settings, tmp_path).resumed == NUM_FILES
+
+
+def break_off(
+    monkeypatch: pytest.MonkeyPatch, settings: ClassifySettings, artifacts: Path, place: Any, name: str
+) -> None:
+    """Classify, and break it off when it comes to a function."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, stop)
+        with pytest.raises(Stopped):
+            predict_folder(settings, artifacts)
+
+
+def test_retry_failed_of_another_folder_is_refused(own_images: Path, images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out" / "t.csv"
+    predict_folder(settings_for(own_images, model, table), tmp_path)
+    before = table.read_bytes()
+    with pytest.raises(PredictionsError, match=r"were made with the folder .*--overwrite in place of --retry-failed"):
+        predict_folder(settings_for(images, model, table, retry_failed=True), tmp_path)
+    assert table.read_bytes() == before
+
+
+def test_rows_of_another_version_are_not_dropped_unasked(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out" / "t.csv"
+    settings = settings_for(images, model, table)
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    job = table.with_name("t.csv.shards") / "job.json"
+    job.write_text('{"root": "/photos", "new_in_the_next_version": 1}')
+    with pytest.raises(PredictionsError, match="a classification that another version broke off"):
+        predict_folder(settings, tmp_path)
+    assert list(job.parent.glob("000000-*.csv"))
+    summary = predict_folder(settings.model_copy(update={"overwrite": True}), tmp_path)
+    assert (summary.found, summary.resumed) == (NUM_FILES, 0)
+
+
+def test_worker_of_a_job_that_was_given_up_does_not_touch_the_rows_of_the_next(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    table = tmp_path / "out" / "t.csv"
+    with open_classification(settings_for(images, model, table, top_k=3), tmp_path) as given_up:
+        late, job = given_up.shards, given_up.shards.job
+        [first, *_] = given_up.plan()
+    with open_classification(settings_for(images, model, table, overwrite=True), tmp_path) as classification:
+        classification.run()
+        path = late.rows_path(first)
+        path.write_text("rows of three classes")
+        late.complete(first, "x.png", RowCounts(ok=16), {})
+        classification.finish()
+    assert job.digest != classification.shards.job.digest
+    assert content(table) == unbroken[".csv"]

@@ -102,9 +102,6 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
     if settings.sort_into is not None:
         check_target(root, Path(settings.sort_into).expanduser())
-    if settings.report is not None:
-        own = wanted is not None and finished_job(wanted) is not None  # else it may be half of what is gone on with
-        check_report(Path(settings.report).expanduser(), settings.replaces_output or own)
     model = resolve_model(settings.model, artifacts, settings.precision)
     with ExitStack() as stack:
         pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
@@ -118,8 +115,13 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
             earlier_sha256 = ""
         job = _describe_job(settings, root, wanted, session, earlier_sha256)
         table = wanted or stack.enter_context(default_table(root, artifacts, started, job))
+        if settings.report is not None:
+            begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
+            check_report(Path(settings.report).expanduser(), settings.replaces_output or begun)
         folder, job = shards_folder(table), replace(job, table=str(table))
-        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=settings.overwrite))
+        # Trying again needs the rows that stay; without them it would leave a table of nothing.
+        start_over = settings.overwrite and not (settings.retry_failed and earlier is None)
+        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=start_over))
         yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
 
 
@@ -127,7 +129,7 @@ def _check_table(table: Path, settings: ClassifySettings) -> tuple[EarlierTable 
     """Refuse an output that is in the way; return the table to bring up to date, if that is wanted, and its digest."""
     remove_leftovers(shards_folder(table))
     finished = finished_job(table)
-    if finished is not None:  # a table of ours that still lacks its summary is in nobody's way
+    if finished is not None:  # it still lacks its summary: in nobody's way, and nothing to bring up to date
         return None, finished.earlier_sha256
     check_output(table, replace=settings.replaces_output)
     if not table.exists():
@@ -145,13 +147,13 @@ def _keep_rows(
     """Return the rows of an earlier table that need not be made again, if it is to be brought up to date by content."""
     if earlier is None:
         return None
-    difference = earlier.difference(session.model_sha256, settings)
+    difference = earlier.difference(session.model_sha256, Path(settings.folder).expanduser(), settings)
     if not difference:
         return stack.enter_context(kept_rows(earlier)) if settings.incremental else None
     if settings.retry_failed:
         raise PredictionsError(
             f"the rows of {earlier.path} were made with {difference}, and one table is never made with two; "
-            "classify all files anew with --overwrite"
+            "classify all files anew, with --overwrite in place of --retry-failed"
         )
     _logger.warning("every file is classified anew: %s was made with %s", earlier.path, difference)
     return None
@@ -174,7 +176,7 @@ def _describe_job(
         files=settings.files,
         include=settings.include,
         exclude=settings.exclude,
-        earlier_sha256=earlier_sha256,
+        earlier_sha256="" if mode == "all" else earlier_sha256,
         model=f"{session.info.name}/{session.info.run_id}",
         model_path=str(session.path.absolute()),
         model_sha256=session.model_sha256,

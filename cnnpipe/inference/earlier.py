@@ -34,11 +34,20 @@ class EarlierTable:
             )
         self.path = path
         self._summary = summary
-        self.form = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"])
+        try:
+            self.form = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"])
+        except KeyError as error:
+            raise PredictionsError(
+                f"the summary of {display_path(str(path))} lacks {error}: another version made it; classify anew with "
+                "--overwrite"
+            ) from error
 
-    def difference(self, model_sha256: str, settings: ClassifySettings) -> str:
+    def difference(self, model_sha256: str, root: Path, settings: ClassifySettings) -> str:
         """Return in what it was made otherwise than its new rows would be, or an empty string."""
         made = self._summary["model"]
+        folder = display_path(str(root.absolute()))
+        if settings.retry_failed and self._summary["folder"] != folder:
+            return f"the folder {self._summary['folder']} (now {folder})"
         if made["sha256"] != model_sha256:
             return f"the model {made['name']}/{made['run_id']} ({made['sha256'][:12]}…, now {model_sha256[:12]}…)"
         for name in ("top_k", "safe_csv"):
@@ -60,8 +69,6 @@ class KeptRows:
 
     def __init__(self, database: sqlite3.Connection, rows: Iterable[Prediction]) -> None:
         self._database = database
-        self.taken = 0
-        """Rows that were asked for."""
         database.execute("CREATE TABLE kept (path TEXT PRIMARY KEY, sha256 TEXT, model TEXT, likeliest TEXT)")
         database.executemany(
             "INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?)",
@@ -79,11 +86,10 @@ class KeptRows:
 
     def row(self, path: str) -> Prediction:
         """Return the row of a file that has a digest."""
-        self.taken += 1
         query = "SELECT sha256, model, likeliest FROM kept WHERE path = ?"
         sha256, model, likeliest = self._database.execute(query, (display_path(path),)).fetchone()
         labels, probabilities = json.loads(likeliest)
-        return Prediction(path, "ok", tuple(labels), tuple(probabilities), "", "", sha256, model)
+        return Prediction(path, "ok", tuple(labels), tuple(probabilities), "", "", sha256, model, unchanged=True)
 
 
 @contextmanager

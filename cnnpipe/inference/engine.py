@@ -1,7 +1,7 @@
 """The stages of bulk classification: list -> read and decode -> batch -> run, overlapping, with bounded memory.
 
-Listing and batching happen here, decoding in the worker processes of a `DecoderPool`, inference in onnxruntime's own
-threads. Memory does not depend on how many files there are, and results do not depend on the timing: a shard's files
+Listing and batching happen here, decoding in the worker processes of a `DecoderPool`, inference in threads that run a
+batch each. Memory does not depend on how many files there are, and results do not depend on the timing: a shard's files
 and their order alone say which images make a batch, so the same shard gives the same bits.
 """
 
@@ -66,6 +66,8 @@ class Prediction:
     """Of the file's bytes; empty if they could not be read."""
     model: str
     """`<name>/<run id>`."""
+    unchanged: bool = False
+    """Whether the row was taken over from an earlier table; no column."""
 
 
 @dataclass(frozen=True, slots=True)

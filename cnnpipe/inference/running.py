@@ -61,7 +61,7 @@ def run_shards(
     found = classify_shards(Path(job.root), shards, session, pool, options, seconds, known)
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as flusher:
         flushed: Future[None] | None = None
-        spent, kept = asdict(seconds), known.taken if known else 0  # until the end of the shard before
+        spent = asdict(seconds)  # until the end of the shard before
         for number, parts in groupby(found, key=attrgetter("number")):
             counts, last = RowCounts(), ""
             with ExitStack() as stack:
@@ -78,8 +78,6 @@ def run_shards(
                         report(new)
                 if flushed is not None:
                     flushed.result()
-                if known is not None:
-                    counts.unchanged, kept = known.taken - kept, known.taken
                 own = {stage: value - spent[stage] for stage, value in asdict(seconds).items()}
                 spent = asdict(seconds)
                 complete = functools.partial(folder.complete, number, last, counts, own)

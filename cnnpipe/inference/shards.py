@@ -3,9 +3,9 @@
     photos.csv.shards/          gone when photos.csv and its summary are complete
         job.json                what is done here; written first
         lock                    held by the process that does it
-        000000.csv              the rows of a shard
-        000000.json             their counts and the last file; written after them: its presence means they are complete
-        000001.files            the files of a shard that was handed to another process, each ended by NUL
+        000000-<job>.csv        the rows of a shard; the job's digest is in the name
+        000000-<job>.json       their counts and the last file; written after them: its presence means they are complete
+        000001-<job>.files      the files of a shard that was handed to another process, each ended by NUL
         listing.json            how many shards and files there are; written when the last file was found
         table.csv               all rows, on their way to the table's own place
         finished.json           their digest and counts: which of two files of the table's name is this one
@@ -16,6 +16,7 @@ the same bytes in the end, however often the work is broken off.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Self
@@ -46,7 +48,7 @@ _LOCK_FILE: Final = "lock"
 _HALF_WRITTEN: Final = re.compile(r"\..+\.[0-9a-f]{16}\.[a-z]+")
 """Temporary names of `cnnpipe.storage`."""
 
-_OURS: Final = re.compile(rf"(\d{{6,}}|job|listing|finished|table)\.[a-z]+|{_HALF_WRITTEN.pattern}")
+_OURS: Final = re.compile(rf"(\d{{6,}}-[0-9a-f]{{8}}|job|listing|finished|table)\.[a-z]+|{_HALF_WRITTEN.pattern}")
 
 _HOW: Final = ("table", "model_path", "workers")
 """Fields of a job that have no say in its rows."""
@@ -105,6 +107,12 @@ class Job:
         """Whether rows of an earlier table are kept for files whose content is unchanged."""
         return self.mode == "incremental" and bool(self.earlier_sha256)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides over rows: tells its files from those that a worker of a job given up may still write."""
+        deciding = {name: value for name, value in asdict(self).items() if name not in _HOW}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+
     def differences(self, other: Job) -> list[str]:
         """Return the names of the fields that decide over rows and are not the same."""
         names = (field.name for field in fields(self) if field.name not in _HOW)
@@ -161,13 +169,20 @@ def is_locked(folder: Path) -> bool:
 
 
 def finished_job(table: Path) -> Job | None:
-    """Return the job that a table came from, if it was broken off when the table had its name, but not all was done."""
+    """Return the job that had all its rows when it was broken off, but not all was done.
+
+    Its table has the name already, or is about to take it from the earlier one that it brings up to date, whose summary
+    may be gone by then.
+    """
     folder = shards_folder(table)
     job = Job.read(folder)
     finished = _read_json(folder / _FINISHED_FILE) if job else None
-    if finished is None or not table.is_file():
+    if job is None or finished is None or not table.is_file():
         return None
-    return job if sha256_file(table) == finished["sha256"] else None
+    there = sha256_file(table)
+    brings_up_to_date = job.mode != "all" and job.earlier_sha256 in ("", there)
+    joined = brings_up_to_date and (folder / f"table{table.suffix}").is_file()
+    return job if joined or there == finished["sha256"] else None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -204,6 +219,11 @@ class ShardFolder:
         """
         with _locked(path):
             begun = Job.read(path)
+            if begun is None and (path / _JOB_FILE).exists() and not start_over:
+                raise PredictionsError(
+                    f"{display_path(str(path))} holds a classification that another version broke off; "
+                    "finish it with that, or start over with --overwrite"
+                )
             if begun is not None and (different := job.differences(begun)):
                 if not start_over:
                     raise _other_job(path, job, begun, different[0])
@@ -221,17 +241,20 @@ class ShardFolder:
 
     def rows_path(self, number: int) -> Path:
         """Return where the rows of a shard are."""
-        return self.path / f"{number:06}{self.job.form.suffix}"
+        return self._file(number, self.job.form.suffix)
+
+    def _file(self, number: int, suffix: str) -> Path:
+        return self.path / f"{number:06}-{self.job.digest}{suffix}"
 
     def is_complete(self, number: int) -> bool:
         """Return whether the rows of a shard are all there."""
         return self._marker(number).exists()
 
     def _marker(self, number: int) -> Path:
-        return self.path / f"{number:06}.json"
+        return self._file(number, ".json")
 
     def _plan(self, number: int) -> Path:
-        return self.path / f"{number:06}.files"
+        return self._file(number, ".files")
 
     def shards(self, find: Callable[[str | None, int], Iterator[str]]) -> Iterator[Shard]:
         """Yield the shards whose rows are not there yet, in their order, and note where the last one ends.
@@ -285,7 +308,7 @@ class ShardFolder:
     def done(self) -> tuple[RowCounts, dict[str, float]]:
         """Return the counts and the stages' seconds of all shards that are complete."""
         counts, seconds = RowCounts(), Counter[str]()
-        for path in sorted(self.path.glob("[0-9]*.json")):
+        for path in sorted(self.path.glob(f"[0-9]*-{self.job.digest}.json")):
             marker = json.loads(path.read_bytes())
             counts.merge(RowCounts.from_json(marker["counts"]))
             seconds.update(marker["seconds"])
@@ -302,6 +325,9 @@ class ShardFolder:
         listing = _read_json(self.path / _LISTING_FILE)
         if listing is None:
             raise RuntimeError(f"{self.path} is to be joined before all files were found: a bug of ours")
+        made, _ = self.done()
+        if made.found != listing["files"]:
+            raise RuntimeError(f"{self.path} has {made.found} rows of {listing['files']} files: a bug of ours")
         parts = [self.rows_path(number) for number in range(listing["shards"])]
         counts = write(parts, self._table)
         finished = FinishedTable(sha256_file(self._table), listing["files"], counts)

@@ -186,6 +186,7 @@ class RowCounts:
             if row.status == "ok":
                 self.ok += 1
                 self.labels[row.labels[0]] += 1
+                self.unchanged += row.unchanged
                 if min_probability and is_uncertain(row.probabilities[0]):
                     self.uncertain += 1
                 continue
@@ -282,9 +283,14 @@ def write_summary(summary: ClassificationSummary, table: Path) -> Path:
     """
     path = table.with_name(SUMMARY_FILE)
     other = described_table(path)
-    with storage_errors(path):
-        if other is not None and other != display_path(table.name):
-            os.replace(path, _place_aside(path.parent, other))
+    if other is not None and other != display_path(table.name):
+        aside = _place_aside(path.parent, other)
+        if os.path.lexists(aside) and described_table(aside) is None:
+            raise PredictionsError(
+                f"{table} is complete, but {aside} is no summary of ours; rename it, and run it again"
+            )
+        with storage_errors(path):
+            os.replace(path, aside)
     try:
         write_json(path, summary.to_json(), replace=False)
     except AlreadyThereError as error:
