@@ -205,7 +205,7 @@ def test_other_sizes_and_numbers_of_classes_export_too(
 ) -> None:
     from cnnpipe.training.export import convert_model
 
-    model = build_model("baseline", image_size, num_classes)
+    model = build_model("baseline", image_size, num_classes, np.zeros((2, *image_size, 3), np.uint8))
     images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 
     graph = convert_model(model, image_size, opset=17)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from cnnpipe.cli import app
 from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.fit import HISTORY_COLUMNS, train_model
+from cnnpipe.training.fit import HISTORY_COLUMNS, _Batches, _class_weights, train_model
 from cnnpipe.training.scoring import predict_keras
 
 
@@ -63,6 +65,80 @@ def test_the_same_seed_gives_the_same_weights(digits: PreparedDataset, tmp_path:
 
     for first, second in zip(*weights, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch() -> None:
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    orders = []
+    for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0)):
+        batches = _Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=seed)
+        batches.shuffle(epoch)
+        orders.append(np.concatenate([batches[index][0].ravel() for index in range(len(batches))]).tolist())
+
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert orders[0] == orders[3]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_patience_stops_after_so_many_epochs_without_improvement(
+    digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cnnpipe")
+    # At this rate no weight moves: the first epoch stays the best.
+    settings = RetrainSettings(train=TrainSettings(epochs=30, batch_size=256, patience=2, learning_rate=1e-30))
+    result = train_model(settings, digits, create_run(tmp_path, "digits"))
+    rows = history_of(result.run)
+
+    assert (len(rows), result.epochs, result.best_epoch) == (3, 3, 1)
+    assert result.stopped == "no better weights by validation for 2 epochs than those of epoch 1"
+    assert f"stopped after epoch 3: {result.stopped}" in caplog.text
+
+
+def test_max_minutes_stops_after_the_epoch_that_passes_it(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=30, batch_size=256, max_minutes=0.0001))
+    result = train_model(settings, digits, create_run(tmp_path, "digits"))
+
+    assert (result.epochs, len(history_of(result.run))) == (1, 1)
+    assert result.stopped is not None
+    assert result.stopped.endswith("of 0.0001 minutes have passed")
+
+
+def test_a_training_that_reached_its_last_epoch_was_not_stopped(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=256, max_minutes=0.0001))
+
+    assert train_model(settings, digits, create_run(tmp_path, "digits")).stopped is None
+
+
+def test_class_weights_let_every_class_weigh_the_same() -> None:
+    labels = np.array([2, 0, 0, 2, 0, 1, 0, 0])
+    weights = _class_weights(labels)
+
+    assert [weights[label] * np.sum(labels == label) for label in range(3)] == pytest.approx([8 / 3] * 3)
+    assert sum(weights[label] for label in labels.tolist()) == pytest.approx(len(labels))
+
+
+def test_class_weights_change_the_loss_that_is_trained_and_not_the_one_of_validation(
+    digits: PreparedDataset, tmp_path: Path
+) -> None:
+    losses = []
+    for weighted in (False, True):  # at this rate no weight moves
+        train = TrainSettings(epochs=1, batch_size=256, learning_rate=1e-30, class_weights=weighted)
+        run = create_run(tmp_path, "digits")
+        train_model(RetrainSettings(train=train), digits, run)
+        losses.append([float(history_of(run)[0][key]) for key in ("loss", "val_loss")])
+
+    assert losses[0][0] != losses[1][0]
+    assert losses[0][1] == losses[1][1]
+
+
+def test_the_command_offers_what_ends_and_resumes_a_training() -> None:
+    text = " ".join(CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"]).output.split())
+
+    assert "--class-weights / --no-class-weights" in text
+    assert "--patience" in text
+    assert "--max-minutes" in text
+    assert "--resume / --no-resume" in text
 
 
 def test_the_saved_model_has_no_augmentation_in_it(digits: PreparedDataset, tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from cnnpipe.config import TrainSettings
 from cnnpipe.errors import TrainingError
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.models import Augmentation, build_model, resolve_recipe
+from cnnpipe.training.models import Augmentation, build_model
+
+
+def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (number, *image_size, 3), dtype=np.uint8)
 
 
 def test_baseline_is_the_tutorials_network() -> None:
-    model = build_model("baseline", (32, 32), 10)
+    model = build_model("baseline", (32, 32), 10, noise((32, 32)))
 
     assert model.count_params() == 319_178
     kinds = [type(layer).__name__ for layer in model.layers]
@@ -21,30 +25,47 @@ def test_baseline_is_the_tutorials_network() -> None:
     assert [layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D)] == [32, 64, 64]
 
 
-def test_baseline_trains_as_the_tutorial_does_unless_told_otherwise() -> None:
-    recipe = resolve_recipe(TrainSettings())
-    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.augment) == (15, 64, 1e-3, False)
-
-    changed = resolve_recipe(TrainSettings(epochs=2, augment=True))
-    assert (changed.epochs, changed.batch_size, changed.augment) == (2, 64, True)
-
-
-@pytest.mark.parametrize(("image_size", "num_classes"), [((8, 8), 2), ((33, 47), 3), ((64, 32), 100)])
-def test_model_takes_bytes_of_any_size_and_gives_probabilities(image_size: tuple[int, int], num_classes: int) -> None:
-    model = build_model("baseline", image_size, num_classes)
-    images = np.random.default_rng(0).integers(0, 256, (5, *image_size, 3), dtype=np.uint8)
+@pytest.mark.parametrize("preset", ["baseline", "fast"])
+@pytest.mark.parametrize(("image_size", "num_classes"), [((8, 8), 2), ((33, 47), 3), ((64, 32), 100), ((224, 224), 5)])
+def test_model_takes_bytes_of_any_size_and_gives_probabilities(
+    preset: str, image_size: tuple[int, int], num_classes: int
+) -> None:
+    images = noise(image_size, 5)
+    model = build_model(preset, image_size, num_classes, images)
 
     probabilities = keras.ops.convert_to_numpy(model(images))
 
-    assert model.input_dtype == "uint8"
+    assert model.inputs[0].dtype == "uint8"
     assert probabilities.shape == (5, num_classes)
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
 
 
+def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits: PreparedDataset) -> None:
+    images = np.asarray(digits.images("train"))
+    model = build_model("fast", (32, 32), 10, images)
+    rescaling, whitening = model.layers[1], model.get_layer("whitening")
+
+    seen = keras.ops.convert_to_numpy(whitening(rescaling(images)))[..., :12]
+
+    covariance = np.cov(seen.reshape(-1, 12).T)
+    varied = np.diag(covariance) > 0.5  # digits are gray: most directions do not vary at all
+    assert 3 <= varied.sum() <= 4
+    whitened = covariance[np.ix_(varied, varied)]
+    assert np.abs(whitened - np.diag(np.diag(whitened))).max() < 0.02
+    assert np.diag(whitened).max() < 1.05
+    assert not whitening.trainable_weights
+
+
+def test_fast_takes_images_of_one_colour() -> None:
+    images = np.full((20, 32, 32, 3), 128, np.uint8)
+    probabilities = keras.ops.convert_to_numpy(build_model("fast", (32, 32), 3, images)(images))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+
+
 def test_too_small_images_are_refused_in_one_line() -> None:
     with pytest.raises(TrainingError, match=r"at least 8x8 pixels, received image_size \(4, 32\)"):
-        build_model("baseline", (4, 32), 10)
+        build_model("baseline", (4, 32), 10, noise((4, 32)))
 
 
 class TestAugmentation:

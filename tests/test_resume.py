@@ -137,6 +137,7 @@ def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_killed_at_every_touch_of_the_disk_it_ends_with_the_same_bytes(
     images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes], suffix: str
@@ -154,6 +155,42 @@ def test_killed_at_every_touch_of_the_disk_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", ["retry_failed", "incremental", "overwrite"])
+def test_killed_at_every_touch_of_the_disk_while_a_table_is_replaced_it_ends_with_the_same_bytes(
+    own_images: Path, model: Path, tmp_path: Path, mode: str
+) -> None:
+    notes = [own_images / f"{number}" / "notes.txt" for number in range(3)]
+    digit = next(own_images.glob("0/*.png")).read_bytes()
+
+    def make_and_mend(folder: Path) -> ClassifySettings:
+        """Make a table, mend some of the files that failed, and return the settings to replace it."""
+        for each in notes:
+            each.write_text("no image")
+        first = settings_for(own_images, model, folder / "t.csv", shard_size=30)
+        predict_folder(first, tmp_path)
+        for each in notes:
+            each.write_bytes(digit)
+        beside = {"report": str(folder / "report.html"), "sort_into": str(folder / "sorted")}
+        return first.model_copy(update={mode: True, **beside})
+
+    settings = make_and_mend(tmp_path / "whole")
+    before = (tmp_path / "whole" / "t.csv").read_bytes()
+    whole = drive(settings, tmp_path)
+    expected = content(tmp_path / "whole" / "t.csv")
+    assert expected != before
+    for moment in range(1, int(whole.stdout.split()[0]) + 1):
+        folder = tmp_path / f"{moment}"
+        settings = make_and_mend(folder)
+        assert drive(settings, tmp_path, moment).returncode == -signal.SIGKILL
+        again = drive(settings, tmp_path)
+        assert again.returncode == 0, f"killed at touch {moment}: {again.stderr}"
+        assert content(folder / "t.csv") == expected, f"killed at touch {moment}"
+        assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:

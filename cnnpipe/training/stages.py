@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cnnpipe.config import EvaluateSettings, PrepareSettings, RetrainSettings, load_toml
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE
-from cnnpipe.registry import create_run, resolve_model_file, resolve_run
+from cnnpipe.registry import resolve_model_file, resolve_run
 from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
 from cnnpipe.training.download import Progress
 
@@ -64,15 +64,19 @@ def _require_unfinished(run: Path) -> None:
 def train_run(
     settings: RetrainSettings, prepared: Path, artifacts: Path, progress: Progress | None = None
 ) -> TrainingResult:
-    """Train in a new run folder `artifacts/<name>/runs/<run id>`; see `fit.train_model`."""
+    """Train in a new run folder `artifacts/<name>/runs/<run id>`, or in that of the same training if it was broken off.
+
+    See `fit.train_model` and `checkpoints.open_training`.
+    """
     from cnnpipe.training.backend import select_device
+    from cnnpipe.training.checkpoints import TrainingJob, open_training
     from cnnpipe.training.fit import train_model
 
     dataset = load_prepared(prepared)
-    select_device(settings.train.device)  # now, so that a wrong one leaves no run folder behind
-    run = create_run(artifacts, settings.prepare.resolved_name)
-    logger.info("run folder: %s", run)
-    return train_model(settings, dataset, run, progress)
+    device = select_device(settings.train.device)  # now, so that a wrong one leaves no run folder behind
+    job = TrainingJob.describe(settings, dataset, device)
+    with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
+        return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
 
 
 def evaluate_run(run: Path, chosen: EvaluateSettings | None = None) -> Evaluation:

@@ -1,0 +1,61 @@
+"""How the presets are trained."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from cnnpipe.config import TrainSettings
+from cnnpipe.training.backend import keras
+from cnnpipe.training.recipes import TriangularRate, compile_model, resolve_recipe
+
+
+def test_baseline_trains_as_the_tutorial_does_unless_told_otherwise() -> None:
+    recipe = resolve_recipe(TrainSettings(), 40_000)
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.augment) == (15, 64, 1e-3, False)
+    assert recipe == resolve_recipe(TrainSettings(), 100)
+
+    changed = resolve_recipe(TrainSettings(epochs=2, augment=True), 40_000)
+    assert (changed.epochs, changed.batch_size, changed.augment) == (2, 64, True)
+
+
+@pytest.mark.parametrize("num_images", [40, 300, 1_150, 10_000, 40_000])
+def test_fast_takes_enough_steps_whatever_the_size_of_the_dataset(num_images: int) -> None:
+    recipe = resolve_recipe(TrainSettings(preset="fast"), num_images)
+    assert recipe.epochs * math.ceil(num_images / recipe.batch_size) >= 600
+    assert recipe.learning_rate == pytest.approx(0.4 * recipe.batch_size / 512)
+    assert (recipe.batch_size, recipe.epochs) == (512, 10) or num_images < 30_000
+
+
+def test_what_the_user_sets_is_never_adapted() -> None:
+    recipe = resolve_recipe(TrainSettings(preset="fast", epochs=1, batch_size=512, learning_rate=0.1), 40)
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (1, 512, 0.1)
+
+
+def test_triangular_rate_rises_to_its_peak_and_falls_to_zero() -> None:
+    rates = [float(TriangularRate(0.4, 100)(step)) for step in range(101)]
+    assert int(np.argmax(rates)) == 20
+    assert max(rates) == pytest.approx(0.4)
+    assert (rates[0], rates[100]) == pytest.approx((0.04, 0.0))
+    assert all(np.diff(rates[:21]) > 0)
+    assert all(np.diff(rates[20:]) < 0)
+
+
+def test_triangular_rate_is_saved_with_the_model() -> None:
+    rate = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(TriangularRate(0.3, 50)))
+    assert (rate.peak, rate.steps) == (0.3, 50)
+
+
+def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> None:
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense"), layers.BatchNormalization(name="norm")])
+    model.layers[0].bias.assign(np.ones(3))
+    compile_model(model, resolve_recipe(TrainSettings(preset="fast"), 40_000), 10)
+    kernel = model.layers[0].kernel.numpy()
+    gradients = [keras.ops.zeros(variable.shape) for variable in model.trainable_variables]
+    model.optimizer.apply(gradients, model.trainable_variables)
+    np.testing.assert_allclose(model.layers[0].kernel.numpy(), kernel * (1 - 0.04 * 5e-3), rtol=1e-6)
+    np.testing.assert_array_equal(model.layers[0].bias.numpy(), np.ones(3))
+    np.testing.assert_array_equal(model.layers[1].gamma.numpy(), np.ones(3))
