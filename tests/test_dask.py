@@ -28,6 +28,7 @@ from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
 from cnnpipe.inference.classify import open_classification, predict_folder
 from cnnpipe.inference.running import run_planned_shard
+from cnnpipe.inference.shards import Job, ShardFolder
 from flows import cluster, shards
 from flows.classify import classify
 from flows.runners import check_runner
@@ -214,15 +215,18 @@ def test_one_shard_that_fails_leaves_the_others_and_a_retry_does_only_that(
 ) -> None:
     monkeypatch.setattr(shards.classify_shard, "retry_delay_seconds", 0)
     settings = settings_for(images, model, tmp_path / "t.csv")
-    in_the_way = tmp_path / "t.csv.shards" / "000002.csv"
-    threading.Thread(target=make_folder_when_begun, args=(in_the_way,), daemon=True).start()
+    folder = tmp_path / "t.csv.shards"
+    threading.Thread(target=stand_in_the_way_when_begun, args=(folder, 2), daemon=True).start()
 
     failed = run_on_dask(settings, tmp_path, two_workers.address)
 
-    with pytest.raises(PredictionsError, match=r"1 of 5 shards failed, number 2 because: cannot write .*000002\.csv"):
+    with pytest.raises(
+        PredictionsError, match=r"1 of 5 shards failed, number 2 because: cannot write .*000002-.{8}\.csv"
+    ):
         failed.result()
     assert sorted(state for (state,) in shard_states(client, failed).values()) == 4 * ["Completed"] + ["Failed"]
 
+    [in_the_way] = folder.glob("000002-*.csv")
     in_the_way.rmdir()
     client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
     retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
@@ -234,11 +238,11 @@ def test_one_shard_that_fails_leaves_the_others_and_a_retry_does_only_that(
     assert sorted(shard_states(client, retried)["shard-2"]) == ["Completed", "Failed"]
 
 
-def make_folder_when_begun(path: Path) -> None:
+def stand_in_the_way_when_begun(folder: Path, number: int) -> None:
     """Put a folder in the way of a shard's rows, as soon as its job has begun."""
-    while not (path.parent / "job.json").exists():
+    while (job := Job.read(folder)) is None:
         time.sleep(0.001)
-    path.mkdir()
+    ShardFolder(folder, job).rows_path(number).mkdir()
 
 
 def test_incremental_and_retry_failed_work_as_without_dask(
