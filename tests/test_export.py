@@ -199,13 +199,16 @@ def test_a_run_without_a_trained_model_is_refused(finished_run: Path, digits: Pr
         export_onnx(run, "baseline", digits, ExportSettings())
 
 
+@pytest.mark.parametrize("preset", ["baseline", "fast"])
 @pytest.mark.parametrize(("image_size", "num_classes"), [((16, 24), 2), ((64, 64), 100)])
-def test_other_sizes_and_numbers_of_classes_export_too(
-    image_size: tuple[int, int], num_classes: int, tmp_path: Path
+def test_every_preset_exports_at_any_size_and_number_of_classes(
+    preset: str, image_size: tuple[int, int], num_classes: int, tmp_path: Path
 ) -> None:
     from cnnpipe.training.export import convert_model
 
-    model = build_model("baseline", image_size, num_classes, np.zeros((2, *image_size, 3), np.uint8))
+    model = build_model(
+        preset, image_size, num_classes, np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
+    )
     images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 
     graph = convert_model(model, image_size, opset=17)

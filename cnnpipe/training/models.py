@@ -91,19 +91,24 @@ def _build_fast(image_size: tuple[int, int], num_classes: int, images: Images) -
     shrink = min(image_size) // 32
     if shrink > 1:
         x = layers.AveragePooling2D(shrink)(x)
-    x = layers.Activation("gelu")(whitening(x))
+    x = _gelu(whitening(x))
     for width in _FAST_WIDTHS:
         x = _convolution(width)(x)
         if min(x.shape[1:3]) > 1:
             x = layers.MaxPooling2D(2)(x)
-        x = layers.Activation("gelu")(_normalization()(x))
-        x = layers.Activation("gelu")(_normalization()(_convolution(width)(x)))
+        x = _gelu(_normalization()(x))
+        x = _gelu(_normalization()(_convolution(width)(x)))
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE)(x)
     model = keras.Model(pixels, layers.Softmax(name=OUTPUT_NAME)(x), name="fast")
     whitening.set_weights([_whitening_filters((sample - mean) / deviation)])
     return model
+
+
+def _gelu(x: keras.KerasTensor) -> keras.KerasTensor:
+    """The approximation by tanh: the exact one becomes an operator in the conversion that ONNX does not have."""
+    return keras.ops.gelu(x, approximate=True)
 
 
 def _convolution(width: int) -> keras.layers.Layer:
