@@ -17,7 +17,6 @@ from cnnpipe.environment import package_versions, usable_cores
 from cnnpipe.errors import DatasetError, PredictionsError
 from cnnpipe.files import display_path
 from cnnpipe.finding import has_files
-from cnnpipe.inference.contact_sheet import check_report, write_report
 from cnnpipe.inference.earlier import EarlierTable, KeptRows, kept_rows, replace_failed
 from cnnpipe.inference.engine import check_top_k
 from cnnpipe.inference.job_files import JobFiles
@@ -116,6 +115,8 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         job = _describe_job(settings, root, wanted, session, earlier_sha256)
         table = wanted or stack.enter_context(default_table(root, artifacts, started, job))
         if settings.report is not None:
+            from cnnpipe.inference.contact_sheet import check_report  # only who wants a report waits for it
+
             begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
             check_report(Path(settings.report).expanduser(), settings.replaces_output or begun)
         folder, job = shards_folder(table), replace(job, table=str(table))
@@ -302,6 +303,8 @@ class Classification:
         return sort_files(rows, Path(job.root), Path(settings.sort_into).expanduser(), settings.min_probability)
 
     def _write_report(self, summary: ClassificationSummary, path: Path, *, replace: bool) -> None:
+        from cnnpipe.inference.contact_sheet import write_report
+
         job, accuracy = self.shards.job, self._session.info.test_accuracy
         rows = read_table(Path(job.table), job.form)
         write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replace)
