@@ -94,14 +94,22 @@ class PrepareSettings(Settings):
 class TrainSettings(Settings):
     """Which network to train, and how. What is left empty is the preset's."""
 
-    preset: Literal["baseline", "fast"] = Field(
+    preset: Literal["baseline", "fast", "accurate"] = Field(
         "baseline",
-        description="`baseline`: the classic tutorial's CNN and settings; `fast`: a network that learns in few epochs",
+        description="`baseline`: the classic tutorial's CNN and settings; `fast`: a network that learns in few epochs; "
+        "`accurate`: a wider one, for longer",
     )
     epochs: int | None = Field(None, ge=1, le=100_000, description="passes over the training images")
     batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step")
     learning_rate: float | None = Field(None, gt=0.0, description="the optimizer's rate")
     augment: bool | None = Field(None, description="random flips and shifts of the training images")
+    label_smoothing: float | None = Field(
+        None, ge=0.0, lt=1.0, description="share of each label that is spread over all classes, against overconfidence"
+    )
+    average_weights: bool = Field(
+        False,
+        description="keep running averages of the weights of the last few epochs, not those of one epoch",
+    )
     class_weights: bool = Field(False, description="let every class weigh the same in the loss, however rare it is")
     patience: int | None = Field(
         None, ge=1, description="epochs without better weights by validation after which training stops; default: never"

@@ -59,7 +59,11 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
         (TrainSettings, {"epochs": 0}, r"^epochs: .*greater than or equal to 1, received 0, in x\.toml$"),
         (TrainSettings, {"epochs": "many"}, r"^epochs: .*valid integer.*, received 'many', in x\.toml$"),
         (TrainSettings, {"device": "gpu"}, r"^device: .*received 'gpu'"),
-        (TrainSettings, {"preset": "huge"}, r"^preset: Input should be 'baseline' or 'fast', received 'huge'"),
+        (
+            TrainSettings,
+            {"preset": "huge"},
+            r"^preset: Input should be 'baseline', 'fast' or 'accurate', received 'huge'",
+        ),
         (PrepareSettings, {"image_size": [4, 32]}, r"^image_size\.0: .*equal to 8, received 4"),
         (PrepareSettings, {"val_fraction": float("nan")}, r"^val_fraction: .*received nan"),
         (PrepareSettings, {"name": "../up"}, r"^name: .*received '\.\./up'"),

@@ -20,7 +20,7 @@ from cnnpipe.storage import sha256_file
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.export import export_onnx
-from cnnpipe.training.models import build_model
+from cnnpipe.training.models import average_flips, build_network
 from cnnpipe.training.parity import compare_probabilities
 
 
@@ -199,16 +199,19 @@ def test_a_run_without_a_trained_model_is_refused(finished_run: Path, digits: Pr
         export_onnx(run, "baseline", digits, ExportSettings())
 
 
-@pytest.mark.parametrize("preset", ["baseline", "fast"])
+@pytest.mark.parametrize(
+    ("preset", "flips"), [("baseline", False), ("fast", False), ("fast", True), ("accurate", True)]
+)
 @pytest.mark.parametrize(("image_size", "num_classes"), [((16, 24), 2), ((64, 64), 100)])
 def test_every_preset_exports_at_any_size_and_number_of_classes(
-    preset: str, image_size: tuple[int, int], num_classes: int, tmp_path: Path
+    preset: str, flips: int, image_size: tuple[int, int], num_classes: int
 ) -> None:
     from cnnpipe.training.export import convert_model
 
-    model = build_model(
+    model = build_network(
         preset, image_size, num_classes, np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
     )
+    model = average_flips(model) if flips else model
     images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 
     graph = convert_model(model, image_size, opset=17)
@@ -216,4 +219,6 @@ def test_every_preset_exports_at_any_size_and_number_of_classes(
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (probabilities,) = session.run(None, {"images": images})
     np.testing.assert_allclose(probabilities, model.predict(images, verbose=0), atol=1e-5)
-    assert not {"Shape", "Concat"} & {node.op_type for node in graph.graph.node}
+    kinds = [node.op_type for node in graph.graph.node]
+    assert "Shape" not in kinds
+    assert kinds.count("Concat") == flips

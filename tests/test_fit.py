@@ -18,8 +18,10 @@ from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
 from cnnpipe.training.backend import keras
+from cnnpipe.training.batches import Batches
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.fit import HISTORY_COLUMNS, _Batches, _class_weights, train_model
+from cnnpipe.training.fit import _class_weights, train_model
+from cnnpipe.training.record import HISTORY_COLUMNS
 from cnnpipe.training.scoring import predict_keras
 
 
@@ -71,7 +73,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     orders = []
     for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0)):
-        batches = _Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=seed)
+        batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=seed)
         batches.shuffle(epoch)
         orders.append(np.concatenate([batches[index][0].ravel() for index in range(len(batches))]).tolist())
 

@@ -1,4 +1,4 @@
-"""The networks and their augmentation."""
+"""The networks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from cnnpipe.errors import TrainingError
+from cnnpipe.training.augmentation import shrink
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.models import Augmentation, build_model
+from cnnpipe.training.models import PartialIdentity, average_flips, build_network
 
 
 def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8]:
@@ -17,7 +18,7 @@ def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8
 
 
 def test_baseline_is_the_tutorials_network() -> None:
-    model = build_model("baseline", (32, 32), 10, noise((32, 32)))
+    model = build_network("baseline", (32, 32), 10, noise((32, 32)))
 
     assert model.count_params() == 319_178
     kinds = [type(layer).__name__ for layer in model.layers]
@@ -25,13 +26,13 @@ def test_baseline_is_the_tutorials_network() -> None:
     assert [layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D)] == [32, 64, 64]
 
 
-@pytest.mark.parametrize("preset", ["baseline", "fast"])
+@pytest.mark.parametrize("preset", ["baseline", "fast", "accurate"])
 @pytest.mark.parametrize(("image_size", "num_classes"), [((8, 8), 2), ((33, 47), 3), ((64, 32), 100), ((224, 224), 5)])
 def test_model_takes_bytes_of_any_size_and_gives_probabilities(
     preset: str, image_size: tuple[int, int], num_classes: int
 ) -> None:
     images = noise(image_size, 5)
-    model = build_model(preset, image_size, num_classes, images)
+    model = build_network(preset, image_size, num_classes, images)
 
     probabilities = keras.ops.convert_to_numpy(model(images))
 
@@ -43,7 +44,7 @@ def test_model_takes_bytes_of_any_size_and_gives_probabilities(
 
 def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits: PreparedDataset) -> None:
     images = np.asarray(digits.images("train"))
-    model = build_model("fast", (32, 32), 10, images)
+    model = build_network("fast", (32, 32), 10, images)
     rescaling, whitening = model.layers[1], model.get_layer("whitening")
 
     seen = keras.ops.convert_to_numpy(whitening(rescaling(images)))[..., :12]
@@ -59,37 +60,43 @@ def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits:
 
 def test_fast_takes_images_of_one_colour() -> None:
     images = np.full((20, 32, 32, 3), 128, np.uint8)
-    probabilities = keras.ops.convert_to_numpy(build_model("fast", (32, 32), 3, images)(images))
+    probabilities = keras.ops.convert_to_numpy(build_network("fast", (32, 32), 3, images)(images))
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
 
 
 def test_too_small_images_are_refused_in_one_line() -> None:
     with pytest.raises(TrainingError, match=r"at least 8x8 pixels, received image_size \(4, 32\)"):
-        build_model("baseline", (4, 32), 10, noise((4, 32)))
+        build_network("baseline", (4, 32), 10, noise((4, 32)))
 
 
-class TestAugmentation:
-    def test_changes_nothing_outside_training(self, digits: PreparedDataset) -> None:
-        images = np.asarray(digits.images("val")[:16])
-        np.testing.assert_array_equal(Augmentation()(images, training=False), images)
+def test_fast_passes_on_what_it_sees_before_it_has_learned() -> None:
+    kernel = keras.ops.convert_to_numpy(PartialIdentity(seed=1)((3, 3, 4, 6)))
+    images = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
 
-    def test_only_flips_and_shifts(self, digits: PreparedDataset) -> None:
-        images = np.asarray(digits.images("val")[:16])
+    passed = keras.ops.convert_to_numpy(keras.ops.conv(images, kernel, padding="same"))
 
-        changed = np.asarray(Augmentation(max_shift=1 / 16, seed=3)(images, training=True))
+    np.testing.assert_array_equal(passed[..., :4], images)
+    assert kernel[..., 4:].std() == pytest.approx(np.sqrt(2 / 36), rel=0.3)
+    np.testing.assert_array_equal(kernel, keras.ops.convert_to_numpy(PartialIdentity(seed=1)((3, 3, 4, 6))))
 
-        padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-        for index, image in enumerate(changed):
-            shifts = [padded[index, dy : dy + 32, dx : dx + 32] for dy in range(5) for dx in range(5)]
-            assert any(np.array_equal(image, each) or np.array_equal(image, each[:, ::-1]) for each in shifts)
 
-    def test_gives_each_image_its_own_change_and_repeats_by_seed(self, digits: PreparedDataset) -> None:
-        images = np.repeat(np.asarray(digits.images("val")[:1]), 64, axis=0)
+@pytest.mark.parametrize("image_size", [(16, 16), (33, 47), (64, 64), (100, 224)])
+def test_fast_takes_images_of_three_quarters_of_the_side(image_size: tuple[int, int]) -> None:
+    network = build_network("fast", image_size, 3, noise(image_size, 5), any_size=True)
+    smaller = shrink(
+        keras.ops.convert_to_tensor(noise(image_size, 2)), (image_size[0] * 3 // 4, image_size[1] * 3 // 4)
+    )
+    assert tuple(network(smaller).shape) == (2, 3)
 
-        first = np.asarray(Augmentation(seed=5)(images, training=True))
-        again = np.asarray(Augmentation(seed=5)(images, training=True))
-        other = np.asarray(Augmentation(seed=6)(images, training=True))
 
-        assert len(np.unique(first, axis=0)) > 10
-        np.testing.assert_array_equal(first, again)
-        assert not np.array_equal(first, other)
+@pytest.mark.parametrize("preset", ["baseline", "fast"])
+def test_average_of_flips_is_the_mean_of_an_image_and_its_mirror_image(preset: str) -> None:
+    images = noise((16, 24), 7)
+    network = build_network(preset, (16, 24), 3, images)
+    model = average_flips(network)
+
+    alone, mirrored = (keras.ops.convert_to_numpy(network(each)) for each in (images, images[:, :, ::-1]))
+
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model(images)), (alone + mirrored) / 2, atol=1e-6)
+    assert (model.input_shape, model.output_shape) == (network.input_shape, network.output_shape)
+    assert [variable.path for variable in model.variables] == [variable.path for variable in network.variables]

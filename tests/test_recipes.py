@@ -9,7 +9,7 @@ import pytest
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
-from cnnpipe.training.recipes import TriangularRate, compile_model, resolve_recipe
+from cnnpipe.training.recipes import TriangularRate, compile_model, make_optimizer, resolve_recipe
 
 
 def test_baseline_trains_as_the_tutorial_does_unless_told_otherwise() -> None:
@@ -26,7 +26,7 @@ def test_fast_takes_enough_steps_whatever_the_size_of_the_dataset(num_images: in
     recipe = resolve_recipe(TrainSettings(preset="fast"), num_images)
     assert recipe.epochs * math.ceil(num_images / recipe.batch_size) >= 600
     assert recipe.learning_rate == pytest.approx(0.4 * recipe.batch_size / 512)
-    assert (recipe.batch_size, recipe.epochs) == (512, 10) or num_images < 30_000
+    assert (recipe.batch_size, recipe.epochs) == (512, 14) or num_images < 22_000
 
 
 def test_what_the_user_sets_is_never_adapted() -> None:
@@ -52,10 +52,34 @@ def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> Non
     layers = keras.layers
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense"), layers.BatchNormalization(name="norm")])
     model.layers[0].bias.assign(np.ones(3))
-    compile_model(model, resolve_recipe(TrainSettings(preset="fast"), 40_000), 10)
+    recipe = resolve_recipe(TrainSettings(preset="fast"), 40_000)
+    compile_model(model, recipe, make_optimizer(recipe, 10))
     kernel = model.layers[0].kernel.numpy()
     gradients = [keras.ops.zeros(variable.shape) for variable in model.trainable_variables]
     model.optimizer.apply(gradients, model.trainable_variables)
-    np.testing.assert_allclose(model.layers[0].kernel.numpy(), kernel * (1 - 0.04 * 5e-3), rtol=1e-6)
+    np.testing.assert_allclose(model.layers[0].kernel.numpy(), kernel * (1 - 0.04 * 1e-2), rtol=1e-6)
     np.testing.assert_array_equal(model.layers[0].bias.numpy(), np.ones(3))
     np.testing.assert_array_equal(model.layers[1].gamma.numpy(), np.ones(3))
+
+
+def test_fast_begins_with_small_images_and_ends_with_whole_ones() -> None:
+    recipe = resolve_recipe(TrainSettings(preset="fast", epochs=9), 40_000)
+    assert recipe.image_sizes((32, 40)) == [((24, 30), 6), ((32, 40), 9)]
+    assert recipe.image_sizes((15, 40)) == [((15, 40), 9)]
+
+    assert resolve_recipe(TrainSettings(preset="fast", epochs=1), 40_000).image_sizes((32, 32))[-1] == ((32, 32), 1)
+    assert resolve_recipe(TrainSettings(), 40_000).image_sizes((32, 32)) == [((32, 32), 15)]
+
+
+def test_flips_are_averaged_only_where_they_are_trained() -> None:
+    assert resolve_recipe(TrainSettings(preset="fast"), 40_000).average_flips
+    assert not resolve_recipe(TrainSettings(preset="fast", augment=False), 40_000).average_flips
+    assert not resolve_recipe(TrainSettings(augment=True), 40_000).average_flips
+
+
+def test_label_smoothing_is_the_users_or_the_presets() -> None:
+    smoothing = [
+        resolve_recipe(TrainSettings(preset=preset, label_smoothing=chosen), 40_000).label_smoothing
+        for preset, chosen in (("baseline", None), ("baseline", 0.1), ("fast", None), ("fast", 0.0))
+    ]
+    assert smoothing == [0.0, 0.1, 0.2, 0.0]

@@ -50,6 +50,12 @@ with _without_chatter():
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        from cnnpipe.environment import usable_cores
+
+        # Operations run side by side where they can, in one thread each: see `cnnpipe.training.lanes`. Said here,
+        # because it holds for the whole process, and decides over the last bits of the weights.
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(usable_cores())
         # Here it reports its search for a driver, else at the first operation. Listing them sets none of them up, after
         # which `select_device` could no longer hide any.
         tf.config.list_physical_devices()

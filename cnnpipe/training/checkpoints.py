@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 
-__all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training"]
+__all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,28 +106,25 @@ class Checkpoints:
         self.run = run
         self._path = run / _FOLDER / _CHECKPOINT_FILE
 
-    def save(self, model: keras.Model, epochs: Epochs) -> None:
+    def save(self, state: Sequence[keras.Variable], epochs: Epochs) -> None:
         """Write down all state after an epoch, whole or not at all.
 
-        That is the weights, the state of the optimizer with its step, which its rate follows, and that of every
-        `SeedGenerator`. The order of the images needs none: it is made anew for each epoch, from the seed.
+        The order of the images needs none: it is made anew for each epoch, from the seed.
 
         Args:
-            model: compiled, as it is trained.
+            state: of the training, from `training_state`.
         Raises:
             StorageError: it cannot be written.
         """
-        arrays = {
-            f"{index:04}": keras.ops.convert_to_numpy(variable.value) for index, variable in enumerate(_state(model))
-        }
+        arrays = {f"{index:04}": keras.ops.convert_to_numpy(variable.value) for index, variable in enumerate(state)}
         with write_file(self._path) as temporary, storage_errors(self._path), temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, epochs=np.array(json.dumps(asdict(epochs))), **arrays)
 
-    def restore(self, model: keras.Model) -> Epochs:
-        """Give a model the state of the checkpoint, if there is one, and return the epochs that it has behind it.
+    def restore(self, state: Sequence[keras.Variable]) -> Epochs:
+        """Assign what the checkpoint holds, if there is one, and return the epochs that it has behind it.
 
         Args:
-            model: freshly made and compiled.
+            state: of a training that is freshly made and compiled.
         Raises:
             TrainingError: the checkpoint is damaged, or of another network.
         """
@@ -141,21 +138,27 @@ class Checkpoints:
             raise TrainingError(
                 f"{self._path} is damaged: {error}; it is given up: run again to train from the start"
             ) from error
-        model.optimizer.build(model.trainable_variables)
-        variables = _state(model)
-        shapes = [(tuple(each.shape), each.dtype) for each in variables]
+        shapes = [(tuple(each.shape), each.dtype) for each in state]
         if [(array.shape, str(array.dtype)) for array in arrays] != shapes:
             raise TrainingError(
-                f"{self._path} is of another network than {model.name} is now; it is given up: "
-                "run again to train from the start"
+                f"{self._path} is of another network; it is given up: run again to train from the start"
             )
-        for variable, array in zip(variables, arrays, strict=True):
+        for variable, array in zip(state, arrays, strict=True):
             variable.assign(array)
         return Epochs(tuple(values["rows"]), values["seconds"])
 
 
-def _state(model: keras.Model) -> list[keras.Variable]:
-    return [*model.variables, *model.optimizer.variables]
+def training_state(model: keras.Model, candidate: keras.Model) -> list[keras.Variable]:
+    """Return all that a training goes on from.
+
+    That is the weights, the state of every `SeedGenerator`, that of the optimizer with its step, by which its rate
+    goes, and the weights that would be kept, which may be averages of earlier ones.
+
+    Args:
+        model: compiled, as it is trained.
+    """
+    model.optimizer.build(model.trainable_variables)
+    return [*model.variables, *model.optimizer.variables, *candidate.variables]
 
 
 @contextmanager

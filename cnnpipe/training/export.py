@@ -115,7 +115,7 @@ def _require_parity(parity: Parity, settings: ExportSettings) -> None:
 
 
 def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -> onnx.ModelProto:
-    """Convert a network of `models.build_model` to ONNX, without metadata.
+    """Convert a network of `models.build_network` to ONNX, without metadata.
 
     By a function with an explicit signature: `tf2onnx.convert.from_keras` fails on Keras 3.
 

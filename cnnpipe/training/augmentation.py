@@ -1,0 +1,52 @@
+"""What training does to a batch of images before the network sees it; backend-neutral, and on the device."""
+
+from __future__ import annotations
+
+from cnnpipe.training.backend import keras
+
+__all__ = ["Augmentation", "shrink"]
+
+
+@keras.saving.register_keras_serializable("cnnpipe")
+class Augmentation(keras.layers.Layer):  # type: ignore[misc]
+    """Random horizontal flips and shifts of a batch of images, in training only.
+
+    Every image draws its own: a flip with probability one half, and a shift of up to `max_shift` of each side, the
+    uncovered edge filled by the nearest pixels. Works on uint8, so it moves a quarter of float32's bytes.
+    """
+
+    def __init__(self, max_shift: float = 1 / 16, seed: int = 0) -> None:
+        super().__init__(trainable=False, name="augmentation", dtype="uint8")
+        self.max_shift = max_shift
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, images: keras.KerasTensor, training: bool = False) -> keras.KerasTensor:  # (N, H, W, C) -> same
+        """Return the images, changed if `training`."""
+        if not training:
+            return images
+        ops = keras.ops
+        number, (height, width, channels) = ops.shape(images)[0], images.shape[1:]
+        rows = self._source_indices(number, height)  # (N, H)
+        columns = self._source_indices(number, width)  # (N, W)
+        mirrored = keras.random.uniform((number, 1), seed=self.seed_generator) < 0.5
+        columns = ops.where(mirrored, width - 1 - columns, columns)
+        image_starts = ops.arange(number, dtype="int32")[:, None, None] * (height * width)
+        pixels = image_starts + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W), into the flattened batch
+        return ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)
+
+    def _source_indices(self, number: int, length: int) -> keras.KerasTensor:
+        """Return, for each image, the index along one side that each place takes its pixel from, (N, length)."""
+        reach = round(self.max_shift * length)
+        shift = keras.random.randint((number, 1), -reach, reach + 1, dtype="int32", seed=self.seed_generator)
+        return keras.ops.clip(keras.ops.arange(length, dtype="int32")[None, :] + shift, 0, length - 1)
+
+
+def shrink(images: keras.KerasTensor, size: tuple[int, int]) -> keras.KerasTensor:  # uint8 (N, H, W, C) -> same
+    """Return smaller images, each pixel from all that it covers.
+
+    Args:
+        size: (height, width), pixels.
+    """
+    ops = keras.ops
+    smaller = ops.image.resize(ops.cast(images, "float32"), size, antialias=True)
+    return ops.cast(ops.clip(ops.round(smaller), 0, 255), "uint8")

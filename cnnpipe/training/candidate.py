@@ -1,0 +1,59 @@
+"""What would be kept if training ended now: validated as it is saved, and as it will be applied."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cnnpipe.training.backend import keras
+from cnnpipe.training.batches import Batches
+from cnnpipe.training.lanes import spread
+
+__all__ = ["Candidate"]
+
+_NEW_SHARE: Final = 0.5
+"""Of an epoch's weights in their running average."""
+
+
+class Candidate:
+    """The network that is saved, beside the one that is trained: in float32, of one image size, without augmentation.
+
+    Args:
+        model: with as many weights as `trained`, in their order.
+        trained: the network in training.
+        batches: for validation.
+        label_smoothing: of the training's loss, so that the two compare.
+        lanes: over which validation is spread.
+        average: keep the running average of the weights instead of the last ones.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        trained: keras.Model,
+        batches: Batches,
+        label_smoothing: float,
+        lanes: int,
+        *,
+        average: bool,
+    ) -> None:
+        self.model = model
+        self._trained, self._batches, self._average = trained, batches, average
+        images = keras.Input(model.input_shape[1:], dtype="uint8")
+        self._validated = keras.Model(images, spread(model, lanes)(images))
+        self._validated.compile(
+            loss=keras.losses.CategoricalCrossentropy(label_smoothing=label_smoothing),
+            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        )
+
+    def take_weights(self, epoch: int) -> None:
+        """Take over the weights as they are after an epoch of training, 0 for the first."""
+        weights = self._trained.get_weights()
+        if self._average and epoch > 0:
+            pairs = zip(weights, self.model.get_weights(), strict=True)
+            weights = [_NEW_SHARE * new + (1 - _NEW_SHARE) * average for new, average in pairs]
+        self.model.set_weights(weights)
+
+    def validate(self) -> dict[str, float]:
+        """Return `val_accuracy` and `val_loss` of the validation images."""
+        scores = self._validated.evaluate(self._batches, verbose=0, return_dict=True)
+        return {f"val_{name}": float(scores[name]) for name in ("accuracy", "loss")}

@@ -1,0 +1,140 @@
+"""What a training leaves behind as it goes: after every epoch its checkpoint, the best weights and the history."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Final
+
+from cnnpipe.config import TrainSettings
+from cnnpipe.errors import TrainingError
+from cnnpipe.storage import storage_errors, write_file, write_text
+from cnnpipe.training.backend import keras
+from cnnpipe.training.candidate import Candidate
+from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
+from cnnpipe.training.download import Progress
+from cnnpipe.training.recipes import Recipe
+
+__all__ = ["HISTORY_COLUMNS", "Record"]
+
+logger = logging.getLogger(__name__)
+
+HISTORY_COLUMNS: Final = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")
+"""Columns of `history.csv`: Keras' own names, then the rate at the end of the epoch and its wall time."""
+
+
+class Record(keras.callbacks.Callback):  # type: ignore[misc]
+    """Validate after every epoch, write checkpoint, best weights and history, report progress, stop for a reason.
+
+    Args:
+        candidate: what would be kept if training ended now.
+        num_images: to train on.
+        done: epochs that the checkpoint brought.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        run: Path,
+        recipe: Recipe,
+        settings: TrainSettings,
+        num_images: int,
+        progress: Progress | None,
+        checkpoints: Checkpoints | None,
+        done: Epochs,
+    ) -> None:
+        super().__init__()
+        self._candidate = candidate
+        self._run, self._recipe, self._settings, self._num_images = run, recipe, settings, num_images
+        self._progress = progress or (lambda *_: None)
+        self._checkpoints = checkpoints
+        self.epochs = done
+        self._started = time.perf_counter() - done.seconds
+        self._epoch_started = self._reported = 0.0
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        self._epoch, self._epoch_started = epoch, time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        now = time.perf_counter()
+        if now - self._reported < 0.1:
+            return
+        self._reported = now
+        self._stop_unless_finite((logs or {}).get("loss", 0.0))
+        self._report(min((batch + 1) * self._recipe.batch_size, self._num_images))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        figures = {key: float(value) for key, value in (logs or {}).items()}
+        self._stop_unless_finite(figures["loss"])
+        self._candidate.take_weights(epoch)
+        figures |= self._candidate.validate()
+        self._stop_unless_finite(figures["val_loss"])
+        figures |= {
+            "epoch": epoch + 1,
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "seconds": round(time.perf_counter() - self._epoch_started, 3),
+        }
+        self.epochs = Epochs((*self.epochs.rows, figures), time.perf_counter() - self._started)
+        if self._checkpoints:
+            self._checkpoints.save(training_state(self.model, self._candidate.model), self.epochs)
+        self.write_files()
+        logger.info(
+            "epoch %d/%d  accuracy %.4f  loss %.4f  val_accuracy %.4f  val_loss %.4f  %.0f images/s%s",
+            *(epoch + 1, self._recipe.epochs, figures["accuracy"], figures["loss"]),
+            *(figures["val_accuracy"], figures["val_loss"], self._num_images / figures["seconds"]),
+            "" if self.epochs.epochs_since_best else "  (best)",
+        )
+        self._report(self._num_images)
+        reason = self.reason_to_stop()
+        if reason is not None and epoch + 1 < self._recipe.epochs:
+            logger.info("stopped after epoch %d: %s", epoch + 1, reason)
+            self.model.stop_training = True
+
+    def write_files(self) -> None:
+        """Write what there is after an epoch; again where a process was broken off after the checkpoint, before this.
+
+        So `model.keras` is of the best epoch that the checkpoint tells of, even if one done again comes out otherwise.
+        """
+        if self.epochs.epochs_since_best == 0:
+            path = self._run / "model.keras"
+            with write_file(path) as temporary, storage_errors(path):
+                self._candidate.model.save(temporary)
+        self._write_history()  # after the weights: an epoch that it tells of is not lost
+
+    def reason_to_stop(self) -> str | None:
+        """Return why no epoch should follow, by the settings."""
+        patience, max_minutes = self._settings.patience, self._settings.max_minutes
+        if patience is not None and self.epochs.epochs_since_best >= patience:
+            return f"no better weights by validation for {patience} epochs than those of epoch {self.epochs.best_epoch}"
+        if max_minutes is not None and self.epochs.seconds >= 60.0 * max_minutes:
+            return f"{self.epochs.seconds / 60.0:.1f} of {max_minutes:g} minutes have passed"
+        return None
+
+    def _report(self, done_in_epoch: int) -> None:
+        best = f", best val_accuracy {self.epochs.best_accuracy:.4f}" if self.epochs.rows else ""
+        self._progress(
+            f"train: epoch {self._epoch + 1}/{self._recipe.epochs}{best}",
+            self._epoch * self._num_images + done_in_epoch,
+            self._recipe.epochs * self._num_images,
+        )
+
+    def _stop_unless_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            best = self.epochs.best_epoch
+            kept = f"the weights of epoch {best} are kept" if best else "nothing was learned"
+            raise TrainingError(
+                f"the loss became {loss} in epoch {self._epoch + 1}; {kept} in {self._run}; "
+                "try a smaller --learning-rate"
+            )
+
+    def _write_history(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.epochs.rows)
+        write_text(self._run / "history.csv", text.getvalue())

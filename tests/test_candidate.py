@@ -1,0 +1,54 @@
+"""What would be kept: last weights or averaged ones, and their validation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnnpipe.training.backend import keras
+from cnnpipe.training.batches import open_batches
+from cnnpipe.training.candidate import Candidate
+from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.models import build_network
+
+
+def candidate_of(trained: keras.Model, digits: PreparedDataset, *, average: bool, smoothing: float = 0.0) -> Candidate:
+    model = build_network("baseline", (32, 32), 10, digits.images("train"))
+    return Candidate(model, trained, open_batches(digits, "val", 100), smoothing, lanes=2, average=average)
+
+
+@pytest.fixture
+def trained(digits: PreparedDataset) -> keras.Model:
+    return build_network("baseline", (32, 32), 10, digits.images("train"))
+
+
+def test_without_averages_it_has_the_last_weights(trained: keras.Model, digits: PreparedDataset) -> None:
+    candidate = candidate_of(trained, digits, average=False)
+    for epoch in range(2):
+        trained.set_weights([np.full_like(each, epoch + 1) for each in trained.get_weights()])
+        candidate.take_weights(epoch)
+
+    assert all((each == 2.0).all() for each in candidate.model.get_weights())
+
+
+def test_averages_forget_the_first_epochs(trained: keras.Model, digits: PreparedDataset) -> None:
+    candidate = candidate_of(trained, digits, average=True)
+    for epoch in range(3):
+        trained.set_weights([np.full_like(each, 2.0**epoch) for each in trained.get_weights()])
+        candidate.take_weights(epoch)
+
+    # Half of 4, a quarter of 2, a quarter of 1, which came first.
+    assert all((each == 2.75).all() for each in candidate.model.get_weights())
+    assert all((each == 4.0).all() for each in trained.get_weights())
+
+
+def test_validation_is_of_the_weights_that_were_taken(trained: keras.Model, digits: PreparedDataset) -> None:
+    candidate = candidate_of(trained, digits, average=False, smoothing=0.1)
+    candidate.take_weights(0)
+    scores = candidate.validate()
+
+    labels = np.asarray(digits.labels("val"))
+    probabilities = trained.predict(digits.images("val"), verbose=0)
+    smooth = 0.9 * np.eye(10)[labels] + 0.01
+    assert scores["val_accuracy"] == pytest.approx(np.mean(probabilities.argmax(axis=1) == labels), abs=1e-6)
+    assert scores["val_loss"] == pytest.approx(-np.mean(np.sum(smooth * np.log(probabilities), axis=1)), rel=1e-4)

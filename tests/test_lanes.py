@@ -1,0 +1,53 @@
+"""Lanes: the parts of a batch, and that they change neither what comes out nor what is learned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnnpipe.environment import usable_cores
+from cnnpipe.training.backend import keras
+from cnnpipe.training.lanes import count_lanes, spread
+from cnnpipe.training.models import build_network
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), dtype=np.uint8)
+ONE_HOT = np.eye(3, dtype=np.float32)[np.arange(37) % 3]
+
+
+def in_lanes(network: keras.Model, number: int) -> keras.Model:
+    images = keras.Input((16, 16, 3), dtype="uint8")
+    return keras.Model(images, spread(network, number)(images))
+
+
+@pytest.mark.parametrize("preset", ["baseline", "fast"])
+@pytest.mark.parametrize("number", [2, 3])
+def test_lanes_give_the_networks_own_probabilities_in_the_order_of_the_images(preset: str, number: int) -> None:
+    network = build_network(preset, (16, 16), 3, IMAGES)
+    model = in_lanes(network, number)
+
+    assert model.output_shape == (None, 3)
+    np.testing.assert_allclose(model.predict(IMAGES, verbose=0), network.predict(IMAGES, verbose=0), atol=1e-6)
+
+
+def test_a_step_in_lanes_is_a_step_of_the_whole_batch() -> None:
+    network = build_network("baseline", (16, 16), 3, IMAGES)
+    begun, learned = network.get_weights(), []
+    for model in (network, in_lanes(network, 2)):
+        network.set_weights(begun)
+        model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy")
+        model.train_on_batch(IMAGES, ONE_HOT)
+        learned.append(network.get_weights())
+
+    for whole, parts, before in zip(*learned, begun, strict=True):
+        np.testing.assert_allclose(whole, parts, atol=1e-6)
+        assert np.abs(whole - before).max() > 1e-5
+
+
+def test_every_core_gets_a_lane_while_the_batch_has_sixteen_images_for_it() -> None:
+    assert count_lanes(15, "cpu") == count_lanes(16, "cpu") == 1
+    assert count_lanes(16 * usable_cores(), "cpu") == count_lanes(10_000, "cpu") == usable_cores()
+    assert count_lanes(32, "cpu") == min(2, usable_cores())
+
+
+def test_a_gpu_takes_the_whole_batch() -> None:
+    assert count_lanes(10_000, "cuda:0") == 1
