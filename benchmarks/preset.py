@@ -8,27 +8,48 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.flops import count_flops
 from cnnpipe.config import RetrainSettings, TrainSettings
-from cnnpipe.training.datasets import load_prepared
+from cnnpipe.training.datasets import PreparedDataset, load_prepared
+from cnnpipe.training.models import build_network
+from cnnpipe.training.recipes import resolve_recipe
 from cnnpipe.training.stages import evaluate_run, train_run
 
 
-def main(prepared: Path, epochs: int, preset: str) -> None:
+def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
     """Train a preset on a prepared dataset and score the test split; `seconds` include compiling and checkpoints.
 
     Args:
         epochs: 0 is the preset's own number.
     """
-    settings = RetrainSettings(train=TrainSettings.model_validate({"preset": preset, "epochs": epochs or None}))
+    train = TrainSettings.model_validate({"preset": preset, "epochs": epochs or None, "seed": seed})
+    settings = RetrainSettings(train=train)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         result = train_run(settings, prepared, Path(folder))
         whole = time.perf_counter() - began
         accuracy = evaluate_run(result.run).accuracy
-    images = result.epochs * load_prepared(prepared).num_images["train"]
-    report = {"fit_seconds": result.seconds, "train_seconds": whole, "test_accuracy": accuracy, "images": images}
+    dataset = load_prepared(prepared)
+    num_images = dataset.num_images["train"]
+    report = {
+        "fit_seconds": result.seconds,
+        "train_seconds": whole,
+        "test_accuracy": accuracy,
+        "images": result.epochs * num_images,
+        "flops": num_images * _flops_for_each_image(dataset, train),
+    }
     print(json.dumps(report))
 
 
+def _flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int:
+    """Return the work that training does for one image, in all epochs."""
+    total, begun = 0, 0
+    for image_size, end in resolve_recipe(train, dataset.num_images["train"]).image_sizes(dataset.image_size):
+        network = build_network(train.preset, image_size, len(dataset.class_names), dataset.images("train"))
+        total += (end - begun) * count_flops(network)
+        begun = end
+    return total
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""Training beside the tutorial's script: alternating processes, medians and ratios, whole-process peak memory."""
+"""Training beside the tutorial's script: alternating processes, a seed a round, medians and ratios, peak memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Measurement:
     fit_seconds: float
     images_per_second: float
     peak_gigabytes: float
+    flops_per_second: float
+    """Of convolutions and dense layers in training; validation and all else count as time, not as work."""
     test_accuracy: float
 
 
@@ -35,25 +37,37 @@ def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence
     contenders = {"tutorial": ["benchmarks.tutorial", str(prepared), str(epochs)]}
     contenders |= {preset: ["benchmarks.preset", str(prepared), str(epochs), preset] for preset in presets}
     measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    limits = []
+    for seed in range(rounds):
+        limits.append(run_process([sys.executable, "-m", "benchmarks.convolution"]).report["flops_per_second"])
         for name, arguments in contenders.items():
-            measured[name].append(_measure(arguments))
+            measured[name].append(_measure([*arguments, str(seed)]))
             print(f"{name}: {measured[name][-1]}", file=sys.stderr)
-    rows = [("", "s in fit", "images/s", "peak GB", "test accuracy", "time / tutorial's")]
+    limit = statistics.median(limits)
+    rows = [("", "s in fit", "images/s", "peak GB", "GFLOP/s", "of the limit", "test accuracy", "time / tutorial's")]
     for name, runs in measured.items():
         pairs = zip(runs, measured["tutorial"], strict=True)
         ratio = statistics.median(own.fit_seconds / peer.fit_seconds for own, peer in pairs)
+        speed = _median(runs, "flops_per_second")
         rows.append(
             (
                 name,
                 f"{_median(runs, 'fit_seconds'):.1f}",
                 f"{_median(runs, 'images_per_second'):,.0f}",
                 f"{_median(runs, 'peak_gigabytes'):.2f}",
-                f"{_median(runs, 'test_accuracy'):.4f}",
+                f"{speed / 1e9:.0f}",
+                f"{speed / limit:.0%}",
+                _spread([run.test_accuracy for run in runs]),
                 f"{ratio:.2f}",
             )
         )
-    return markdown_lines(rows)
+    return [*markdown_lines(rows), "", f"Convolutions alone, forward and back: {limit / 1e9:.0f} GFLOP/s."]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return the mean, and the standard deviation where there is one."""
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def _median(runs: list[Measurement], figure: str) -> float:
@@ -67,5 +81,6 @@ def _measure(arguments: list[str]) -> Measurement:
         fit_seconds=run.report["fit_seconds"],
         images_per_second=run.report["images"] / run.report["fit_seconds"],
         peak_gigabytes=run.peak_bytes / 1e9,
+        flops_per_second=run.report["flops"] / run.report["fit_seconds"],
         test_accuracy=run.report["test_accuracy"],
     )

@@ -13,16 +13,19 @@ from pathlib import Path
 import numpy as np
 from tensorflow import keras
 
+from benchmarks.flops import count_flops
+
 TUTORIAL_EPOCHS = 15
 
 
-def main(prepared: Path, epochs: int) -> None:
+def main(prepared: Path, epochs: int, seed: int) -> None:
     """Train on a prepared dataset as the tutorial does and score the test split.
 
     Args:
         epochs: 0 is the tutorial's own number.
     """
     epochs = epochs or TUTORIAL_EPOCHS
+    keras.utils.set_random_seed(seed)
 
     def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
         images, labels = np.load(prepared / f"{split}_images.npy"), np.load(prepared / f"{split}_labels.npy")
@@ -48,9 +51,10 @@ def main(prepared: Path, epochs: int) -> None:
     model.fit(*train, epochs=epochs, batch_size=64, validation_data=val, verbose=0)
     seconds = time.perf_counter() - began
     _, accuracy = model.evaluate(*test, verbose=0)
-    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "images": epochs * len(train[0])}
+    images = epochs * len(train[0])
+    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "images": images, "flops": images * count_flops(model)}
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

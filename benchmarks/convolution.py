@@ -1,0 +1,54 @@
+"""What the machine's convolutions can do, forward and backward; prints one JSON object on the last line."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from cnnpipe.environment import usable_cores
+
+SHAPES = ((32, 16, 32, 64), (32, 16, 64, 64), (32, 8, 128, 128))
+"""(images a core, side in pixels, channels in, channels out) of 3x3 convolutions as they are in small networks."""
+
+SECONDS = 4.0
+
+
+def main() -> None:
+    """Time each shape alone, every core on its own images in one thread, and report the fastest in FLOP/s."""
+    import tensorflow as tf
+
+    import cnnpipe.training.backend  # noqa: F401  the threads that training has
+
+    rates = []
+    for number, side, channels_in, channels_out in SHAPES:
+        kernel = tf.Variable(np.zeros((3, 3, channels_in, channels_out), np.float32))
+        images = tf.zeros((usable_cores(), number, side, side, channels_in))
+
+        def gradients_of_all(images: Any = images, kernel: Any = kernel) -> list[Any]:
+            """Return both gradients of a convolution, for each core."""
+            gradients = []
+            for part in tf.unstack(images):
+                with tf.GradientTape() as tape:
+                    tape.watch(part)
+                    out = tf.nn.conv2d(part, kernel, 1, "SAME")
+                gradients += tape.gradient(out, [part, kernel])
+            return [tf.reduce_sum(gradient) for gradient in gradients]
+
+        step = tf.function(gradients_of_all)
+        step()
+        began, steps = time.perf_counter(), 0
+        while time.perf_counter() - began < SECONDS:
+            np.asarray(step()[0])
+            steps += 1
+        seconds = time.perf_counter() - began
+        # The value of a convolution is not needed for its gradients, which are two of its three passes.
+        flops = 2 * 2 * 9 * channels_in * channels_out * side * side * number * usable_cores()
+        rates.append(steps * flops / seconds)
+    print(json.dumps({"flops_per_second": max(rates)}))
+
+
+if __name__ == "__main__":
+    main()
