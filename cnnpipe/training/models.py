@@ -108,12 +108,15 @@ def _build_fast(
         x = layers.AveragePooling2D(reduction)(x)
     x = layers.ReLU()(whitening(x))
     side = min(image_size) // reduction - _PATCH + 1
+    # Colours that no image has are whitened to nothing, which batch normalisation would blow up: the first one mixes.
+    initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
     for width in _WIDTHS[preset]:
-        x = _convolution(width)(x)
+        x = _convolution(width, initializer)(x)
+        initializer = PartialIdentity()
         if side > 1:
             x, side = layers.MaxPooling2D(2)(x), side // 2
         x = layers.ReLU()(_normalization()(x))
-        x = layers.ReLU()(_normalization()(_convolution(width)(x)))
+        x = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE)(x)
@@ -122,13 +125,13 @@ def _build_fast(
     return model
 
 
-def _convolution(width: int) -> keras.layers.Layer:
-    return keras.layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=PartialIdentity())
+def _convolution(width: int, initializer: keras.initializers.Initializer) -> keras.layers.Layer:
+    return keras.layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=initializer)
 
 
 def _normalization() -> keras.layers.Layer:
     """Batch normalisation whose averages follow within few steps, as there are few; what ReLU gets needs no scale."""
-    return keras.layers.BatchNormalization(momentum=0.6, epsilon=1e-5, scale=False)
+    return keras.layers.BatchNormalization(momentum=0.6, scale=False)
 
 
 def _whitening_filters(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
