@@ -118,6 +118,10 @@ class TrainSettings(Settings):
         None, gt=0.0, description="training stops after the epoch that passes this time; default: no limit"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the arithmetic, on weights of float32; `auto`: what a GPU is fastest in, on a CPU float32",
+    )
     resume: bool = Field(True, description="go on with the newest run that was broken off at the same training")
     device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
 

@@ -17,7 +17,7 @@ from cnnpipe.cli import app
 from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
-from cnnpipe.training.backend import keras
+from cnnpipe.training.backend import keras, select_precision
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.fit import _class_weights, train_model
@@ -200,3 +200,43 @@ def test_the_summary_of_the_model_is_logged(
 
     assert "319,178" in caplog.text
     assert "epoch 1/1" in caplog.text
+
+
+@pytest.mark.parametrize("preset", ["baseline", "fast"])
+def test_what_is_trained_in_bfloat16_is_saved_in_float32(preset: str, digits: PreparedDataset, tmp_path: Path) -> None:
+    train = TrainSettings.model_validate({"preset": preset, "epochs": 2, "batch_size": 256, "precision": "bfloat16"})
+    result = train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits"))
+    model = keras.saving.load_model(result.run / "model.keras")
+
+    layers = model._flatten_layers(include_self=False)
+    assert {layer.compute_dtype for layer in layers} == {"float32"}
+    assert json.loads((result.run / "environment.json").read_text())["precision"] == "bfloat16"
+    assert float(history_of(result.run)[-1]["loss"]) < float(history_of(result.run)[0]["loss"])
+    accuracy = np.mean(predict_keras(model, digits.images("val")).argmax(axis=1) == digits.labels("val"))
+    assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_float16_on_a_cpu_is_refused(digits: PreparedDataset, tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="precision float16 is for GPUs; on a CPU use float32"):
+        train_model(RetrainSettings(train=TrainSettings(precision="float16")), digits, create_run(tmp_path, "digits"))
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
+    assert [select_precision(asked, "cpu") for asked in ("auto", "float32", "bfloat16")] == [
+        "float32",
+        "float32",
+        "bfloat16",
+    ]
+
+
+def test_averages_leave_the_training_as_it_is(digits: PreparedDataset, tmp_path: Path) -> None:
+    runs = []
+    for average in (False, True):
+        train = TrainSettings(epochs=3, batch_size=256, average_weights=average)
+        runs.append(train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits")).run)
+    last, averaged = (history_of(run) for run in runs)
+
+    assert [row["loss"] for row in last] == [row["loss"] for row in averaged]
+    assert last[0]["val_loss"] == averaged[0]["val_loss"]
+    assert last[2]["val_loss"] != averaged[2]["val_loss"]

@@ -16,7 +16,7 @@ from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.storage import write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, shrink
-from cnnpipe.training.backend import keras, make_repeatable, select_device
+from cnnpipe.training.backend import computing_in, keras, make_repeatable, select_device, select_precision
 from cnnpipe.training.batches import open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
@@ -83,25 +83,27 @@ def train_model(
     train = settings.train
     recipe = resolve_recipe(train, dataset.num_images["train"])
     device = select_device(train.device)
+    precision = select_precision(train.precision, device)
     write_text(run / "config.toml", dump_toml(settings))
-    write_json(
-        run / "environment.json", {**describe_environment(), "device": device, "dataset": str(dataset.path.resolve())}
-    )
+    environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
+    write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
     batches = open_batches(dataset, "train", recipe.batch_size, train.seed)
     val_batches = open_batches(dataset, "val", max(recipe.batch_size, 256))
     like = (train.preset, dataset.image_size, len(dataset.class_names), dataset.images("train"))
-    network, model = (
-        build_network(*like, any_size=len(recipe.image_sizes(dataset.image_size)) > 1),
-        build_network(*like),
-    )
+    with computing_in(precision):
+        network = build_network(*like, any_size=len(recipe.image_sizes(dataset.image_size)) > 1)
+    model = build_network(*like)
     if recipe.average_flips:
         model = average_flips(model)
     _draw_weights(network, train.seed)
     network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
-    logger.info("training on %s with the %s backend: %s", device, keras.backend.backend(), asdict(recipe))
+    backend = keras.backend.backend()
+    logger.info("training on %s in %s with the %s backend: %s", device, precision, backend, asdict(recipe))
 
     optimizer = make_optimizer(recipe, len(batches))
+    if precision == "float16":  # whose smallest number is too large for many a gradient
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     phases = _phases(network, recipe, dataset.image_size, count_lanes(batches.smallest, device), train.seed)
     for phase in phases:
         compile_model(phase.model, recipe, optimizer)

@@ -1,7 +1,8 @@
 """The networks, by preset: pixels in, probabilities out, preprocessing inside.
 
 Every network takes the decoder's bytes as they are, uint8 (batch, height, width, 3) RGB, and does its own scaling:
-so the saved model, the exported one and every client see the same preprocessing.
+so the saved model, the exported one and every client see the same preprocessing. Where the layers compute in less than
+float32, that and the probabilities stay float32.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
     return keras.Sequential(
         [
             keras.Input((*image_size, 3), dtype="uint8", name=INPUT_NAME),
-            layers.Rescaling(1 / 255),
+            layers.Rescaling(1 / 255, dtype="float32"),
             layers.Conv2D(32, 3, padding="same", activation="relu"),
             layers.MaxPooling2D(2),
             layers.Conv2D(64, 3, padding="same", activation="relu"),
@@ -82,7 +83,7 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
             layers.Conv2D(64, 3, padding="same", activation="relu"),
             layers.Flatten(),
             layers.Dense(64, activation="relu"),
-            layers.Dense(num_classes, activation="softmax", name=OUTPUT_NAME),
+            layers.Dense(num_classes, activation="softmax", dtype="float32", name=OUTPUT_NAME),
         ],
         name="baseline",
     )
@@ -102,7 +103,7 @@ def _build_fast(
     mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2)) + 1.0
     whitening = layers.Conv2D(24, _PATCH, use_bias=False, trainable=False, name="whitening")
     pixels = keras.Input((*((None, None) if any_size else image_size), 3), dtype="uint8", name=INPUT_NAME)
-    x = layers.Rescaling((1 / deviation).tolist(), (-mean / deviation).tolist())(pixels)
+    x = layers.Rescaling((1 / deviation).tolist(), (-mean / deviation).tolist(), dtype="float32")(pixels)
     reduction = max(1, min(image_size) // 32)
     if reduction > 1:
         x = layers.AveragePooling2D(reduction)(x)
@@ -120,7 +121,7 @@ def _build_fast(
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE)(x)
-    model = keras.Model(pixels, layers.Softmax(name=OUTPUT_NAME)(x), name=preset)
+    model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=preset)
     whitening.set_weights([_whitening_filters((sample - mean) / deviation)])
     return model
 

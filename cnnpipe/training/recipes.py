@@ -135,6 +135,7 @@ def compile_model(model: keras.Model, recipe: Recipe, optimizer: keras.optimizer
         optimizer=optimizer,
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        auto_scale_loss=False,  # the optimizer is one that does, where it must
     )
 
 
