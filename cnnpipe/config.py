@@ -42,6 +42,7 @@ COMMAND_LINE = "the command line"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
+TrainDevice = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|cuda:all)$")]
 ImageSize = Annotated[int, Field(ge=8, le=1024)]
 
 
@@ -123,7 +124,9 @@ class TrainSettings(Settings):
         description="of the arithmetic, on weights of float32; `auto`: what a GPU is fastest in, on a CPU float32",
     )
     resume: bool = Field(True, description="go on with the newest run that was broken off at the same training")
-    device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
+    device: TrainDevice = Field(
+        "auto", description="`auto`, `cpu`, `cuda`, `cuda:N`, or `cuda:all` for all GPUs; only `auto` may choose"
+    )
 
 
 class EvaluateSettings(Settings):

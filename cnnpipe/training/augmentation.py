@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from cnnpipe.training.backend import keras
+from cnnpipe.training.backend import keras, replica_number
 
 __all__ = ["Augmentation", "shrink"]
+
+
+class _ReplicaSeeds(keras.random.SeedGenerator):  # type: ignore[misc]
+    """Seeds that differ between the devices that share a batch, which all have the same state."""
+
+    def next(self, ordered: bool = True) -> keras.KerasTensor:
+        """Return the next seed, (2,)."""
+        ops = keras.ops
+        seed = super().next(ordered)
+        own = ops.cast(replica_number(), seed.dtype) * 1_000_003  # a prime: far from the next seeds of the others
+        return seed + ops.stack([own, ops.zeros((), seed.dtype)])
 
 
 @keras.saving.register_keras_serializable("cnnpipe")
@@ -18,7 +29,7 @@ class Augmentation(keras.layers.Layer):  # type: ignore[misc]
     def __init__(self, max_shift: float = 1 / 16, seed: int = 0) -> None:
         super().__init__(trainable=False, name="augmentation", dtype="uint8")
         self.max_shift = max_shift
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = _ReplicaSeeds(seed)
 
     def call(self, images: keras.KerasTensor, training: bool = False) -> keras.KerasTensor:  # (N, H, W, C) -> same
         """Return the images, changed if `training`."""

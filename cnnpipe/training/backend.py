@@ -16,7 +16,16 @@ from typing import Any, Final
 from cnnpipe.devices import ask_driver
 from cnnpipe.errors import ProviderError
 
-__all__ = ["computing_in", "full_float32", "keras", "make_repeatable", "select_device", "select_precision"]
+__all__ = [
+    "computing_in",
+    "full_float32",
+    "keras",
+    "make_repeatable",
+    "replica_number",
+    "replicated",
+    "select_device",
+    "select_precision",
+]
 
 _CHATTER: Final = re.compile(r"I0000 |WARNING: All log messages before absl::|E0000 .* failed call to cuInit")
 """Lines of TensorFlow's C++, written whatever its log level: remarks, and that a machine without a GPU has none."""
@@ -65,22 +74,58 @@ def select_device(device: str) -> str:
     """Make Keras use the device that was asked for.
 
     Args:
-        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` (the first GPU), `cuda:N` or `cuda:all`.
     Returns:
-        What is used: `cpu` or `cuda:N`.
+        What is used: `cpu`, `cuda:N`, or `cuda:all` if there are several.
     Raises:
         ProviderError: there is no such device, or this process already uses another.
     """
     gpus = _visible_gpus()
-    index = None if device == "cpu" or (device == "auto" and not gpus) else int(device.partition(":")[2] or 0)
-    if index is not None and index >= len(gpus):
+    if device == "cpu" or (device == "auto" and not gpus):
+        _use_only([])
+        return "cpu"
+    if device == "cuda:all" and keras.backend.backend() != "tensorflow":
+        raise ProviderError("device cuda:all needs the TensorFlow backend; unset KERAS_BACKEND, or use one GPU")
+    number = device.partition(":")[2]
+    index = int(number) if number.isdecimal() else 0
+    if index >= len(gpus):
         raise ProviderError(
             f"device {device!r} was asked for, but {keras.backend.backend()} sees {len(gpus)} GPUs: "
             f"{ask_driver().problem or 'the libraries of CUDA are missing, see `make setup CUDA=1`'}; "
             "mend that, or use --device cpu"
         )
-    _use_only(gpus, index)
-    return "cpu" if index is None else f"cuda:{index}"
+    used = gpus if number == "all" else [gpus[index]]
+    _use_only(used)
+    return "cuda:all" if len(used) > 1 else f"cuda:{index}"
+
+
+@contextmanager
+def replicated() -> Iterator[int]:
+    """Let models that are made and compiled meanwhile be trained on all devices in use, and give their number.
+
+    Each takes its share of every batch, with batch normalisation of its own.
+    """
+    if keras.backend.backend() != "tensorflow":
+        yield 1
+        return
+    import tensorflow as tf
+
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(devices) == 1:
+        yield 1
+        return
+    with tf.distribute.MirroredStrategy(devices).scope():
+        yield len(devices)
+
+
+def replica_number() -> Any:
+    """Return which of the devices computes this part of a batch, 0 for the first; inside a training step."""
+    if keras.backend.backend() != "tensorflow":
+        return 0
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return context.replica_id_in_sync_group if context is not None else 0
 
 
 def select_precision(asked: str, device: str) -> str:
@@ -99,7 +144,7 @@ def select_precision(asked: str, device: str) -> str:
         return "float32" if asked == "auto" else asked
     if asked != "auto":
         return asked
-    capability = _compute_capability(int(device.partition(":")[2]))
+    capability = _compute_capability()
     # Tensor cores came with 7.0 (float16), bfloat16 with 8.0: docs.nvidia.com/cuda/cuda-c-programming-guide
     return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
 
@@ -160,29 +205,31 @@ def _visible_gpus() -> list[Any]:
     raise ProviderError(f"KERAS_BACKEND must be tensorflow or jax, received {backend!r}; set one of them")
 
 
-def _compute_capability(index: int) -> tuple[int, int]:
-    gpu = _visible_gpus()[index]
+def _compute_capability() -> tuple[int, int]:
+    """Return the lowest of the GPUs in use."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tuple(tf.config.experimental.get_device_details(gpu)["compute_capability"])
-    major, _, minor = gpu.compute_capability.partition(".")
+        details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.get_visible_devices("GPU")]
+        return min(tuple(each["compute_capability"]) for each in details)
+    import jax
+
+    major, _, minor = jax.config.jax_default_device.compute_capability.partition(".")
     return int(major), int(minor)
 
 
-def _use_only(gpus: list[Any], index: int | None) -> None:
-    """Hide the other GPUs; with no index, all of them."""
+def _use_only(gpus: list[Any]) -> None:
+    """Hide the other GPUs; with none, all of them."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        wanted = [] if index is None else [gpus[index]]
-        if tf.config.get_visible_devices("GPU") == wanted:
+        if tf.config.get_visible_devices("GPU") == gpus:
             return
         try:
-            tf.config.set_visible_devices(wanted, "GPU")
+            tf.config.set_visible_devices(gpus, "GPU")
         except RuntimeError as error:
             raise ProviderError(f"TensorFlow already uses another device: {error}; start a new process") from error
     else:
         import jax
 
-        jax.config.update("jax_default_device", jax.devices("cpu")[0] if index is None else gpus[index])
+        jax.config.update("jax_default_device", gpus[0] if gpus else jax.devices("cpu")[0])

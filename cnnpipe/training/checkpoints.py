@@ -155,9 +155,8 @@ def training_state(model: keras.Model, candidate: keras.Model) -> list[keras.Var
     goes, and the weights that would be kept, which may be averages of earlier ones.
 
     Args:
-        model: compiled, as it is trained.
+        model: compiled, as it is trained, its optimizer built.
     """
-    model.optimizer.build(model.trainable_variables)
     return [*model.variables, *model.optimizer.variables, *candidate.variables]
 
 

@@ -14,9 +14,17 @@ import numpy.typing as npt
 
 from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
+from cnnpipe.errors import TrainingError
 from cnnpipe.storage import write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, shrink
-from cnnpipe.training.backend import computing_in, keras, make_repeatable, select_device, select_precision
+from cnnpipe.training.backend import (
+    computing_in,
+    keras,
+    make_repeatable,
+    replicated,
+    select_device,
+    select_precision,
+)
 from cnnpipe.training.batches import open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
@@ -88,25 +96,34 @@ def train_model(
     environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
     write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
-    batches = open_batches(dataset, "train", recipe.batch_size, train.seed)
-    val_batches = open_batches(dataset, "val", max(recipe.batch_size, 256))
     like = (train.preset, dataset.image_size, len(dataset.class_names), dataset.images("train"))
-    with computing_in(precision):
+    with computing_in(precision), replicated() as replicas:
+        batches = open_batches(dataset, "train", recipe.batch_size, train.seed, replicas)
+        if batches.smallest < replicas:
+            raise TrainingError(
+                f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
+            )
         network = build_network(*like, any_size=len(recipe.image_sizes(dataset.image_size)) > 1)
+        _draw_weights(network, train.seed)
+        optimizer = make_optimizer(recipe, len(batches))
+        if precision == "float16":  # whose smallest number is too large for many a gradient
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        lanes = count_lanes(batches.smallest // replicas, device)
+        phases = _phases(network, recipe, dataset.image_size, lanes, train.seed)
+        for phase in phases:
+            compile_model(phase.model, recipe, optimizer)
+        optimizer.build(network.trainable_variables)
+    network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
+    backend = keras.backend.backend()
+    logger.info(
+        "training on %s%s in %s with the %s backend: %s",
+        *(device, f" ({replicas} devices)" if replicas > 1 else "", precision, backend, asdict(recipe)),
+    )
+
     model = build_network(*like)
     if recipe.average_flips:
         model = average_flips(model)
-    _draw_weights(network, train.seed)
-    network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
-    backend = keras.backend.backend()
-    logger.info("training on %s in %s with the %s backend: %s", device, precision, backend, asdict(recipe))
-
-    optimizer = make_optimizer(recipe, len(batches))
-    if precision == "float16":  # whose smallest number is too large for many a gradient
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    phases = _phases(network, recipe, dataset.image_size, count_lanes(batches.smallest, device), train.seed)
-    for phase in phases:
-        compile_model(phase.model, recipe, optimizer)
+    val_batches = open_batches(dataset, "val", max(recipe.batch_size, 256))
     lanes = count_lanes(val_batches.smallest, device)
     smoothing, average = recipe.label_smoothing, recipe.average_weights
     candidate = Candidate(model, network, val_batches, smoothing, lanes, average=average)

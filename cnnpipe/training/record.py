@@ -76,7 +76,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self._stop_unless_finite(figures["val_loss"])
         figures |= {
             "epoch": epoch + 1,
-            "learning_rate": float(self.model.optimizer.learning_rate),
+            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
             "seconds": round(time.perf_counter() - self._epoch_started, 3),
         }
         self.epochs = Epochs((*self.epochs.rows, figures), time.perf_counter() - self._started)
