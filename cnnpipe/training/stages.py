@@ -68,12 +68,13 @@ def train_run(
 
     See `fit.train_model` and `checkpoints.open_training`.
     """
-    from cnnpipe.training.backend import select_device
+    from cnnpipe.training.backend import select_device, select_precision
     from cnnpipe.training.checkpoints import TrainingJob, open_training
     from cnnpipe.training.fit import train_model
 
     dataset = load_prepared(prepared)
     device = select_device(settings.train.device)  # now, so that a wrong one leaves no run folder behind
+    select_precision(settings.train.precision, device)
     job = TrainingJob.describe(settings, dataset, device)
     with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
