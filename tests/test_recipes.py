@@ -26,7 +26,7 @@ def test_fast_takes_enough_steps_whatever_the_size_of_the_dataset(num_images: in
     recipe = resolve_recipe(TrainSettings(preset="fast"), num_images)
     assert recipe.epochs * math.ceil(num_images / recipe.batch_size) >= 600
     assert recipe.learning_rate == pytest.approx(0.4 * recipe.batch_size / 512)
-    assert (recipe.batch_size, recipe.epochs) == (512, 14) or num_images < 22_000
+    assert (recipe.batch_size, recipe.epochs) == (512, 12) or num_images < 26_000
 
 
 def test_what_the_user_sets_is_never_adapted() -> None:

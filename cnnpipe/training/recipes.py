@@ -62,7 +62,7 @@ class Recipe:
 
 
 _FAST: Final = Recipe(
-    epochs=14,
+    epochs=12,
     batch_size=512,
     learning_rate=0.4,
     augment=True,
