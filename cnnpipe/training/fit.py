@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,10 @@ from cnnpipe.training.record import Record
 __all__ = ["TrainingResult", "train_model"]
 
 logger = logging.getLogger(__name__)
+
+
+_VAL_BATCH_SIZE: Final = 256
+"""Images; more do not stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def train_model(
     model = build_network(*like)
     if recipe.average_flips:
         model = average_flips(model)
-    val_batches = open_batches(dataset, "val", max(recipe.batch_size, 256))
+    val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
     smoothing, average = recipe.label_smoothing, recipe.average_weights
     candidate = Candidate(model, network, val_batches, smoothing, lanes, average=average)
@@ -176,7 +181,8 @@ def _phases(network: keras.Model, recipe: Recipe, image_size: tuple[int, int], l
         images = keras.Input((*image_size, 3), dtype="uint8")
         x = augmentation(images) if recipe.augment else images
         x = shrink(x, size) if size != image_size else x
-        phases.append(_Phase(keras.Model(images, spread(network, lanes)(x), name=f"trained_{network.name}"), end))
+        part = keras.Model(images, network(x), name=f"trained_{network.name}")
+        phases.append(_Phase(keras.Model(images, spread(part, lanes)(images), name=part.name), end))
     return phases
 
 
