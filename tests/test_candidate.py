@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.models import build_network
+from cnnpipe.training.recipes import resolve_recipe
 
 
 def candidate_of(trained: keras.Model, digits: PreparedDataset, *, average: bool, smoothing: float = 0.0) -> Candidate:
     model = build_network("baseline", (32, 32), 10, digits.images("train"))
-    return Candidate(model, trained, open_batches(digits, "val", 100), smoothing, lanes=2, average=average)
+    train = TrainSettings(average_weights=average, label_smoothing=smoothing)
+    recipe = resolve_recipe(train, digits.num_images["train"])
+    return Candidate(model, trained, open_batches(digits, "val", 100), recipe, lanes=2)
 
 
 @pytest.fixture

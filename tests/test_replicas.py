@@ -37,11 +37,8 @@ weights = np.concatenate([each.ravel() for each in model.get_weights()])
 np.save(run / "weights.npy", weights)
 
 with replicated() as replicas:
-    augmentation = Augmentation(seed=1)
+    strategy, augmentation = tf.distribute.get_strategy(), Augmentation(seed=1)
 if replicas > 1:
-    strategy = tf.distribute.MirroredStrategy(tf.config.list_logical_devices("CPU"))
-    with strategy.scope():
-        augmentation = Augmentation(seed=1)
     images = tf.constant(np.repeat(dataset.images("val")[:1], 32, axis=0))
     drawn = strategy.run(tf.function(lambda: augmentation(images, training=True)))
     alike = [bool(np.array_equal(one, other)) for one, other in zip(*(np.asarray(each) for each in drawn.values))]

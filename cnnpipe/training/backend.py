@@ -135,7 +135,7 @@ def select_precision(asked: str, device: str) -> str:
         asked: one of them, or `auto`.
         device: what `select_device` returned.
     Raises:
-        ProviderError: float16 on a CPU, where its convolutions take hundreds of times as long.
+        ProviderError: float16 on a CPU, where it takes minutes for what float32 does in seconds.
     """
     if device == "cpu":
         if asked == "float16":

@@ -7,6 +7,7 @@ from typing import Final
 from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.lanes import spread
+from cnnpipe.training.recipes import Recipe, compile_model
 
 __all__ = ["Candidate"]
 
@@ -21,29 +22,16 @@ class Candidate:
         model: with as many weights as `trained`, in their order.
         trained: the network in training.
         batches: for validation.
-        label_smoothing: of the training's loss, so that the two compare.
+        recipe: of the training, whose loss is that of validation too.
         lanes: over which validation is spread.
-        average: keep the running average of the weights instead of the last ones.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        trained: keras.Model,
-        batches: Batches,
-        label_smoothing: float,
-        lanes: int,
-        *,
-        average: bool,
-    ) -> None:
+    def __init__(self, model: keras.Model, trained: keras.Model, batches: Batches, recipe: Recipe, lanes: int) -> None:
         self.model = model
-        self._trained, self._batches, self._average = trained, batches, average
+        self._trained, self._batches, self._average = trained, batches, recipe.average_weights
         images = keras.Input(model.input_shape[1:], dtype="uint8")
         self._validated = keras.Model(images, spread(model, lanes)(images))
-        self._validated.compile(
-            loss=keras.losses.CategoricalCrossentropy(label_smoothing=label_smoothing),
-            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-        )
+        compile_model(self._validated, recipe)
 
     def take_weights(self, epoch: int) -> None:
         """Take over the weights as they are after an epoch of training, 0 for the first."""

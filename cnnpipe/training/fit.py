@@ -40,7 +40,6 @@ __all__ = ["TrainingResult", "train_model"]
 
 logger = logging.getLogger(__name__)
 
-
 _VAL_BATCH_SIZE: Final = 256
 """Images; more do not stay in a core's cache."""
 
@@ -130,8 +129,7 @@ def train_model(
         model = average_flips(model)
     val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
-    smoothing, average = recipe.label_smoothing, recipe.average_weights
-    candidate = Candidate(model, network, val_batches, smoothing, lanes, average=average)
+    candidate = Candidate(model, network, val_batches, recipe, lanes)
     done = checkpoints.restore(training_state(phases[0].model, model)) if checkpoints else Epochs()
     record = Record(candidate, run, recipe, train, dataset.num_images["train"], progress, checkpoints, done)
     if done.rows:
