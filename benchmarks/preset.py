@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.flops import count_flops
 from cnnpipe.config import RetrainSettings, TrainSettings
 from cnnpipe.training.datasets import PreparedDataset, load_prepared
-from cnnpipe.training.models import build_network
+from cnnpipe.training.models import build_network, measure_input
 from cnnpipe.training.recipes import resolve_recipe
 from cnnpipe.training.stages import evaluate_run, train_run
 
@@ -44,8 +44,9 @@ def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
 def _flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int:
     """Return the work that training does for one image, in all epochs."""
     total, begun = 0, 0
+    statistics = measure_input(dataset.images("train"))
     for image_size, end in resolve_recipe(train, dataset.num_images["train"]).image_sizes(dataset.image_size):
-        network = build_network(train.preset, image_size, len(dataset.class_names), dataset.images("train"))
+        network = build_network(train.preset, image_size, len(dataset.class_names), statistics)
         total += (end - begun) * count_flops(network)
         begun = end
     return total

@@ -10,24 +10,27 @@ from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.models import build_network
+from cnnpipe.training.models import average_flips, build_network, measure_input
 from cnnpipe.training.recipes import resolve_recipe
 
 
-def candidate_of(trained: keras.Model, digits: PreparedDataset, *, average: bool, smoothing: float = 0.0) -> Candidate:
-    model = build_network("baseline", (32, 32), 10, digits.images("train"))
+def candidate_of(
+    trained: keras.Model, digits: PreparedDataset, *, average: bool = False, smoothing: float = 0.0, flips: bool = False
+) -> Candidate:
+    network = build_network("baseline", (32, 32), 10, measure_input(digits.images("train")))
+    model = average_flips(network) if flips else network
     train = TrainSettings(average_weights=average, label_smoothing=smoothing)
     recipe = resolve_recipe(train, digits.num_images["train"])
-    return Candidate(model, trained, open_batches(digits, "val", 100), recipe, lanes=2)
+    return Candidate(model, network, trained, open_batches(digits, "val", 100), recipe, lanes=2)
 
 
 @pytest.fixture
 def trained(digits: PreparedDataset) -> keras.Model:
-    return build_network("baseline", (32, 32), 10, digits.images("train"))
+    return build_network("baseline", (32, 32), 10, measure_input(digits.images("train")))
 
 
 def test_without_averages_it_has_the_last_weights(trained: keras.Model, digits: PreparedDataset) -> None:
-    candidate = candidate_of(trained, digits, average=False)
+    candidate = candidate_of(trained, digits)
     for epoch in range(2):
         trained.set_weights([np.full_like(each, epoch + 1) for each in trained.get_weights()])
         candidate.take_weights(epoch)
@@ -46,8 +49,11 @@ def test_averages_forget_the_first_epochs(trained: keras.Model, digits: Prepared
     assert all((each == 4.0).all() for each in trained.get_weights())
 
 
-def test_validation_is_of_the_weights_that_were_taken(trained: keras.Model, digits: PreparedDataset) -> None:
-    candidate = candidate_of(trained, digits, average=False, smoothing=0.1)
+@pytest.mark.parametrize("flips", [False, True])
+def test_validation_is_of_the_weights_that_were_taken_and_of_no_mirror_images(
+    trained: keras.Model, digits: PreparedDataset, *, flips: bool
+) -> None:
+    candidate = candidate_of(trained, digits, smoothing=0.1, flips=flips)
     candidate.take_weights(0)
     scores = candidate.validate()
 

@@ -20,7 +20,7 @@ from cnnpipe.storage import sha256_file
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.export import export_onnx
-from cnnpipe.training.models import average_flips, build_network
+from cnnpipe.training.models import average_flips, build_network, measure_input
 from cnnpipe.training.parity import compare_probabilities
 
 
@@ -208,9 +208,8 @@ def test_every_preset_exports_at_any_size_and_number_of_classes(
 ) -> None:
     from cnnpipe.training.export import convert_model
 
-    model = build_network(
-        preset, image_size, num_classes, np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
-    )
+    train = np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
+    model = build_network(preset, image_size, num_classes, measure_input(train))
     model = average_flips(model) if flips else model
     images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 

@@ -8,7 +8,7 @@ import pytest
 from cnnpipe.environment import usable_cores
 from cnnpipe.training.backend import keras
 from cnnpipe.training.lanes import count_lanes, spread
-from cnnpipe.training.models import build_network
+from cnnpipe.training.models import build_network, measure_input
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), dtype=np.uint8)
 ONE_HOT = np.eye(3, dtype=np.float32)[np.arange(37) % 3]
@@ -22,7 +22,7 @@ def in_lanes(network: keras.Model, number: int) -> keras.Model:
 @pytest.mark.parametrize("preset", ["baseline", "fast"])
 @pytest.mark.parametrize("number", [2, 3])
 def test_lanes_give_the_networks_own_probabilities_in_the_order_of_the_images(preset: str, number: int) -> None:
-    network = build_network(preset, (16, 16), 3, IMAGES)
+    network = build_network(preset, (16, 16), 3, measure_input(IMAGES))
     model = in_lanes(network, number)
 
     assert model.output_shape == (None, 3)
@@ -30,7 +30,7 @@ def test_lanes_give_the_networks_own_probabilities_in_the_order_of_the_images(pr
 
 
 def test_a_step_in_lanes_is_a_step_of_the_whole_batch() -> None:
-    network = build_network("baseline", (16, 16), 3, IMAGES)
+    network = build_network("baseline", (16, 16), 3, measure_input(IMAGES))
     begun, learned = network.get_weights(), []
     for model in (network, in_lanes(network, 2)):
         network.set_weights(begun)

@@ -10,7 +10,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.training.augmentation import shrink
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.models import PartialIdentity, average_flips, build_network
+from cnnpipe.training.models import PartialIdentity, average_flips, build_network, measure_input
 
 
 def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8]:
@@ -18,7 +18,7 @@ def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8
 
 
 def test_baseline_is_the_tutorials_network() -> None:
-    model = build_network("baseline", (32, 32), 10, noise((32, 32)))
+    model = build_network("baseline", (32, 32), 10, measure_input(noise((32, 32))))
 
     assert model.count_params() == 319_178
     kinds = [type(layer).__name__ for layer in model.layers]
@@ -32,7 +32,7 @@ def test_model_takes_bytes_of_any_size_and_gives_probabilities(
     preset: str, image_size: tuple[int, int], num_classes: int
 ) -> None:
     images = noise(image_size, 5)
-    model = build_network(preset, image_size, num_classes, images)
+    model = build_network(preset, image_size, num_classes, measure_input(images))
 
     probabilities = keras.ops.convert_to_numpy(model(images))
 
@@ -44,7 +44,7 @@ def test_model_takes_bytes_of_any_size_and_gives_probabilities(
 
 def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits: PreparedDataset) -> None:
     images = np.asarray(digits.images("train"))
-    model = build_network("fast", (32, 32), 10, images)
+    model = build_network("fast", (32, 32), 10, measure_input(images))
     rescaling, whitening = model.layers[1], model.get_layer("whitening")
 
     seen = keras.ops.convert_to_numpy(whitening(rescaling(images)))[..., :12]
@@ -60,13 +60,13 @@ def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits:
 
 def test_fast_takes_images_of_one_colour() -> None:
     images = np.full((20, 32, 32, 3), 128, np.uint8)
-    probabilities = keras.ops.convert_to_numpy(build_network("fast", (32, 32), 3, images)(images))
+    probabilities = keras.ops.convert_to_numpy(build_network("fast", (32, 32), 3, measure_input(images))(images))
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
 
 
 def test_too_small_images_are_refused_in_one_line() -> None:
     with pytest.raises(TrainingError, match=r"at least 8x8 pixels, received image_size \(4, 32\)"):
-        build_network("baseline", (4, 32), 10, noise((4, 32)))
+        build_network("baseline", (4, 32), 10, measure_input(noise((4, 32))))
 
 
 def test_fast_passes_on_what_it_sees_before_it_has_learned() -> None:
@@ -82,7 +82,7 @@ def test_fast_passes_on_what_it_sees_before_it_has_learned() -> None:
 
 @pytest.mark.parametrize("image_size", [(16, 16), (33, 47), (64, 64), (100, 224)])
 def test_fast_takes_images_of_three_quarters_of_the_side(image_size: tuple[int, int]) -> None:
-    network = build_network("fast", image_size, 3, noise(image_size, 5), any_size=True)
+    network = build_network("fast", image_size, 3, measure_input(noise(image_size, 5)), any_size=True)
     smaller = shrink(
         keras.ops.convert_to_tensor(noise(image_size, 2)), (image_size[0] * 3 // 4, image_size[1] * 3 // 4)
     )
@@ -92,7 +92,7 @@ def test_fast_takes_images_of_three_quarters_of_the_side(image_size: tuple[int, 
 @pytest.mark.parametrize("preset", ["baseline", "fast"])
 def test_average_of_flips_is_the_mean_of_an_image_and_its_mirror_image(preset: str) -> None:
     images = noise((16, 24), 7)
-    network = build_network(preset, (16, 24), 3, images)
+    network = build_network(preset, (16, 24), 3, measure_input(images))
     model = average_flips(network)
 
     alone, mirrored = (keras.ops.convert_to_numpy(network(each)) for each in (images, images[:, :, ::-1]))
@@ -100,3 +100,20 @@ def test_average_of_flips_is_the_mean_of_an_image_and_its_mirror_image(preset: s
     np.testing.assert_allclose(keras.ops.convert_to_numpy(model(images)), (alone + mirrored) / 2, atol=1e-6)
     assert (model.input_shape, model.output_shape) == (network.input_shape, network.output_shape)
     assert [variable.path for variable in model.variables] == [variable.path for variable in network.variables]
+
+
+def test_large_images_are_measured_as_the_network_averages_them() -> None:
+    small = noise((32, 32), 20)
+    large = small.repeat(7, axis=1).repeat(7, axis=2)
+    of_small, of_large = measure_input(small), measure_input(large)
+    assert of_large.mean == pytest.approx(of_small.mean)
+    assert of_large.deviation == pytest.approx(of_small.deviation)
+    np.testing.assert_allclose(of_large.filters, of_small.filters, atol=1e-3)
+
+
+def test_no_more_pixels_are_measured_than_statistics_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnpipe.training.models._WHITENED_PIXELS", 10 * 32 * 32)
+    images = np.zeros((100, 32, 32, 3), np.uint8)
+    images[::10] = 100  # every tenth is looked at
+    assert measure_input(images).mean == [100.0] * 3
+    assert measure_input(images[:7]).mean == pytest.approx([100 / 7] * 3)

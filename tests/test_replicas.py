@@ -32,7 +32,8 @@ run.mkdir()
 train = TrainSettings.model_validate_json(sys.argv[4])
 result = train_model(RetrainSettings(train=train), dataset, run)
 model = keras.saving.load_model(run / "model.keras")
-accuracy = np.mean(predict_keras(model, dataset.images("val")).argmax(axis=1) == dataset.labels("val"))
+network = next((layer for layer in model.layers if isinstance(layer, keras.Model)), model)  # without mirror images
+accuracy = np.mean(predict_keras(network, dataset.images("val")).argmax(axis=1) == dataset.labels("val"))
 weights = np.concatenate([each.ravel() for each in model.get_weights()])
 np.save(run / "weights.npy", weights)
 

@@ -1,10 +1,10 @@
-"""What would be kept if training ended now: validated as it is saved, and as it will be applied."""
+"""What would be kept if training ended now, and how good it is."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from cnnpipe.training.backend import keras
+from cnnpipe.training.backend import keras, pipeline
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.lanes import spread
 from cnnpipe.training.recipes import Recipe, compile_model
@@ -19,18 +19,28 @@ class Candidate:
     """The network that is saved, beside the one that is trained: in float32, of one image size, without augmentation.
 
     Args:
-        model: with as many weights as `trained`, in their order.
-        trained: the network in training.
+        model: is saved.
+        network: its network, which is validated: the same as `model`, or what `models.average_flips` made that of, as
+            mirror images would double the time of validation. The model is better than its network then.
+        trained: the network in training, with as many weights as `network`, in their order.
         batches: for validation.
         recipe: of the training, whose loss is that of validation too.
         lanes: over which validation is spread.
     """
 
-    def __init__(self, model: keras.Model, trained: keras.Model, batches: Batches, recipe: Recipe, lanes: int) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        network: keras.Model,
+        trained: keras.Model,
+        batches: Batches,
+        recipe: Recipe,
+        lanes: int,
+    ) -> None:
         self.model = model
         self._trained, self._batches, self._average = trained, batches, recipe.average_weights
-        images = keras.Input(model.input_shape[1:], dtype="uint8")
-        self._validated = keras.Model(images, spread(model, lanes)(images))
+        images = keras.Input(network.input_shape[1:], dtype="uint8")
+        self._validated = keras.Model(images, spread(network, lanes)(images))
         compile_model(self._validated, recipe)
 
     def take_weights(self, epoch: int) -> None:
@@ -42,6 +52,6 @@ class Candidate:
         self.model.set_weights(weights)
 
     def validate(self) -> dict[str, float]:
-        """Return `val_accuracy` and `val_loss` of the validation images."""
-        scores = self._validated.evaluate(self._batches, verbose=0, return_dict=True)
+        """Return `val_accuracy` and `val_loss` of the network on the validation images."""
+        scores = self._validated.evaluate(pipeline(self._batches), verbose=0, return_dict=True)
         return {f"val_{name}": float(scores[name]) for name in ("accuracy", "loss")}

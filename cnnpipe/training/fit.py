@@ -22,6 +22,7 @@ from cnnpipe.training.backend import (
     computing_in,
     keras,
     make_repeatable,
+    pipeline,
     replicated,
     select_device,
     select_precision,
@@ -32,7 +33,7 @@ from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.download import Progress
 from cnnpipe.training.lanes import count_lanes, spread
-from cnnpipe.training.models import average_flips, build_network
+from cnnpipe.training.models import average_flips, build_network, measure_input
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe
 from cnnpipe.training.record import Record
 
@@ -100,7 +101,8 @@ def train_model(
     environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
     write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
-    like = (train.preset, dataset.image_size, len(dataset.class_names), dataset.images("train"))
+    statistics = measure_input(dataset.images("train"))
+    like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
         batches = open_batches(dataset, "train", recipe.batch_size, train.seed, replicas)
         if batches.smallest < replicas:
@@ -124,12 +126,11 @@ def train_model(
         *(device, f" ({replicas} devices)" if replicas > 1 else "", precision, backend, asdict(recipe)),
     )
 
-    model = build_network(*like)
-    if recipe.average_flips:
-        model = average_flips(model)
+    kept = build_network(*like)
+    model = average_flips(kept) if recipe.average_flips else kept
     val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
-    candidate = Candidate(model, network, val_batches, recipe, lanes)
+    candidate = Candidate(model, kept, network, val_batches, recipe, lanes)
     done = checkpoints.restore(training_state(phases[0].model, model)) if checkpoints else Epochs()
     record = Record(candidate, run, recipe, train, dataset.num_images["train"], progress, checkpoints, done)
     if done.rows:
@@ -139,7 +140,7 @@ def train_model(
     for phase in phases:
         if len(record.epochs.rows) < phase.end and record.reason_to_stop() is None:
             phase.model.fit(
-                batches,
+                pipeline(batches),
                 initial_epoch=len(record.epochs.rows),
                 epochs=phase.end,
                 class_weight=_class_weights(dataset.labels("train")) if train.class_weights else None,

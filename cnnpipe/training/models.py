@@ -7,6 +7,8 @@ float32, that and the probabilities stay float32.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +18,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME
 from cnnpipe.training.backend import keras
 
-__all__ = ["PartialIdentity", "average_flips", "build_network"]
+__all__ = ["InputStatistics", "PartialIdentity", "average_flips", "build_network", "measure_input"]
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
@@ -26,7 +28,9 @@ _WIDTHS: Final = {"fast": (32, 96, 128), "accurate": (64, 128, 256)}
 _PATCH: Final = 2
 """Side of the patches that are whitened, pixels."""
 
-_WHITENED_IMAGES: Final = 5000
+_WHITENED_PIXELS: Final = 5_000_000
+"""At most so many are looked at: 5,000 images of 32x32."""
+
 _WHITENING_FLOOR: Final = 5e-4
 """Added to the variances, so that what hardly varies is not blown up; of pixels 0-1 by their standard deviation.
 
@@ -37,8 +41,33 @@ _LOGIT_SCALE: Final = 1 / 9
 """Keeps the logits of a maximum over the picture small at the start; same source."""
 
 
+@dataclass(frozen=True)
+class InputStatistics:
+    """What `fast` and `accurate` scale and whiten their input by."""
+
+    mean: list[float]
+    """Of each channel, 0-255."""
+    deviation: list[float]
+    """Its standard deviation, and 1 that keeps it from 0."""
+    filters: npt.NDArray[np.float32]
+    """(2, 2, 3, 24): turn patches of scaled pixels into uncorrelated values, and their negatives."""
+
+
+def measure_input(images: Images) -> InputStatistics:
+    """Return the statistics of images for training, from some of them, evenly spread.
+
+    Args:
+        images: (N, H, W, 3), read where they are needed.
+    """
+    size = images.shape[1:3]
+    number = max(1, min(len(images), _WHITENED_PIXELS // math.prod(size)))
+    sample = _averaged(images[:: math.ceil(len(images) / number)], _reduction(size))
+    mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2)) + 1.0
+    return InputStatistics(mean.tolist(), deviation.tolist(), _whitening_filters((sample - mean) / deviation))
+
+
 def build_network(
-    preset: str, image_size: tuple[int, int], num_classes: int, images: Images, *, any_size: bool = False
+    preset: str, image_size: tuple[int, int], num_classes: int, statistics: InputStatistics, *, any_size: bool = False
 ) -> keras.Model:
     """Build a preset's network with fresh weights.
 
@@ -46,7 +75,7 @@ def build_network(
         preset: a key of `cnnpipe.training.recipes.PRESETS`.
         image_size: (height, width) in pixels.
         num_classes: length of the output.
-        images: for training, of which some decide how `fast` and `accurate` scale and whiten its input.
+        statistics: of the images for training; `baseline` needs none of them.
         any_size: leave the size of the input open, so that it takes smaller images too; not for `baseline`.
     Returns:
         A model from `images` uint8 (batch, height, width, 3) to `probabilities` float32 (batch, num_classes).
@@ -57,7 +86,7 @@ def build_network(
         raise TrainingError(f"the images must be at least 8x8 pixels, received image_size {image_size}; enlarge it")
     if preset == "baseline":
         return _build_baseline(image_size, num_classes)
-    return _build_fast(preset, image_size, num_classes, images, any_size=any_size)
+    return _build_fast(preset, image_size, num_classes, statistics, any_size=any_size)
 
 
 def average_flips(network: keras.Model) -> keras.Model:
@@ -90,7 +119,7 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
 
 
 def _build_fast(
-    preset: str, image_size: tuple[int, int], num_classes: int, images: Images, *, any_size: bool
+    preset: str, image_size: tuple[int, int], num_classes: int, statistics: InputStatistics, *, any_size: bool
 ) -> keras.Model:
     """A small network that learns in few epochs: a whitened first layer, then blocks of two convolutions.
 
@@ -99,12 +128,12 @@ def _build_fast(
     Source: Jordan 2024, arXiv:2404.00498, with narrower blocks, and ReLU, which on a CPU costs less than GELU.
     """
     layers = keras.layers
-    sample = images[:: max(1, len(images) // _WHITENED_IMAGES)].astype(np.float32)
-    mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2)) + 1.0
+    scale = [1 / deviation for deviation in statistics.deviation]
+    offset = [-mean * factor for mean, factor in zip(statistics.mean, scale, strict=True)]
     whitening = layers.Conv2D(24, _PATCH, use_bias=False, trainable=False, name="whitening")
     pixels = keras.Input((*((None, None) if any_size else image_size), 3), dtype="uint8", name=INPUT_NAME)
-    x = layers.Rescaling((1 / deviation).tolist(), (-mean / deviation).tolist(), dtype="float32")(pixels)
-    reduction = max(1, min(image_size) // 32)
+    x = layers.Rescaling(scale, offset, dtype="float32")(pixels)
+    reduction = _reduction(image_size)
     if reduction > 1:
         x = layers.AveragePooling2D(reduction)(x)
     x = layers.ReLU()(whitening(x))
@@ -122,8 +151,21 @@ def _build_fast(
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE)(x)
     model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=preset)
-    whitening.set_weights([_whitening_filters((sample - mean) / deviation)])
+    whitening.set_weights([statistics.filters])
     return model
+
+
+def _reduction(image_size: tuple[int, int]) -> int:
+    """Return the side of the squares of which `fast` and `accurate` take the average first, pixels."""
+    return max(1, min(image_size) // 32)
+
+
+def _averaged(images: Images, side: int) -> npt.NDArray[np.float32]:  # (N, H, W, 3) -> (N, H // side, W // side, 3)
+    """Return the averages of squares, those that the edge cuts left out."""
+    height, width = (length // side for length in images.shape[1:3])
+    squares = images[:, : height * side, : width * side].reshape(len(images), height, side, width, side, 3)
+    averages: npt.NDArray[np.float32] = squares.mean(axis=(2, 4), dtype=np.float32)
+    return averages
 
 
 def _convolution(width: int, initializer: keras.initializers.Initializer) -> keras.layers.Layer:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
+from cnnpipe.training.optimizers import OrthogonalSGD, TriangularRate
 
-__all__ = ["PRESETS", "Recipe", "TriangularRate", "compile_model", "make_optimizer", "resolve_recipe"]
+__all__ = ["PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe"]
 
 _MIN_SHRUNK: Final = 16
 """Side of the smallest images that are shrunk for the first epochs, pixels."""
 
-_MOMENTUM: Final = 0.9
-
-_WARM_UP: Final = 0.2
-"""Share of the steps in which a triangular rate rises."""
+_MOMENTUM: Final = 0.8
 
 _MIN_BATCH_SIZE: Final = 32
 _MIN_STEPS_PER_EPOCH: Final = 16
-
-_FIRST_SHARE: Final = 0.1
-"""Of the highest rate, at the first step."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,13 @@ class Recipe:
 
 
 _FAST: Final = Recipe(
-    epochs=12,
+    epochs=11,
     batch_size=512,
-    learning_rate=0.4,
+    learning_rate=0.8,
     augment=True,
     optimizer="sgd",
-    weight_decay=1e-2,
-    label_smoothing=0.2,
+    weight_decay=5e-3,
+    label_smoothing=0.1,
     small_share=2 / 3,
     average_flips=True,
     min_steps=600,
@@ -123,7 +118,7 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Opt
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
     rate = TriangularRate(recipe.learning_rate, steps_per_epoch * recipe.epochs)
-    optimizer = keras.optimizers.SGD(rate, _MOMENTUM, nesterov=True, weight_decay=recipe.weight_decay)
+    optimizer = OrthogonalSGD(rate, _MOMENTUM, weight_decay=recipe.weight_decay)
     # What shifts and scales has no need of it: it costs accuracy there.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
@@ -137,30 +132,3 @@ def compile_model(model: keras.Model, recipe: Recipe, optimizer: keras.optimizer
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
         auto_scale_loss=False,  # the optimizer is one that does, where it must
     )
-
-
-@keras.saving.register_keras_serializable("cnnpipe")
-class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """A rate that rises along a line for the first steps, and falls along another to zero at the last.
-
-    Args:
-        peak: the highest rate.
-        steps: in all.
-    """
-
-    def __init__(self, peak: float, steps: int) -> None:
-        self.peak = peak
-        self.steps = steps
-
-    def __call__(self, step: Any) -> Any:
-        """Return the rate of a step, 0 for the first."""
-        ops = keras.ops
-        step = ops.cast(step, "float32")
-        top = max(1.0, _WARM_UP * self.steps)
-        rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * step / top
-        falling = (self.steps - step) / max(1.0, self.steps - top)
-        return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make it again."""
-        return {"peak": self.peak, "steps": self.steps}

@@ -1,0 +1,107 @@
+"""How weights follow from gradients, where Keras has no such optimizer or rate; backend-neutral."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from cnnpipe.training.backend import keras
+
+__all__ = ["OrthogonalSGD", "TriangularRate"]
+
+_WARM_UP: Final = 0.1
+"""Share of the steps in which a triangular rate rises."""
+
+_FIRST_SHARE: Final = 0.1
+"""Of the highest rate, at the first step."""
+
+_ITERATIONS: Final = 3
+_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
+"""Of the polynomial a·s + b·s³ + c·s⁵ that takes singular values between 0 and 1 to about 1 within few iterations.
+
+Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers", kellerjordan.github.io/posts/muon.
+"""
+
+
+@keras.saving.register_keras_serializable("cnnpipe")
+class OrthogonalSGD(keras.optimizers.SGD):  # type: ignore[misc]
+    """SGD with Nesterov's momentum, but every step of a convolution goes equally far in all directions: Muon.
+
+    A convolution's kernel is a matrix here, (height · width · channels in, channels out). Its step has the singular
+    vectors of SGD's and singular values of about the rate times `share`; before it, the kernel is scaled to a mean
+    square of 1 for each channel that comes out, so that a rate means the same for all of them and at all times. The
+    scale itself is for the batch normalisation after it. All other weights take the steps of SGD.
+
+    Source: Jordan et al. 2024 (see above); scaled kernels as in github.com/KellerJordan/cifar10-airbench.
+
+    Args:
+        share: of the rate, for convolutions.
+    """
+
+    def __init__(self, learning_rate: Any = 0.8, momentum: float = 0.8, share: float = 1 / 8, **options: Any) -> None:
+        super().__init__(learning_rate, momentum, **{**options, "nesterov": True})
+        self.share = share
+
+    def update_step(
+        self, gradient: keras.KerasTensor, variable: keras.Variable, learning_rate: keras.KerasTensor
+    ) -> None:
+        """Change one variable, and its momentum."""
+        if len(variable.shape) != 4:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        ops = keras.ops
+        velocity = self.momentums[self._get_variable_index(variable)]
+        self.assign(velocity, self.momentum * velocity + gradient)
+        matrix = ops.reshape(self.momentum * velocity + gradient, (-1, variable.shape[-1]))
+        step = ops.reshape(_orthogonalised(matrix), variable.shape)
+        scaled = variable * (math.sqrt(variable.shape[-1]) / _norm(variable))
+        self.assign(variable, scaled - self.share * learning_rate * step)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make it again."""
+        return {**super().get_config(), "share": self.share}
+
+
+def _orthogonalised(matrix: keras.KerasTensor) -> keras.KerasTensor:  # (rows, columns) -> same
+    """Return a matrix of the same singular vectors, with all singular values near 1."""
+    ops = keras.ops
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = ops.transpose(matrix) if tall else matrix
+    x = x / _norm(x)
+    first, second, third = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        squares = ops.matmul(x, ops.transpose(x))  # the smaller of the two products
+        x = first * x + ops.matmul(second * squares + third * ops.matmul(squares, squares), x)
+    return ops.transpose(x) if tall else x
+
+
+def _norm(values: keras.KerasTensor) -> keras.KerasTensor:
+    """Return the square root of the sum of squares, a little more than 0."""
+    return keras.ops.sqrt(keras.ops.sum(keras.ops.square(values)) + 1e-14)
+
+
+@keras.saving.register_keras_serializable("cnnpipe")
+class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """A rate that rises along a line for the first steps, and falls along another to zero at the last.
+
+    Args:
+        peak: the highest rate.
+        steps: in all.
+    """
+
+    def __init__(self, peak: float, steps: int) -> None:
+        self.peak = peak
+        self.steps = steps
+
+    def __call__(self, step: Any) -> Any:
+        """Return the rate of a step, 0 for the first."""
+        ops = keras.ops
+        step = ops.cast(step, "float32")
+        top = max(1.0, _WARM_UP * self.steps)
+        rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * step / top
+        falling = (self.steps - step) / max(1.0, self.steps - top)
+        return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make it again."""
+        return {"peak": self.peak, "steps": self.steps}
