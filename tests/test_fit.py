@@ -17,7 +17,7 @@ from cnnpipe.cli import app
 from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
-from cnnpipe.training.backend import keras, select_precision
+from cnnpipe.training.backend import keras, pipeline, select_precision
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.fit import _class_weights, train_model
@@ -81,6 +81,20 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
     assert orders[0] == orders[3]
     assert orders[0] != orders[1]
     assert orders[0] != orders[2]
+
+
+def test_what_is_read_ahead_of_one_epoch_does_not_get_into_the_next() -> None:
+    images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
+    batches = Batches(images, np.zeros((200, 2), np.float32), batch_size=10, seed=5)
+    source = pipeline(batches)
+    orders = []
+    for epoch in range(3):
+        next(iter(source))  # Keras does so too, and drops the rest
+        batches.shuffle(epoch)
+        orders.append(np.concatenate([np.array(part).ravel() for part, _ in source]).tolist())
+
+    assert orders == [np.random.default_rng([5, epoch]).permutation(200).tolist() for epoch in range(3)]
+    assert not source.options().autotune.enabled  # it would hold up the end
 
 
 def test_patience_stops_after_so_many_epochs_without_improvement(
