@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from cnnpipe.training.backend import keras
-from cnnpipe.training.optimizers import OrthogonalSGD, TriangularRate
+from cnnpipe.training.optimizers import Muon, TriangularRate
 
 Values = npt.NDArray[np.float32]
 
@@ -31,7 +31,7 @@ def steps(optimizer: keras.optimizers.Optimizer, start: Values, gradients: list[
 @pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 2, 40), (1, 1, 5, 5)])
 def test_a_convolution_goes_equally_far_in_all_directions(shape: tuple[int, ...]) -> None:
     kernel, gradient = random_values(*shape), random_values(*shape, seed=1)
-    (after,) = steps(OrthogonalSGD(0.5, share=0.2), kernel, [gradient])
+    (after,) = steps(Muon(0.5, share=0.2), kernel, [gradient])
     scaled = kernel * np.sqrt(shape[-1]) / np.linalg.norm(kernel)
     step = (scaled - after).reshape(-1, shape[-1]) / (0.5 * 0.2)
     values = np.linalg.svd(step, compute_uv=False)
@@ -43,16 +43,16 @@ def test_a_convolution_goes_equally_far_in_all_directions(shape: tuple[int, ...]
 
 def test_the_scale_of_a_kernel_and_of_its_gradient_makes_no_difference() -> None:
     kernel, gradient = random_values(3, 3, 4, 8), random_values(3, 3, 4, 8, seed=1)
-    (after,) = steps(OrthogonalSGD(0.3), kernel, [gradient])
-    (of_others,) = steps(OrthogonalSGD(0.3), kernel * np.float32(50), [gradient / np.float32(1000)])
+    (after,) = steps(Muon(0.3), kernel, [gradient])
+    (of_others,) = steps(Muon(0.3), kernel * np.float32(50), [gradient / np.float32(1000)])
     np.testing.assert_allclose(of_others, after, atol=1e-5)
-    (unmoved,) = steps(OrthogonalSGD(0.0), kernel, [gradient])
+    (unmoved,) = steps(Muon(0.0), kernel, [gradient])
     assert np.sum(np.square(unmoved)) == pytest.approx(8, rel=1e-5)
 
 
 def test_a_gradient_of_nothing_moves_nothing() -> None:
     kernel = random_values(3, 3, 4, 8)
-    first, second = steps(OrthogonalSGD(0.3), kernel, [np.zeros_like(kernel)] * 2)
+    first, second = steps(Muon(0.3), kernel, [np.zeros_like(kernel)] * 2)
     np.testing.assert_allclose(second, first, atol=1e-6)
 
 
@@ -60,20 +60,20 @@ def test_a_gradient_of_nothing_moves_nothing() -> None:
 def test_what_is_no_convolution_takes_the_steps_of_sgd(shape: tuple[int, ...]) -> None:
     start, gradients = random_values(*shape), [random_values(*shape, seed=seed) for seed in (1, 2, 3)]
     expected = steps(keras.optimizers.SGD(0.3, 0.8, nesterov=True), start, gradients)
-    for value, of_sgd in zip(steps(OrthogonalSGD(0.3, 0.8), start, gradients), expected, strict=True):
+    for value, of_sgd in zip(steps(Muon(0.3, 0.8), start, gradients), expected, strict=True):
         np.testing.assert_array_equal(value, of_sgd)
 
 
 def test_the_momentum_of_a_convolution_carries_on() -> None:
     kernel, large, small = (random_values(3, 3, 4, 8, seed=seed) for seed in range(3))
     gradients = [large, small / np.float32(100)]
-    first, second = steps(OrthogonalSGD(0.1, momentum=0.8), kernel, gradients)
+    first, second = steps(Muon(0.1, momentum=0.8), kernel, gradients)
     assert np.sum((first - second) * large) > np.sum((first - second) * small)
-    first, second = steps(OrthogonalSGD(0.1, momentum=1e-4), kernel, gradients)
+    first, second = steps(Muon(0.1, momentum=1e-4), kernel, gradients)
     assert np.sum((first - second) * large) < np.sum((first - second) * small)
 
 
-@pytest.mark.parametrize("made", [OrthogonalSGD(TriangularRate(0.3, 50), 0.8, share=0.1), TriangularRate(0.3, 50)])
+@pytest.mark.parametrize("made", [Muon(TriangularRate(0.3, 50), 0.8, share=0.1), TriangularRate(0.3, 50)])
 def test_it_is_saved_with_the_model(made: Any) -> None:
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))
     assert type(again) is type(made)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from cnnpipe.training.backend import keras
 
-__all__ = ["OrthogonalSGD", "TriangularRate"]
+__all__ = ["Muon", "TriangularRate"]
 
 _WARM_UP: Final = 0.1
 """Share of the steps in which a triangular rate rises."""
@@ -24,13 +24,14 @@ Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers", kellerjordan
 
 
 @keras.saving.register_keras_serializable("cnnpipe")
-class OrthogonalSGD(keras.optimizers.SGD):  # type: ignore[misc]
-    """SGD with Nesterov's momentum, but every step of a convolution goes equally far in all directions: Muon.
+class Muon(keras.optimizers.SGD):  # type: ignore[misc]
+    """SGD with Nesterov's momentum, but every step of a convolution goes equally far in all directions.
 
     A convolution's kernel is a matrix here, (height · width · channels in, channels out). Its step has the singular
-    vectors of SGD's and singular values of about the rate times `share`; before it, the kernel is scaled to a mean
-    square of 1 for each channel that comes out, so that a rate means the same for all of them and at all times. The
-    scale itself is for the batch normalisation after it. All other weights take the steps of SGD.
+    vectors of SGD's, and singular values of about the rate times `share`. Before it, the kernel is scaled to a sum of
+    squares of 1 for each channel out, on average, so that a rate means the same for all of them and at all times; the
+    scale of what comes out is for the batch normalisation that follows. All other weights take the steps of SGD.
+    Keras' own optimizer of this name leaves convolutions to AdamW.
 
     Source: Jordan et al. 2024 (see above); scaled kernels as in github.com/KellerJordan/cifar10-airbench.
 

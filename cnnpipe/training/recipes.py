@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
-from cnnpipe.training.optimizers import OrthogonalSGD, TriangularRate
+from cnnpipe.training.optimizers import Muon, TriangularRate
 
 __all__ = ["PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe"]
 
@@ -30,10 +30,10 @@ class Recipe:
     learning_rate: float
     """The highest, where it changes."""
     augment: bool
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """`adam` at a constant rate; `sgd` with Nesterov's momentum at a triangular one."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """`adam` at a constant rate; `muon` at a triangular one."""
     weight_decay: float = 0.0
-    """Of convolutions and dense layers, for each unit of the rate."""
+    """Of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
     label_smoothing: float = 0.0
     small_share: float = 0.0
     """Of the epochs: so many, the first, are trained on images of three quarters of the side."""
@@ -61,7 +61,7 @@ _FAST: Final = Recipe(
     batch_size=512,
     learning_rate=0.8,
     augment=True,
-    optimizer="sgd",
+    optimizer="muon",
     weight_decay=5e-3,
     label_smoothing=0.1,
     small_share=2 / 3,
@@ -80,8 +80,8 @@ PRESETS: Final = {
 https://www.tensorflow.org/tutorials/images/cnn; here with "same" padding, softmax and one-hot labels.
 
 `fast` follows the line of work on training CIFAR-10 in seconds: Page 2018 (the rate and its triangle, weight decay),
-Howard 2018 (small images first) and Jordan 2024, arXiv:2404.00498 (label smoothing, averaged flips). `accurate` does
-the same for longer with a wider network.
+Howard 2018 (small images first), Jordan 2024, arXiv:2404.00498 (label smoothing, averaged flips), and Muon. `accurate`
+does the same for longer with a wider network.
 """
 
 _CHOSEN: Final = ("epochs", "batch_size", "learning_rate", "augment", "label_smoothing", "average_weights")
@@ -118,7 +118,7 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Opt
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
     rate = TriangularRate(recipe.learning_rate, steps_per_epoch * recipe.epochs)
-    optimizer = OrthogonalSGD(rate, _MOMENTUM, weight_decay=recipe.weight_decay)
+    optimizer = Muon(rate, _MOMENTUM, weight_decay=recipe.weight_decay)
     # What shifts and scales has no need of it: it costs accuracy there.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
