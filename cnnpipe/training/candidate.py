@@ -38,7 +38,7 @@ class Candidate:
         lanes: int,
     ) -> None:
         self.model = model
-        self._trained, self._batches, self._average = trained, batches, recipe.average_weights
+        self._trained, self._batches, self._average = trained, pipeline(batches), recipe.average_weights
         images = keras.Input(network.input_shape[1:], dtype="uint8")
         self._validated = keras.Model(images, spread(network, lanes)(images))
         compile_model(self._validated, recipe)
@@ -53,5 +53,5 @@ class Candidate:
 
     def validate(self) -> dict[str, float]:
         """Return `val_accuracy` and `val_loss` of the network on the validation images."""
-        scores = self._validated.evaluate(pipeline(self._batches), verbose=0, return_dict=True)
+        scores = self._validated.evaluate(self._batches, verbose=0, return_dict=True)
         return {f"val_{name}": float(scores[name]) for name in ("accuracy", "loss")}
