@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 from benchmarks.flops import count_flops
@@ -29,12 +31,15 @@ def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
         result = train_run(settings, prepared, Path(folder))
         whole = time.perf_counter() - began
         accuracy = evaluate_run(result.run).accuracy
+        history = list(csv.DictReader((result.run / "history.csv").open()))
+    ends = accumulate(float(row["seconds"]) for row in history)
     dataset = load_prepared(prepared)
     num_images = dataset.num_images["train"]
     report = {
         "fit_seconds": result.seconds,
         "train_seconds": whole,
         "test_accuracy": accuracy,
+        "course": list(zip(ends, (float(row["val_accuracy"]) for row in history), strict=True)),
         "images": result.epochs * num_images,
         "flops": num_images * _flops_for_each_image(dataset, train),
     }

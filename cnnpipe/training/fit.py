@@ -104,7 +104,7 @@ def train_model(
     statistics = measure_input(dataset.images("train"))
     like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
-        batches = open_batches(dataset, "train", recipe.batch_size, train.seed, replicas)
+        batches = open_batches(dataset, "train", recipe.batch_size, train.seed, replicas, mirrored=recipe.augment)
         if batches.smallest < replicas:
             raise TrainingError(
                 f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
