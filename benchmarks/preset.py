@@ -31,7 +31,7 @@ def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
         result = train_run(settings, prepared, Path(folder))
         whole = time.perf_counter() - began
         accuracy = evaluate_run(result.run).accuracy
-        history = list(csv.DictReader((result.run / "history.csv").open()))
+        history = list(csv.DictReader((result.run / "history.csv").read_text(encoding="utf-8").splitlines()))
     ends = accumulate(float(row["seconds"]) for row in history)
     dataset = load_prepared(prepared)
     num_images = dataset.num_images["train"]

@@ -20,17 +20,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError, FailureBudgetError
+from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
 __all__ = [
     "DEBUG_VARIABLE",
     "JsonOption",
-    "ProgressCallback",
-    "StageClock",
     "command",
     "field_lines",
     "print_note",
     "progress_bar",
-    "progress_text",
     "set_signature",
     "show_result",
     "table_lines",
@@ -52,7 +50,6 @@ DEBUG_VARIABLE = "CNNPIPE_DEBUG"
 """Set in the environment while a command runs with `--debug`."""
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-ProgressCallback = Callable[[str, int, int], None]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -203,63 +200,6 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
             os.environ.pop(DEBUG_VARIABLE, None)
 
 
-class StageClock:
-    """The rate of the stage that a progress callback tells of, since its first call in that stage.
-
-    What was done before that call counts in no rate: of a run that goes on, it was done in another one.
-    """
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._began = 0.0
-        self._before = self._done = 0
-
-    def rate(self, what: str, done: int) -> float:
-        """Return images, or bytes of a download, a second; 0 at the first call of a stage.
-
-        Args:
-            what: as the callback has it: the stage, which ends at a colon if there is one, and what to say of it.
-            done: as the callback has it.
-        """
-        now = time.monotonic()
-        if _stage(what) != self._stage or done < self._done:  # less than before: the stage has begun again
-            self._stage, self._began, self._before = _stage(what), now, done
-        self._done = done
-        return (done - self._before) / (now - self._began) if now > self._began else 0.0
-
-
-def progress_text(what: str, done: int, total: int, rate: float) -> str:
-    """Return how far a stage is, as one line: count, rate and, where the total is known, share and time left.
-
-    Args:
-        what: the stage, which ends at a colon if there is one, and what there is to say of it.
-        done: images, or bytes of a download.
-        total: 0 where it is not known.
-        rate: of the same a second, as `StageClock` has it; 0 where it is not known.
-    """
-    unit, scale = ("MB", 1e-6) if _stage(what) == "download" else ("images", 1.0)
-    known = total > 0 and done <= total  # else it was counted too early, and tells nothing
-    of, share = (f"/{total * scale:,.0f}", f" ({100 * done // total} %)") if known else ("", "")
-    text = f"{what}: {done * scale:,.0f}{of} {unit}{share}"
-    if rate:
-        rounded = f"{rate * scale:,.0f}" if rate * scale >= 10 else f"{rate * scale:.1f}"
-        text += f", {rounded} {unit}/s"
-        if known and total > done:
-            text += f", {_duration((total - done) / rate)} left"
-    return text
-
-
-def _stage(what: str) -> str:
-    return what.partition(":")[0]
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """Give a callback `(what, done, total)` that shows a bar with the rate and the time left.
@@ -275,7 +215,7 @@ def progress_bar() -> Iterator[ProgressCallback]:
         shown: dict[str, TaskID] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            stage = _stage(what)
+            stage = stage_of(what)
             if stage not in shown:  # a bar cannot forget a total, so each stage has one of its own
                 for task in shown.values():
                     bar.remove_task(task)

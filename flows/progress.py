@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from cnnpipe.console import ProgressCallback, StageClock, progress_text
+from cnnpipe.progress import ProgressCallback, StageClock, progress_text
 
 if TYPE_CHECKING:
     from uuid import UUID

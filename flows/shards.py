@@ -7,7 +7,6 @@ rows beside it. So all machines must see the images, the model and the output un
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import copy_context
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prefect import task
 
-from cnnpipe.console import ProgressCallback
 from cnnpipe.errors import PredictionsError, ServerError, StorageError
 from cnnpipe.inference.job_files import JobFiles
 from cnnpipe.inference.running import run_planned_shard
+from cnnpipe.progress import FilesShown, ProgressCallback
 from flows.cluster import SECONDS_WITHOUT_WORKERS, cluster_task_runner
 from flows.logs import send_library_logs
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:  # Dask is an extra
     from prefect_dask import DaskTaskRunner
 
     from cnnpipe.inference.classify import Classification
-    from cnnpipe.inference.shards import ShardFolder
 
 __all__ = ["classify_on_dask", "classify_shard"]
 
@@ -60,17 +58,20 @@ def classify_on_dask(classification: Classification, scheduler: str | None, prog
         ServerError: there is no scheduler, it has no workers, or it was lost.
         PredictionsError: shards failed; what the others have made is kept.
     """
-    shown = _Shown(classification.shards, progress)
+    shards = classification.shards
+    done, _ = shards.done()
+    shown = FilesShown(progress, JobFiles(shards.job, None).count, done.found, done.error)
     numbers = classification.plan()  # lists files no faster than they are taken
     first = next(numbers, None)
     if first is None:  # an earlier attempt came so far, and no cluster is needed
         return
     with cluster_task_runner(scheduler) as runner, ThreadPoolExecutor(1, thread_name_prefix="submit") as submitter:
-        under_way = _ShardsUnderWay(runner, submitter, classification.shards.path, shown)
+        under_way = _ShardsUnderWay(runner, submitter, shards.path, shown)
         for number in chain([first], numbers):
             under_way.submit(number)
         under_way.finish()
-    shown.recount()
+    done, _ = shards.done()  # whoever made them
+    shown.show(done.found, done.error)
 
 
 def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -100,37 +101,10 @@ def classify_shard(shards: str, number: int) -> tuple[int, int]:
     return counts.found, counts.error
 
 
-class _Shown:
-    """Tells how far it is, and as soon as they are counted, of how many files."""
-
-    def __init__(self, shards: ShardFolder, progress: ProgressCallback) -> None:
-        self._shards = shards
-        self._progress = progress
-        self._done = self._failed = self._total = 0
-        self.recount()  # from here on the rate is counted
-        # A daemon: nobody waits for it if the work is done first.
-        threading.Thread(target=self._count, args=(JobFiles(shards.job, None),), daemon=True).start()
-
-    def _count(self, files: JobFiles) -> None:
-        self._total = files.count()
-
-    def recount(self) -> None:
-        """Count what is there, whoever made it."""
-        done, _ = self._shards.done()
-        self._done = self._failed = 0
-        self.add(done.found, done.error)
-
-    def add(self, found: int, failed: int) -> None:
-        self._done += found
-        self._failed += failed
-        total = max(self._total, self._done) if self._total else 0
-        self._progress(f"classify: {self._failed:,} failed", self._done, total)
-
-
 class _ShardsUnderWay:
     """The shards that workers have been given and have not finished."""
 
-    def __init__(self, runner: DaskTaskRunner, submitter: Executor, path: Path, shown: _Shown) -> None:
+    def __init__(self, runner: DaskTaskRunner, submitter: Executor, path: Path, shown: FilesShown) -> None:
         self._runner = runner
         self._submitter = submitter
         self._path = path

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from cnnpipe import console
-from cnnpipe.console import StageClock, progress_bar, progress_text
+from cnnpipe.console import progress_bar
+from cnnpipe.progress import StageClock, progress_text
 
 
 class _Time:

@@ -33,9 +33,9 @@ from tiny_models import write_digits, write_model
 
 import flows.classify
 from cnnpipe.config import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
-from cnnpipe.console import ProgressCallback
 from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
 from cnnpipe.inference.classify import predict_folder
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.training.datasets import PreparedDataset
 from flows import progress

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from cnnpipe.inference.summary import (
     remove_summaries,
     write_summary,
 )
+from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
 from cnnpipe.storage import sha256_file
 from cnnpipe.workers import DecoderPool
@@ -41,10 +41,7 @@ from cnnpipe.workers import DecoderPool
 if TYPE_CHECKING:  # loading onnxruntime takes longer than refusing a wrong path
     from cnnpipe.inference.session import ClassifierSession
 
-__all__ = ["Classification", "Progress", "classify_folder", "open_classification", "predict_folder"]
-
-Progress = Callable[[str, int, int], None]
-"""(what, files done, files in all or 0 as long as they are not counted)."""
+__all__ = ["Classification", "classify_folder", "open_classification", "predict_folder"]
 
 _VERSIONS: Final = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
 
@@ -56,7 +53,7 @@ _logger = logging.getLogger(__name__)
 
 
 def classify_folder(
-    settings: ClassifySettings, artifacts: Path, *, progress: Progress | None = None
+    settings: ClassifySettings, artifacts: Path, *, progress: ProgressCallback | None = None
 ) -> ClassificationSummary:
     """Classify every file below a folder, write the table and, last, `summary.json` beside it.
 
@@ -72,7 +69,7 @@ def classify_folder(
 
 
 def predict_folder(
-    settings: ClassifySettings, artifacts: Path, *, progress: Progress | None = None
+    settings: ClassifySettings, artifacts: Path, *, progress: ProgressCallback | None = None
 ) -> ClassificationSummary:
     """Do what `classify_folder` does, and leave the failure rate to the caller to judge."""
     with open_classification(settings, artifacts) as classification:
@@ -238,7 +235,7 @@ class Classification:
         if self._resumed.found:
             _logger.info("going on in %s: %d files are done", display_path(str(shards.path)), self._resumed.found)
 
-    def run(self, progress: Progress | None = None) -> None:
+    def run(self, progress: ProgressCallback | None = None) -> None:
         """Classify all files that have no row yet.
 
         Raises:
@@ -246,9 +243,14 @@ class Classification:
         """
         if self.shards.finished() is not None:
             return
-        shown = _Shown(self._resumed, progress, self._files.count)
+        shown = FilesShown(progress, self._files.count, self._resumed.found, self._resumed.error) if progress else None
+
+        def tell(counts: RowCounts) -> None:
+            if shown is not None:
+                shown.add(counts.found, counts.error)
+
         shards = self.shards.shards(self._files.behind)
-        run_shards(self.shards, shards, self._session, self._pool, usable_cores(), self._known, shown.add)
+        run_shards(self.shards, shards, self._session, self._pool, usable_cores(), self._known, tell)
 
     def plan(self) -> Iterator[int]:
         """Yield the numbers of the shards that have no rows yet, each written down for another process.
@@ -355,27 +357,6 @@ class Classification:
             started=self._clock.started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-
-
-class _Shown:
-    """Tells how far it is, and as soon as they are counted, of how many files."""
-
-    def __init__(self, done: RowCounts, progress: Progress | None, count: Callable[[], int]) -> None:
-        self._done, self._failed, self._total = done.found, done.error, 0
-        self._progress = progress
-        if progress is not None:  # a daemon: nobody waits for it if the work is done first
-            threading.Thread(target=self._count, args=(count,), daemon=True).start()
-
-    def _count(self, count: Callable[[], int]) -> None:
-        self._total = count()
-
-    def add(self, counts: RowCounts) -> None:
-        self._done += counts.found
-        self._failed += counts.error
-        if self._progress is not None:
-            self._progress(
-                f"classify: {self._failed:,} failed", self._done, max(self._total, self._done) if self._total else 0
-            )
 
 
 def _described(settings: ClassifySettings) -> str:

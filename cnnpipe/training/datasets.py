@@ -32,6 +32,7 @@ from cnnpipe.config import PrepareSettings
 from cnnpipe.errors import DatasetError
 from cnnpipe.images import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import make_folder, storage_errors, write_folder, write_json
 from cnnpipe.training.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.training.data_report import (
@@ -42,7 +43,7 @@ from cnnpipe.training.data_report import (
     check_limits,
     compute_statistics,
 )
-from cnnpipe.training.download import Archive, Progress
+from cnnpipe.training.download import Archive
 from cnnpipe.training.sources import Source, SourceImages, open_source
 from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL, assign_splits
 
@@ -110,7 +111,7 @@ def prepare_dataset(
     data: Path,
     *,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
@@ -134,7 +135,7 @@ def prepare_arrays(
     data: Path,
     *,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
 ) -> PreparedDataset:
     """Do what `prepare_dataset` does, and leave it to the caller to call `check_gates`.
@@ -207,7 +208,9 @@ def _prepared_path(prepared: Path, settings: PrepareSettings, fingerprint: str) 
     return prepared / f"{settings.resolved_name}-{fingerprint[:12]}"
 
 
-def _prepare(source: Source, settings: PrepareSettings, prepared: Path, progress: Progress | None) -> PreparedDataset:
+def _prepare(
+    source: Source, settings: PrepareSettings, prepared: Path, progress: ProgressCallback | None
+) -> PreparedDataset:
     """Read the source, split it, and write the folder."""
     make_folder(prepared)
     _remove_leftovers(prepared)
@@ -243,7 +246,7 @@ def _write_dataset(
     source: str,
     fingerprint: str,
     settings: PrepareSettings,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> None:
     """Write the arrays of every split, then `dataset.json`."""
     done = 0

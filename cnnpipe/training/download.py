@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING, Final
 from filelock import FileLock
 
 from cnnpipe.errors import DatasetError, DownloadError
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import make_folder, sha256_file, storage_errors, write_text
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Archive", "Progress", "RetryPolicy", "fetch_archive"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
+__all__ = ["Archive", "RetryPolicy", "fetch_archive"]
 
 _RETRIED_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 # A try that brought this much more than any before was worth it: the count of failures starts again.
@@ -66,7 +63,7 @@ class _TryAgainError(Exception):
 
 
 def fetch_archive(
-    archive: Archive, raw: Path, progress: Progress | None = None, policy: RetryPolicy | None = None
+    archive: Archive, raw: Path, progress: ProgressCallback | None = None, policy: RetryPolicy | None = None
 ) -> Path:
     """Return the path of `archive` in `raw`, downloading it unless it is there.
 
@@ -104,7 +101,7 @@ def fetch_archive(
 class _Download:
     """One download: `<name>.part` holds what has come so far, `<name>.part.validator` which version it is part of."""
 
-    def __init__(self, archive: Archive, path: Path, progress: Progress | None, policy: RetryPolicy) -> None:
+    def __init__(self, archive: Archive, path: Path, progress: ProgressCallback | None, policy: RetryPolicy) -> None:
         self._archive = archive
         self._path = path
         self._part = path.with_name(path.name + ".part")

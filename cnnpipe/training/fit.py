@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, shrink
 from cnnpipe.training.backend import (
@@ -31,7 +32,6 @@ from cnnpipe.training.batches import open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.download import Progress
 from cnnpipe.training.lanes import count_lanes, spread
 from cnnpipe.training.models import average_flips, build_network, measure_input
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe
@@ -70,7 +70,7 @@ def train_model(
     settings: RetrainSettings,
     dataset: PreparedDataset,
     run: Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """Train a network, fresh or from its checkpoint, and keep the weights of its best epoch.

@@ -12,11 +12,11 @@ from typing import Final
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.errors import TrainingError
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors, write_file, write_text
 from cnnpipe.training.backend import keras
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.training.download import Progress
 from cnnpipe.training.recipes import Recipe
 
 __all__ = ["HISTORY_COLUMNS", "Record"]
@@ -43,7 +43,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         recipe: Recipe,
         settings: TrainSettings,
         num_images: int,
-        progress: Progress | None,
+        progress: ProgressCallback | None,
         checkpoints: Checkpoints | None,
         done: Epochs,
     ) -> None:

@@ -24,10 +24,11 @@ from cnnpipe.decoding import DecodedChunk, DecodedFile, decode_files
 from cnnpipe.environment import usable_cores
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.files import display_path, read_file
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.cifar10 import read_cifar10
 from cnnpipe.training.data_report import Unreadable
-from cnnpipe.training.download import Archive, Progress, fetch_archive
+from cnnpipe.training.download import Archive, fetch_archive
 from cnnpipe.training.folders import ImageFolder, list_image_folder
 from cnnpipe.training.splits import TEST, TRAIN
 from cnnpipe.workers import DecoderPool
@@ -78,7 +79,7 @@ class Source(Protocol):
 
 
 def open_source(
-    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: Progress
+    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
 ) -> Source:
     """Return the source that `settings.dataset` names.
 
@@ -130,7 +131,7 @@ class Cifar10Source:
 
     kind = "cifar10"
 
-    def __init__(self, archive: Archive, raw: Path, progress: Progress) -> None:
+    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
         self._archive = archive
         self._raw = raw
         self._progress = progress
@@ -161,7 +162,7 @@ class FolderSource:
 
     kind = "folder"
 
-    def __init__(self, folder: ImageFolder, workers: int, progress: Progress) -> None:
+    def __init__(self, folder: ImageFolder, workers: int, progress: ProgressCallback) -> None:
         self._folder = folder
         self._workers = workers
         self._progress = progress

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from cnnpipe.config import EvaluateSettings, PrepareSettings, RetrainSettings, load_toml
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import resolve_model_file, resolve_run
 from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
-from cnnpipe.training.download import Progress
 
 if TYPE_CHECKING:
     from cnnpipe.training.evaluation import Evaluation
@@ -62,7 +62,7 @@ def _require_unfinished(run: Path) -> None:
 
 
 def train_run(
-    settings: RetrainSettings, prepared: Path, artifacts: Path, progress: Progress | None = None
+    settings: RetrainSettings, prepared: Path, artifacts: Path, progress: ProgressCallback | None = None
 ) -> TrainingResult:
     """Train in a new run folder `artifacts/<name>/runs/<run id>`, or in that of the same training if it was broken off.
 
@@ -137,7 +137,7 @@ def evaluate_any(
     settings: EvaluateSettings,
     data: Path,
     artifacts: Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[Path, Evaluation]:
     """Score whatever a user means by `model` on a test split.
 
@@ -166,7 +166,7 @@ def evaluate_any(
     return file, evaluate_model(file, prepared, settings)
 
 
-def _prepared_for(dataset: str, model: Path, data: Path, progress: Progress | None) -> PreparedDataset:
+def _prepared_for(dataset: str, model: Path, data: Path, progress: ProgressCallback | None) -> PreparedDataset:
     """Prepare a dataset at the model's image size, or load it if it is prepared already."""
     if (Path(dataset) / DATASET_FILE).is_file():
         return load_prepared(Path(dataset))
