@@ -25,7 +25,8 @@ class _Time:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Time:
     clock = _Time()
-    monkeypatch.setattr("cnnpipe.console.time", clock)
+    for module in ("cnnpipe.console", "cnnpipe.progress"):
+        monkeypatch.setattr(f"{module}.time", clock)
     return clock
 
 

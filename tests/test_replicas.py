@@ -71,7 +71,7 @@ def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Pa
 
 
 def test_devices_share_batches_of_fast_and_augment_each_in_its_own_way(digits: PreparedDataset, tmp_path: Path) -> None:
-    result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=3, batch_size=64)
+    result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=2, batch_size=64)
 
     assert result["replicas"] == 2
     assert result["kept"] == pytest.approx(result["accuracy"], abs=1e-6)
