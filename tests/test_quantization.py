@@ -17,7 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from cnnpipe.errors import ModelError
 from cnnpipe.inference.session import open_session
 from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.export import convert_model
 from cnnpipe.training.graphs import feed_pixels, fuse_dense_layers
+from cnnpipe.training.models import build_network, measure_input
 from cnnpipe.training.quantization import convert_fp16, quantize_int8, sample_calibration_images
 from cnnpipe.training.scoring import predict_onnx
 from cnnpipe.training.variants import measure_relative_speed
@@ -187,6 +189,21 @@ def test_int8_has_a_scale_for_each_filter(finished_run: Path) -> None:
     filters = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in sizes]
     scales = [sizes[scale] for tensor, scale, *_ in filters if len(sizes[tensor]) == 4]
     assert sorted(scales) == [[64], [64], [4 * 32]]  # the first layer takes four pixels at once
+
+
+def test_network_that_whitens_gray_images_is_close_to_the_original_in_int8(
+    digits: PreparedDataset, tmp_path: Path
+) -> None:
+    train, images = digits.images("train"), np.asarray(digits.images("test")[:64])
+    graph = convert_model(build_network("fast", (32, 32), 10, measure_input(train)), (32, 32), opset=17)
+
+    quantized = quantize_int8(graph, sample_calibration_images(digits, 64), tmp_path)
+
+    tensors = [numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer]
+    filters = [(each.dtype.name, each.shape) for each in tensors if each.ndim == 4]
+    assert ("float32", (16, 3, 2, 2)) in filters
+    assert [kind for kind, _ in filters].count("int8") == 6
+    np.testing.assert_allclose(run(quantized, images), run(graph, images), atol=0.05)
 
 
 def test_calibration_never_sees_val_or_test_images(digits: PreparedDataset, tmp_path: Path) -> None:

@@ -18,12 +18,15 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME
 from cnnpipe.training.backend import BatchNormalization, keras
 
-__all__ = ["InputStatistics", "PartialIdentity", "average_flips", "build_network", "measure_input"]
+__all__ = ["WHITENING_NAME", "InputStatistics", "PartialIdentity", "average_flips", "build_network", "measure_input"]
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
 _WIDTHS: Final = {"fast": (64, 128, 256), "accurate": (96, 192, 384)}
 """Channels of each block."""
+
+WHITENING_NAME: Final = "whitening"
+"""Of the layer that whitens, and part of its name in exported models."""
 
 _PATCH: Final = 2
 """Side of the patches that are whitened, pixels."""
@@ -134,7 +137,7 @@ def _build_fast(
     layers = keras.layers
     scale = [1 / deviation for deviation in statistics.deviation]
     offset = [-mean * factor for mean, factor in zip(statistics.mean, scale, strict=True)]
-    whitening = layers.Conv2D(2 * _DIRECTIONS, _PATCH, use_bias=False, trainable=False, name="whitening")
+    whitening = layers.Conv2D(2 * _DIRECTIONS, _PATCH, use_bias=False, trainable=False, name=WHITENING_NAME)
     pixels = keras.Input((*((None, None) if any_size else image_size), 3), dtype="uint8", name=INPUT_NAME)
     x = layers.Rescaling(scale, offset, dtype="float32")(pixels)
     reduction = _reduction(image_size)

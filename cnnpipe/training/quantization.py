@@ -19,6 +19,7 @@ from cnnpipe.manifest import INPUT_NAME
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.graphs import end_in_float32, feed_pixels, fuse_dense_layers
+from cnnpipe.training.models import WHITENING_NAME
 
 __all__ = ["Images", "convert_fp16", "quantize_int8", "sample_calibration_images"]
 
@@ -53,7 +54,8 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
 
     Activations are unsigned, so that 0 is the lowest and a Relu costs nothing; weights are signed, with a scale for
     each filter, and of 7 bits: then no sum of two products passes 16 bits, and a CPU without VNNI instructions, where
-    such sums would be cut off, gives the same result as one with them. The last layer stays float32.
+    such sums would be cut off, gives the same result as one with them. The last layer stays float32, and so does one
+    that whitens, see `cnnpipe.training.models`: it makes much of small differences, which 8 bits round away.
 
     Args:
         model: as exported, in fp32.
@@ -73,7 +75,7 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
         graph = onnx.load(prepared)
         feed_pixels(graph)
         fuse_dense_layers(graph)
-        last = _name_layers(graph.graph)[-1:]
+        kept = _name_layers(graph.graph)
         onnx.save(graph, prepared)
         quantize_static(
             prepared,
@@ -81,7 +83,7 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
             _calibration_reader(images),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPERATORS,
-            nodes_to_exclude=last,
+            nodes_to_exclude=kept,
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -91,11 +93,12 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
 
 
 def _name_layers(graph: onnx.GraphProto) -> list[str]:
-    """Give every layer a name of its own, and return their names in order."""
+    """Give every layer a name of its own, and return the names of those that stay float32."""
     layers = [node for node in graph.node if node.op_type in _LAYERS]
+    kept = {index for index, node in enumerate(layers) if WHITENING_NAME in node.name} | {len(layers) - 1}
     for index, node in enumerate(layers):
         node.name = f"layer_{index}"
-    return [node.name for node in layers]
+    return [layers[index].name for index in sorted(kept) if index >= 0]
 
 
 def _calibration_reader(images: Images) -> Any:
