@@ -95,10 +95,10 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
 def _name_layers(graph: onnx.GraphProto) -> list[str]:
     """Give every layer a name of its own, and return the names of those that stay float32."""
     layers = [node for node in graph.node if node.op_type in _LAYERS]
-    kept = {index for index, node in enumerate(layers) if WHITENING_NAME in node.name} | {len(layers) - 1}
+    kept = [node for node in layers if WHITENING_NAME in node.name or node is layers[-1]]
     for index, node in enumerate(layers):
         node.name = f"layer_{index}"
-    return [layers[index].name for index in sorted(kept) if index >= 0]
+    return [node.name for node in kept]
 
 
 def _calibration_reader(images: Images) -> Any:
