@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -48,12 +49,12 @@ def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
 
 def _flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int:
     """Return the work that training does for one image, in all epochs."""
-    total, begun = 0, 0
+    total = 0
     statistics = measure_input(dataset.images("train"))
-    for image_size, end in resolve_recipe(train, dataset.num_images["train"]).image_sizes(dataset.image_size):
+    recipe = resolve_recipe(train, dataset.num_images["train"])
+    for image_size, epochs in Counter(recipe.image_sizes(dataset.image_size, recipe.epochs)).items():
         network = build_network(train.preset, image_size, len(dataset.class_names), statistics)
-        total += (end - begun) * count_flops(network)
-        begun = end
+        total += epochs * count_flops(network)
     return total
 
 

@@ -116,7 +116,10 @@ class TrainSettings(Settings):
         None, ge=1, description="epochs without better weights by validation after which training stops; default: never"
     )
     max_minutes: float | None = Field(
-        None, gt=0.0, description="training stops after the epoch that passes this time; default: no limit"
+        None,
+        gt=0.0,
+        description="for training: where it is too short for all epochs, fewer are planned, and the rate falls to zero "
+        "in them; default: no limit",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

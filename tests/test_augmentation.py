@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cnnpipe.training.augmentation import Augmentation, shrink
+from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink
 from cnnpipe.training.backend import keras
+from cnnpipe.training.checkpoints import training_state
 from cnnpipe.training.datasets import PreparedDataset
 
 
@@ -35,6 +36,21 @@ def test_augmentation_gives_each_image_its_own_change_and_repeats_by_seed(digits
     assert len(np.unique(first, axis=0)) > 10
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_resident_images_come_by_their_places_and_as_mirror_images(digits: PreparedDataset) -> None:
+    images = np.asarray(digits.images("val")[:9])
+    batch = ResidentImages(digits.images("val"))(np.array([16, 3, 0, 17], np.int32))
+    np.testing.assert_array_equal(np.asarray(batch), [images[8], images[1, :, ::-1], images[0], images[8, :, ::-1]])
+
+
+def test_resident_images_are_no_part_of_what_a_training_goes_on_from(digits: PreparedDataset) -> None:
+    places = keras.Input((), dtype="int32")
+    resident = ResidentImages(digits.images("val"))
+    model = keras.Model(places, keras.layers.Dense(2)(keras.layers.Flatten()(resident(places))))
+    model.compile("sgd")
+    names = [variable.name for variable in training_state(model, keras.Sequential())]
+    assert names == ["kernel", "bias", "iteration", "learning_rate"]
 
 
 def test_shrink_averages_what_a_pixel_covers() -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from cnnpipe.cli import app
-from cnnpipe.config import RetrainSettings, TrainSettings, load_toml
+from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings, load_toml
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
 from cnnpipe.training.backend import keras, pipeline, select_precision
 from cnnpipe.training.batches import Batches
-from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 from cnnpipe.training.fit import _class_weights, train_model
 from cnnpipe.training.record import HISTORY_COLUMNS
 from cnnpipe.training.scoring import predict_keras
@@ -67,6 +70,21 @@ def test_the_same_seed_gives_the_same_weights(digits: PreparedDataset, tmp_path:
 
     for first, second in zip(*weights, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_images_that_stay_on_the_device_give_the_same_weights(
+    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=2, batch_size=128, seed=7, augment=True))
+    weights = []
+    for resident in (False, True):
+        monkeypatch.setattr("cnnpipe.training.fit._stay_on_device", lambda *_, answer=resident: answer)
+        run = create_run(tmp_path, "digits")
+        train_model(settings, digits, run)
+        weights.append(keras.saving.load_model(run / "model.keras").get_weights())
+
+    for sent, stayed in zip(*weights, strict=True):
+        np.testing.assert_array_equal(sent, stayed)
 
 
 def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch() -> None:
@@ -128,17 +146,37 @@ def test_patience_stops_after_so_many_epochs_without_improvement(
     assert f"stopped after epoch 3: {result.stopped}" in caplog.text
 
 
-def test_max_minutes_stops_after_the_epoch_that_passes_it(digits: PreparedDataset, tmp_path: Path) -> None:
-    settings = RetrainSettings(train=TrainSettings(epochs=30, batch_size=256, max_minutes=0.0001))
+def test_where_time_is_limited_fewer_epochs_are_planned_and_the_rate_falls_to_zero_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = prepare_dataset(PrepareSettings(image_size=(12, 12)), tmp_path)
+    clock = count(0.0)  # a second with every look at it: about one for each step
+    monkeypatch.setattr("cnnpipe.training.record.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    train = TrainSettings(preset="fast", epochs=20, batch_size=128, augment=False, max_minutes=1.0)
+    result = train_model(RetrainSettings(train=train), dataset, create_run(tmp_path, "digits"))
+    rows = history_of(result.run)
+
+    assert 3 <= len(rows) == result.epochs < 10
+    assert 45 < result.seconds <= 60
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert result.stopped is not None
+    assert re.fullmatch(r"1 minutes were enough for \d\.\d epochs of 20", result.stopped)
+
+
+def test_where_time_is_too_short_for_one_epoch_it_is_cut(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=30, batch_size=16, max_minutes=0.0001))
     result = train_model(settings, digits, create_run(tmp_path, "digits"))
 
     assert (result.epochs, len(history_of(result.run))) == (1, 1)
+    assert result.images_per_second * result.seconds < digits.num_images["train"] / 2
     assert result.stopped is not None
     assert result.stopped.endswith("of 0.0001 minutes have passed")
 
 
 def test_a_training_that_reached_its_last_epoch_was_not_stopped(digits: PreparedDataset, tmp_path: Path) -> None:
-    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=256, max_minutes=0.0001))
+    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=256, max_minutes=10))
 
     assert train_model(settings, digits, create_run(tmp_path, "digits")).stopped is None
 

@@ -73,7 +73,7 @@ def test_the_momentum_of_a_convolution_carries_on() -> None:
     assert np.sum((first - second) * large) < np.sum((first - second) * small)
 
 
-@pytest.mark.parametrize("made", [Muon(TriangularRate(0.3, 50), 0.8, share=0.1), TriangularRate(0.3, 50)])
+@pytest.mark.parametrize("made", [Muon(TriangularRate(0.3), 0.8, share=0.1), TriangularRate(0.3)])
 def test_it_is_saved_with_the_model(made: Any) -> None:
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))
     assert type(again) is type(made)
@@ -81,9 +81,24 @@ def test_it_is_saved_with_the_model(made: Any) -> None:
 
 
 def test_triangular_rate_rises_to_its_peak_and_falls_to_zero() -> None:
-    rates = [float(TriangularRate(0.4, 100)(step)) for step in range(101)]
+    rate = TriangularRate(0.4)
+    Muon(rate).set_course(0.0, 1.0, 100)
+    rates = [float(rate(step)) for step in range(101)]
     assert int(np.argmax(rates)) == 10
     assert max(rates) == pytest.approx(0.4)
     assert (rates[0], rates[100]) == pytest.approx((0.04, 0.0))
     assert all(np.diff(rates[:11]) > 0)
     assert all(np.diff(rates[10:]) < 0)
+
+
+def test_a_rate_whose_course_is_changed_goes_on_from_where_it_is() -> None:
+    rate = TriangularRate(0.4)
+    optimizer = Muon(rate)
+    optimizer.set_course(0.0, 0.3, 30)
+    before = float(rate(30))
+    optimizer.iterations.assign(30)
+    optimizer.set_course(0.3, 1.0, 7)
+    rates = [float(rate(step)) for step in range(30, 38)]
+    assert rates[0] == pytest.approx(before)
+    np.testing.assert_allclose(np.diff(rates), np.full(7, -before / 7), rtol=1e-4)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6)

@@ -39,7 +39,7 @@ def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> Non
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense"), layers.BatchNormalization(name="norm")])
     model.layers[0].bias.assign(np.ones(3))
     recipe = resolve_recipe(TrainSettings(preset="fast"), 40_000)
-    compile_model(model, recipe, make_optimizer(recipe, 10))
+    compile_model(model, recipe, make_optimizer(recipe))
     kernel = model.layers[0].kernel.numpy()
     gradients = [keras.ops.zeros(variable.shape) for variable in model.trainable_variables]
     model.optimizer.apply(gradients, model.trainable_variables)
@@ -50,12 +50,19 @@ def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> Non
 
 def test_fast_begins_with_small_images_and_ends_with_whole_ones() -> None:
     recipe = resolve_recipe(TrainSettings(preset="fast", epochs=9), 40_000)
-    assert recipe.image_sizes((32, 40)) == [((24, 30), 6), ((32, 40), 9)]
-    assert recipe.image_sizes((15, 40)) == [((15, 40), 9)]
+    assert recipe.image_sizes((32, 40), 9) == [(24, 30)] * 6 + [(32, 40)] * 3
+    assert recipe.image_sizes((15, 40), 9) == [(15, 40)] * 9
+    assert recipe.image_sizes((32, 32), 1) == [(32, 32)]
+    assert resolve_recipe(TrainSettings(), 40_000).image_sizes((32, 32), 15) == [(32, 32)] * 15
 
-    one_epoch = resolve_recipe(TrainSettings(preset="fast", epochs=1), 40_000)
-    assert one_epoch.image_sizes((32, 32)) == [((32, 32), 1)]
-    assert resolve_recipe(TrainSettings(), 40_000).image_sizes((32, 32)) == [((32, 32), 15)]
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 6, 14, 30, 71])
+def test_the_epochs_that_are_left_have_the_sizes_that_they_were_to_have(epochs: int) -> None:
+    recipe = resolve_recipe(TrainSettings(preset="fast"), 40_000)
+    sizes = recipe.image_sizes((32, 32), epochs)
+    for done in range(epochs):
+        assert recipe.image_sizes((32, 32), epochs - done, done / epochs) == sizes[done:]
+    assert sizes[-1] == (32, 32)
 
 
 def test_flips_are_averaged_only_where_they_are_trained() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,8 @@ __all__ = ["Batches", "open_batches"]
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of a split, straight from its memory-mapped bytes, of equal sizes or one less; every image once an epoch.
+    """Batches of a split, straight from its memory-mapped bytes, of equal sizes or one less; every image once an epoch,
+    unless that is shortened.
 
     Their order is not that of the file, which goes by class: a part of a batch would tell the classes of its images.
 
@@ -24,6 +26,9 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     Mirrored, a random half of the images comes as mirror images in the first epoch, the other half in the second, and
     so on: two epochs show both sides of every image, where a draw for each epoch shows only one side of every second.
     Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
+
+    With `places`, images stay where they are, and their places in the split are given, as `augmentation.ResidentImages`
+    takes them.
     """
 
     def __init__(
@@ -35,9 +40,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         replicas: int = 1,
         *,
         mirrored: bool = False,
+        places: bool = False,
     ) -> None:
         super().__init__(workers=1)
-        self._images, self._one_hot = images, one_hot
+        self._images, self._one_hot, self._places = images, one_hot, places
         self._number = math.ceil(len(images) / batch_size)
         self._seed, self._replicas = seed, replicas
         self._order = np.arange(len(images))
@@ -46,28 +52,38 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
             # The third number tells these draws from those of the order.
             self._mirrored = np.random.default_rng([seed, 0, 1]).random(len(images)) < 0.5
         self._epoch = 0
+        self._used = self._number
 
     @property
     def smallest(self) -> int:
         """Images in the smallest batch."""
         return len(self._order) // self._replicas // self._number * self._replicas
 
-    def __len__(self) -> int:
-        return self._number
+    def num_images(self, number: int) -> int:
+        """Return how many images the first so many batches have."""
+        return number * (len(self._order) // self._replicas) // self._number * self._replicas
 
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        shares = len(self._order) // self._replicas
-        start, end = (place * shares // self._number * self._replicas for place in (index, index + 1))
-        chosen = self._order[start:end]
-        images = self._images[chosen]
+    def __len__(self) -> int:
+        return self._used
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        chosen = self._order[self.num_images(index) : self.num_images(index + 1)]
+        mirrored = np.zeros(len(chosen), np.bool_)
         if self._mirrored is not None:
             mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
-            images[mirrored] = images[mirrored, :, ::-1]
+        if self._places:
+            return (2 * chosen + mirrored).astype(np.int32), self._one_hot[chosen]  # (B,), (B, classes) float32
+        images = self._images[chosen]
+        images[mirrored] = images[mirrored, :, ::-1]
         return images, self._one_hot[chosen]  # (B, H, W, 3) uint8, (B, classes) float32
 
-    def shuffle(self, epoch: int) -> None:
-        """Take the order of an epoch, 0 for the first, and its mirror images; both follow from the seed and it."""
-        self._epoch = epoch
+    def shuffle(self, epoch: int, share: float = 1.0) -> None:
+        """Take the order of an epoch, 0 for the first, and its mirror images; both follow from the seed and it.
+
+        Args:
+            share: of the batches that the epoch has, rounded down, but one at least.
+        """
+        self._epoch, self._used = epoch, max(1, int(share * self._number))
         if self._seed is not None:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._order))
 
@@ -80,6 +96,7 @@ def open_batches(
     replicas: int = 1,
     *,
     mirrored: bool = False,
+    places: bool = False,
 ) -> Batches:
     """Return a split's batches.
 
@@ -88,6 +105,7 @@ def open_batches(
         seed: of the order, which `Batches.shuffle` makes anew for each epoch; None keeps that of the file.
         replicas: devices that share each batch.
         mirrored: every other time an image comes, as its mirror image; only with a seed.
+        places: give no images, but where they are in the split.
     """
     one_hot = np.eye(len(dataset.class_names), dtype=np.float32)[dataset.labels(split)]
-    return Batches(dataset.images(split), one_hot, batch_size, seed, replicas, mirrored=mirrored)
+    return Batches(dataset.images(split), one_hot, batch_size, seed, replicas, mirrored=mirrored, places=places)

@@ -29,6 +29,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.registry import create_run, list_runs
 from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
+from cnnpipe.training.augmentation import RESIDENT_NAME
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 
@@ -81,6 +82,14 @@ class Epochs:
     """Of `history.csv`."""
     seconds: float = 0.0
     """Since the start of the training, in all processes that had a part in it."""
+    images: int = 0
+    """That training saw, in all of them together."""
+    share: float = 0.0
+    """Of the training, 0-1; 1 where it is complete."""
+    seconds_per_image: float = 0.0
+    """Of training in the last epoch, for an image of the whole size."""
+    seconds_between: float = 0.0
+    """That the last epoch took for all but training: validation and what is written."""
 
     @property
     def best_epoch(self) -> int:
@@ -133,8 +142,9 @@ class Checkpoints:
         try:
             with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 values = json.loads(str(file["epochs"]))
+                epochs = Epochs(**{**values, "rows": tuple(values["rows"])})
                 arrays = [file[name] for name in sorted(set(file.files) - {"epochs"})]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise TrainingError(
                 f"{self._path} is damaged: {error}; it is given up: run again to train from the start"
             ) from error
@@ -145,7 +155,7 @@ class Checkpoints:
             )
         for variable, array in zip(state, arrays, strict=True):
             variable.assign(array)
-        return Epochs(tuple(values["rows"]), values["seconds"])
+        return epochs
 
 
 def training_state(model: keras.Model, candidate: keras.Model) -> list[keras.Variable]:
@@ -157,7 +167,8 @@ def training_state(model: keras.Model, candidate: keras.Model) -> list[keras.Var
     Args:
         model: compiled, as it is trained, its optimizer built.
     """
-    return [*model.variables, *model.optimizer.variables, *candidate.variables]
+    weights = [variable for variable in model.variables if variable.name != RESIDENT_NAME]
+    return [*weights, *model.optimizer.variables, *candidate.variables]
 
 
 @contextmanager

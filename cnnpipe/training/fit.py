@@ -18,7 +18,7 @@ from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import write_json, write_text
-from cnnpipe.training.augmentation import Augmentation, shrink
+from cnnpipe.training.augmentation import RESIDENT_BYTES, Augmentation, ResidentImages, shrink
 from cnnpipe.training.backend import (
     computing_in,
     keras,
@@ -34,6 +34,8 @@ from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.lanes import count_lanes, spread
 from cnnpipe.training.models import average_flips, build_network, measure_input
+from cnnpipe.training.optimizers import Muon
+from cnnpipe.training.pacing import plan_epochs
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe
 from cnnpipe.training.record import Record
 
@@ -104,20 +106,25 @@ def train_model(
     statistics = measure_input(dataset.images("train"))
     like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
-        batches = open_batches(dataset, "train", recipe.batch_size, train.seed, replicas, mirrored=recipe.augment)
+        image_sizes = recipe.image_sizes(dataset.image_size, recipe.epochs)
+        resident = _stay_on_device(dataset, device)
+        batches = open_batches(
+            *(dataset, "train", recipe.batch_size, train.seed, replicas), mirrored=recipe.augment, places=resident
+        )
         if batches.smallest < replicas:
             raise TrainingError(
                 f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
             )
-        network = build_network(*like, any_size=len(recipe.image_sizes(dataset.image_size)) > 1)
+        network = build_network(*like, any_size=len(set(image_sizes)) > 1)
         _draw_weights(network, train.seed)
-        optimizer = make_optimizer(recipe, len(batches))
+        own = optimizer = make_optimizer(recipe)
         if precision == "float16":  # whose smallest number is too large for many a gradient
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+            optimizer = keras.optimizers.LossScaleOptimizer(own)
         lanes = count_lanes(batches.smallest // replicas, device)
-        phases = _phases(network, recipe, dataset.image_size, lanes, train.seed)
-        for phase in phases:
-            compile_model(phase.model, recipe, optimizer)
+        images = ResidentImages(dataset.images("train")) if resident else None
+        trained = _trained_models(network, recipe, image_sizes, images, lanes, train.seed)
+        for each in trained.values():
+            compile_model(each, recipe, optimizer)
         optimizer.build(network.trainable_variables)
     network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
     backend = keras.backend.backend()
@@ -131,58 +138,74 @@ def train_model(
     val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
     candidate = Candidate(model, kept, network, val_batches, recipe, lanes)
-    done = checkpoints.restore(training_state(phases[0].model, model)) if checkpoints else Epochs()
-    record = Record(candidate, run, recipe, train, dataset.num_images["train"], progress, checkpoints, done)
+    done = checkpoints.restore(training_state(next(iter(trained.values())), model)) if checkpoints else Epochs()
+    max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
+    record = Record(candidate, run, train, batches, progress, checkpoints, done)
     if done.rows:
         logger.info("epochs 1 to %d are done", len(done.rows))
         record.write_files()
-    shuffling = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: batches.shuffle(epoch))
-    for phase in phases:
-        if len(record.epochs.rows) < phase.end and record.reason_to_stop() is None:
-            phase.model.fit(
-                pipeline(batches),
-                initial_epoch=len(record.epochs.rows),
-                epochs=phase.end,
-                class_weight=_class_weights(dataset.labels("train")) if train.class_weights else None,
-                shuffle=False,  # by Keras, which draws from that generator too
-                verbose=0,
-                callbacks=[shuffling, record],
-            )
-    epochs = record.epochs
+    while (epochs := record.epochs).share < 1.0 and record.reason_to_stop() is None:
+        record.plan = plan = plan_epochs(recipe, dataset.image_size, dataset.num_images["train"], epochs, max_seconds)
+        batches.shuffle(len(epochs.rows), plan.images)
+        if isinstance(own, Muon):
+            own.set_course(plan.start, plan.end, len(batches))
+        trained[plan.image_sizes[0]].fit(
+            pipeline(batches),
+            initial_epoch=len(epochs.rows),
+            epochs=len(epochs.rows) + 1,
+            class_weight=_class_weights(dataset.labels("train")) if train.class_weights else None,
+            shuffle=False,  # by Keras, which draws from that generator too
+            verbose=0,
+            callbacks=[record],
+        )
+    stopped = record.reason_to_stop() if epochs.share < 1.0 else None
+    passes = epochs.images / dataset.num_images["train"]
+    if stopped is None and max_seconds is not None and passes < recipe.epochs - 0.1:
+        stopped = f"{train.max_minutes:g} minutes were enough for {passes:.1f} epochs of {recipe.epochs}"
+    if stopped is not None:
+        logger.info("stopped after epoch %d: %s", len(epochs.rows), stopped)
     return TrainingResult(
         run=run,
         epochs=len(epochs.rows),
         resumed_after=len(done.rows),
-        stopped=record.reason_to_stop() if len(epochs.rows) < recipe.epochs else None,
+        stopped=stopped,
         best_epoch=epochs.best_epoch,
         val_accuracy=epochs.best_accuracy,
         num_parameters=model.count_params(),
         seconds=epochs.seconds,
-        images_per_second=len(epochs.rows) * dataset.num_images["train"] / epochs.seconds,
+        images_per_second=epochs.images / epochs.seconds,
     )
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """Epochs that are trained on images of one size."""
+def _trained_models(
+    network: keras.Model,
+    recipe: Recipe,
+    image_sizes: list[tuple[int, int]],
+    resident: ResidentImages | None,
+    lanes: int,
+    seed: int,
+) -> dict[tuple[int, int], keras.Model]:
+    """Return, for each size of training images, the network behind augmentation and shrinking, on the same weights.
 
-    model: keras.Model
-    """The network behind augmentation and shrinking; of all phases on the same weights."""
-    end: int
-    """Number of the last epoch, 1 for the first of all."""
+    Args:
+        image_sizes: of every epoch, the last one whole.
+        resident: brings the images of the places that the models take then.
+    """
+    augmentation, whole = Augmentation(seed=seed), image_sizes[-1]
+    models = {}
+    for size in dict.fromkeys(image_sizes):
+        given = keras.Input((*whole, 3), dtype="uint8") if resident is None else keras.Input((), dtype="int32")
+        x = given if resident is None else resident(given)
+        x = augmentation(x) if recipe.augment else x
+        x = shrink(x, size) if size != whole else x
+        part = keras.Model(given, network(x), name=f"trained_{network.name}")
+        models[size] = keras.Model(given, spread(part, lanes)(given), name=part.name)
+    return models
 
 
-def _phases(network: keras.Model, recipe: Recipe, image_size: tuple[int, int], lanes: int, seed: int) -> list[_Phase]:
-    """Return the phases of a training, one for each size of its images."""
-    augmentation = Augmentation(seed=seed)
-    phases = []
-    for size, end in recipe.image_sizes(image_size):
-        images = keras.Input((*image_size, 3), dtype="uint8")
-        x = augmentation(images) if recipe.augment else images
-        x = shrink(x, size) if size != image_size else x
-        part = keras.Model(images, network(x), name=f"trained_{network.name}")
-        phases.append(_Phase(keras.Model(images, spread(part, lanes)(images), name=part.name), end))
-    return phases
+def _stay_on_device(dataset: PreparedDataset, device: str) -> bool:
+    """Return whether training images are sent to the device once, not batch by batch."""
+    return device != "cpu" and dataset.images("train").nbytes <= RESIDENT_BYTES
 
 
 def _draw_weights(model: keras.Model, seed: int) -> None:

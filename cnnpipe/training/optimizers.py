@@ -10,7 +10,7 @@ from cnnpipe.training.backend import keras
 __all__ = ["Muon", "TriangularRate"]
 
 _WARM_UP: Final = 0.1
-"""Share of the steps in which a triangular rate rises."""
+"""Share of the training in which a triangular rate rises."""
 
 _FIRST_SHARE: Final = 0.1
 """Of the highest rate, at the first step."""
@@ -42,6 +42,19 @@ class Muon(keras.optimizers.SGD):  # type: ignore[misc]
     def __init__(self, learning_rate: Any = 0.8, momentum: float = 0.8, share: float = 1 / 8, **options: Any) -> None:
         super().__init__(learning_rate, momentum, **{**options, "nesterov": True})
         self.share = share
+        if isinstance(learning_rate, TriangularRate):
+            self.course = learning_rate.course  # a variable of the optimizer's now, saved and computed with as such
+            self._rate = learning_rate
+
+    def set_course(self, start: float, end: float, steps: int) -> None:
+        """Say how the triangular rate goes on from here.
+
+        Args:
+            start: where the next step is in the triangle, as a share of its length.
+            end: where the one after so many steps will be.
+        """
+        step = float(keras.ops.convert_to_numpy(self.iterations.value))
+        self._rate.course.assign([step, start, (end - start) / steps])
 
     def update_step(
         self, gradient: keras.KerasTensor, variable: keras.Variable, learning_rate: keras.KerasTensor
@@ -83,26 +96,29 @@ def _norm(values: keras.KerasTensor) -> keras.KerasTensor:
 
 @keras.saving.register_keras_serializable("cnnpipe")
 class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """A rate that rises along a line for the first steps, and falls along another to zero at the last.
+    """A rate that rises along a line for the first tenth, and falls along another to zero at the end.
+
+    How far along it is at which step is for `Muon.set_course` to say, epoch by epoch: where time is short, a step goes
+    further.
 
     Args:
         peak: the highest rate.
-        steps: in all.
     """
 
-    def __init__(self, peak: float, steps: int) -> None:
+    def __init__(self, peak: float) -> None:
         self.peak = peak
-        self.steps = steps
+        self.course = keras.Variable([0.0, 0.0, 0.0], trainable=False, dtype="float32", name="course")
+        """A step, where the rate is then (0-1), and how much further with each one after it."""
 
     def __call__(self, step: Any) -> Any:
-        """Return the rate of a step, 0 for the first."""
+        """Return the rate of a step."""
         ops = keras.ops
-        step = ops.cast(step, "float32")
-        top = max(1.0, _WARM_UP * self.steps)
-        rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * step / top
-        falling = (self.steps - step) / max(1.0, self.steps - top)
+        first, start, change = (self.course[place] for place in range(3))
+        place = start + change * (ops.cast(step, "float32") - first)
+        rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * place / _WARM_UP
+        falling = (1.0 - place) / (1.0 - _WARM_UP)
         return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make it again."""
-        return {"peak": self.peak, "steps": self.steps}
+        return {"peak": self.peak}

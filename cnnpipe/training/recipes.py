@@ -36,7 +36,7 @@ class Recipe:
     """Of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
     label_smoothing: float = 0.0
     small_share: float = 0.0
-    """Of the epochs: so many, the first, rounded down, are trained on images of three quarters of the side."""
+    """Of the training: the epochs that end within it are trained on images of three quarters of the side."""
     average_flips: bool = False
     """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
     average_weights: bool = False
@@ -44,16 +44,18 @@ class Recipe:
     min_steps: int = 0
     """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
 
-    def image_sizes(self, image_size: tuple[int, int]) -> list[tuple[tuple[int, int], int]]:
-        """Return the (height, width) of training images in turn, each with the number of the last epoch that has it.
+    def image_sizes(self, image_size: tuple[int, int], epochs: int, start: float = 0.0) -> list[tuple[int, int]]:
+        """Return the (height, width) of training images in each of the epochs that are left.
 
         Args:
             image_size: of the dataset.
+            epochs: that are left.
+            start: share of the training that is done.
         """
-        small_epochs = int(self.small_share * self.epochs) if min(image_size) >= _MIN_SHRUNK else 0
-        whole = (image_size, self.epochs)
         height, width = image_size
-        return [((height * 3 // 4, width * 3 // 4), small_epochs), whole] if small_epochs else [whole]
+        left = max(0.0, self.small_share - start) / (1.0 - start) * epochs
+        small_epochs = int(left + 1e-6) if min(image_size) >= _MIN_SHRUNK else 0
+        return [(height * 3 // 4, width * 3 // 4)] * small_epochs + [image_size] * (epochs - small_epochs)
 
 
 _FAST: Final = Recipe(
@@ -113,12 +115,11 @@ def _fit_to(recipe: Recipe, num_images: int) -> Recipe:
     return replace(recipe, batch_size=batch_size, learning_rate=rate, epochs=max(recipe.epochs, epochs))
 
 
-def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-    """Make the optimizer of a recipe, with the rate of each step."""
+def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
+    """Make the optimizer of a recipe, with its rate; `muon` must be told the course of that."""
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
-    rate = TriangularRate(recipe.learning_rate, steps_per_epoch * recipe.epochs)
-    optimizer = Muon(rate, _MOMENTUM, weight_decay=recipe.weight_decay)
+    optimizer = Muon(TriangularRate(recipe.learning_rate), _MOMENTUM, weight_decay=recipe.weight_decay)
     # What shifts and scales has no need of it: it costs accuracy there.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer

@@ -15,9 +15,10 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors, write_file, write_text
 from cnnpipe.training.backend import keras
+from cnnpipe.training.batches import Batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.training.recipes import Recipe
+from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan, relative_cost
 
 __all__ = ["HISTORY_COLUMNS", "Record"]
 
@@ -32,7 +33,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         candidate: what would be kept if training ended now.
-        num_images: to train on.
+        batches: for training.
         done: epochs that the checkpoint brought.
     """
 
@@ -40,35 +41,44 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         candidate: Candidate,
         run: Path,
-        recipe: Recipe,
         settings: TrainSettings,
-        num_images: int,
+        batches: Batches,
         progress: ProgressCallback | None,
         checkpoints: Checkpoints | None,
         done: Epochs,
     ) -> None:
         super().__init__()
         self._candidate = candidate
-        self._run, self._recipe, self._settings, self._num_images = run, recipe, settings, num_images
+        self._run, self._settings, self._batches = run, settings, batches
         self._progress = progress or (lambda *_: None)
         self._checkpoints = checkpoints
         self.epochs = done
+        self.plan: Plan
+        """Of the epochs that are left; to be set before each of them."""
         self._started = time.perf_counter() - done.seconds
-        self._epoch_started = self._reported = 0.0
-        self._epoch = 0
+        self._epoch_started = self._first_batch_ended = self._reported = 0.0
+        self._done = 0
+        """Batches of the epoch."""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
-        self._epoch, self._epoch_started = epoch, time.perf_counter()
+        self._epoch_started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         now = time.perf_counter()
+        self._done = batch + 1
+        if self._done == 1:
+            self._first_batch_ended = now
+        limit = self._settings.max_minutes
+        if limit is not None and not self.epochs.rows and now - self._started > FIRST_EPOCH_SHARE * 60.0 * limit:
+            self.model.stop_training = True  # this epoch
         if now - self._reported < 0.1:
             return
         self._reported = now
         self._stop_unless_finite((logs or {}).get("loss", 0.0))
-        self._report(min((batch + 1) * self._recipe.batch_size, self._num_images))
+        self._report()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        trained = time.perf_counter()
         figures = {key: float(value) for key, value in (logs or {}).items()}
         self._stop_unless_finite(figures["loss"])
         self._candidate.take_weights(epoch)
@@ -79,21 +89,17 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
             "seconds": round(time.perf_counter() - self._epoch_started, 3),
         }
-        self.epochs = Epochs((*self.epochs.rows, figures), time.perf_counter() - self._started)
+        self._report()
+        self.epochs = self._with_epoch(figures, trained)
         if self._checkpoints:
             self._checkpoints.save(training_state(self.model, self._candidate.model), self.epochs)
         self.write_files()
         logger.info(
             "epoch %d/%d  accuracy %.4f  loss %.4f  val_accuracy %.4f  val_loss %.4f  %.0f images/s%s",
-            *(epoch + 1, self._recipe.epochs, figures["accuracy"], figures["loss"]),
-            *(figures["val_accuracy"], figures["val_loss"], self._num_images / figures["seconds"]),
+            *(epoch + 1, epoch + len(self.plan.image_sizes), figures["accuracy"], figures["loss"]),
+            *(figures["val_accuracy"], figures["val_loss"], self._batches.num_images(self._done) / figures["seconds"]),
             "" if self.epochs.epochs_since_best else "  (best)",
         )
-        self._report(self._num_images)
-        reason = self.reason_to_stop()
-        if reason is not None and epoch + 1 < self._recipe.epochs:
-            logger.info("stopped after epoch %d: %s", epoch + 1, reason)
-            self.model.stop_training = True
 
     def write_files(self) -> None:
         """Write what there is after an epoch; again where a process was broken off after the checkpoint, before this.
@@ -115,12 +121,32 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             return f"{self.epochs.seconds / 60.0:.1f} of {max_minutes:g} minutes have passed"
         return None
 
-    def _report(self, done_in_epoch: int) -> None:
-        best = f", best val_accuracy {self.epochs.best_accuracy:.4f}" if self.epochs.rows else ""
+    def _with_epoch(self, figures: dict[str, float], trained: float) -> Epochs:
+        """Return what is done with this epoch, whose training ended at a time."""
+        now, plan = time.perf_counter(), self.plan
+        images = self._batches.num_images(self._done)
+        counted, since = images, self._epoch_started
+        if self._done > 1:  # the first one may wait for compiling
+            counted, since = images - self._batches.num_images(1), self._first_batch_ended
+        whole = counted * relative_cost(plan.image_sizes[0], plan.image_sizes[-1])
+        cut = self._done < len(self._batches)
+        return Epochs(
+            rows=(*self.epochs.rows, figures),
+            seconds=now - self._started,
+            images=self.epochs.images + images,
+            share=plan.start + (plan.end - plan.start) * self._done / len(self._batches) if cut else plan.end,
+            seconds_per_image=(trained - since) / whole,
+            seconds_between=now - trained,
+        )
+
+    def _report(self) -> None:
+        done = self.epochs
+        best = f", best val_accuracy {done.best_accuracy:.4f}" if done.rows else ""
+        left = len(self.plan.image_sizes)
         self._progress(
-            f"train: epoch {self._epoch + 1}/{self._recipe.epochs}{best}",
-            self._epoch * self._num_images + done_in_epoch,
-            self._recipe.epochs * self._num_images,
+            f"train: epoch {len(done.rows) + 1}/{len(done.rows) + left}{best}",
+            done.images + self._batches.num_images(self._done),
+            done.images + self._batches.num_images(len(self._batches)) * left,
         )
 
     def _stop_unless_finite(self, loss: float) -> None:
@@ -128,7 +154,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             best = self.epochs.best_epoch
             kept = f"the weights of epoch {best} are kept" if best else "nothing was learned"
             raise TrainingError(
-                f"the loss became {loss} in epoch {self._epoch + 1}; {kept} in {self._run}; "
+                f"the loss became {loss} in epoch {len(self.epochs.rows) + 1}; {kept} in {self._run}; "
                 "try a smaller --learning-rate"
             )
 
