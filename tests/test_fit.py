@@ -78,7 +78,7 @@ def test_images_that_stay_on_the_device_give_the_same_weights(
     settings = RetrainSettings(train=TrainSettings(epochs=2, batch_size=128, seed=7, augment=True))
     weights = []
     for resident in (False, True):
-        monkeypatch.setattr("cnnpipe.training.fit._stay_on_device", lambda *_, answer=resident: answer)
+        monkeypatch.setattr("cnnpipe.training.fit.stay_on_device", lambda *_, answer=resident: answer)
         run = create_run(tmp_path, "digits")
         train_model(settings, digits, run)
         weights.append(keras.saving.load_model(run / "model.keras").get_weights())

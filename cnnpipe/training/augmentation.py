@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from cnnpipe.training.backend import keras, replica_number
 
-__all__ = ["RESIDENT_BYTES", "RESIDENT_NAME", "Augmentation", "ResidentImages", "shrink"]
+__all__ = ["RESIDENT_NAME", "Augmentation", "ResidentImages", "shrink", "stay_on_device"]
 
 RESIDENT_NAME: Final = "resident_images"
 
-RESIDENT_BYTES: Final = 2 << 30
+_RESIDENT_BYTES: Final = 2 << 30
 """Of training images, up to which they stay in a GPU's memory: 690,000 images of 32x32 pixels, or 14,000 of 224x224."""
 
 
@@ -58,6 +58,15 @@ class Augmentation(keras.layers.Layer):  # type: ignore[misc]
         reach = round(self.max_shift * length)
         shift = keras.random.randint((number, 1), -reach, reach + 1, dtype="int32", seed=self.seed_generator)
         return keras.ops.clip(keras.ops.arange(length, dtype="int32")[None, :] + shift, 0, length - 1)
+
+
+def stay_on_device(images: npt.NDArray[np.uint8], device: str) -> bool:
+    """Return whether training images are sent to the device once, not batch by batch.
+
+    Args:
+        device: what `backend.select_device` returned.
+    """
+    return device != "cpu" and images.nbytes <= _RESIDENT_BYTES
 
 
 class ResidentImages(keras.layers.Layer):  # type: ignore[misc]

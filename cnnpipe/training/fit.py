@@ -18,7 +18,7 @@ from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import write_json, write_text
-from cnnpipe.training.augmentation import RESIDENT_BYTES, Augmentation, ResidentImages, shrink
+from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink, stay_on_device
 from cnnpipe.training.backend import (
     computing_in,
     keras,
@@ -28,12 +28,12 @@ from cnnpipe.training.backend import (
     select_device,
     select_precision,
 )
-from cnnpipe.training.batches import open_batches
+from cnnpipe.training.batches import Batches, open_batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.lanes import count_lanes, spread
-from cnnpipe.training.models import average_flips, build_network, measure_input
+from cnnpipe.training.models import InputStatistics, average_flips, build_network, measure_input
 from cnnpipe.training.optimizers import Muon
 from cnnpipe.training.pacing import plan_epochs
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe
@@ -106,27 +106,8 @@ def train_model(
     statistics = measure_input(dataset.images("train"))
     like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
-        image_sizes = recipe.image_sizes(dataset.image_size, recipe.epochs)
-        resident = _stay_on_device(dataset, device)
-        batches = open_batches(
-            *(dataset, "train", recipe.batch_size, train.seed, replicas), mirrored=recipe.augment, places=resident
-        )
-        if batches.smallest < replicas:
-            raise TrainingError(
-                f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
-            )
-        network = build_network(*like, any_size=len(set(image_sizes)) > 1)
-        _draw_weights(network, train.seed)
-        own = optimizer = make_optimizer(recipe)
-        if precision == "float16":  # whose smallest number is too large for many a gradient
-            optimizer = keras.optimizers.LossScaleOptimizer(own)
-        lanes = count_lanes(batches.smallest // replicas, device)
-        images = ResidentImages(dataset.images("train")) if resident else None
-        trained = _trained_models(network, recipe, image_sizes, images, lanes, train.seed)
-        for each in trained.values():
-            compile_model(each, recipe, optimizer)
-        optimizer.build(network.trainable_variables)
-    network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
+        trained = _assemble(like, recipe, dataset, train.seed, device, precision, replicas)
+    trained.network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
     backend = keras.backend.backend()
     logger.info(
         "training on %s%s in %s with the %s backend: %s",
@@ -137,20 +118,21 @@ def train_model(
     model = average_flips(kept) if recipe.average_flips else kept
     val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
-    candidate = Candidate(model, kept, network, val_batches, recipe, lanes)
-    done = checkpoints.restore(training_state(next(iter(trained.values())), model)) if checkpoints else Epochs()
-    max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
-    record = Record(candidate, run, train, batches, progress, checkpoints, done)
+    candidate = Candidate(model, kept, trained.network, val_batches, recipe, lanes)
+    state = training_state(next(iter(trained.models.values())), model)
+    done = checkpoints.restore(state) if checkpoints else Epochs()
+    record = Record(candidate, run, train, trained.batches, progress, checkpoints, done)
     if done.rows:
         logger.info("epochs 1 to %d are done", len(done.rows))
         record.write_files()
+    max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
     while (epochs := record.epochs).share < 1.0 and record.reason_to_stop() is None:
         record.plan = plan = plan_epochs(recipe, dataset.image_size, dataset.num_images["train"], epochs, max_seconds)
-        batches.shuffle(len(epochs.rows), plan.images)
-        if isinstance(own, Muon):
-            own.set_course(plan.start, plan.end, len(batches))
-        trained[plan.image_sizes[0]].fit(
-            pipeline(batches),
+        trained.batches.shuffle(len(epochs.rows), plan.images)
+        if isinstance(trained.optimizer, Muon):
+            trained.optimizer.set_course(plan.start, plan.end, len(trained.batches))
+        trained.models[plan.image_sizes[0]].fit(
+            pipeline(trained.batches),
             initial_epoch=len(epochs.rows),
             epochs=len(epochs.rows) + 1,
             class_weight=_class_weights(dataset.labels("train")) if train.class_weights else None,
@@ -177,35 +159,63 @@ def train_model(
     )
 
 
-def _trained_models(
-    network: keras.Model,
+@dataclass(frozen=True)
+class _Trained:
+    """What is trained, and with what."""
+
+    network: keras.Model
+    models: dict[tuple[int, int], keras.Model]
+    """By the (height, width) of its images: the network behind augmentation, compiled; they share its weights."""
+    optimizer: keras.optimizers.Optimizer
+    """That knows the rate; loss scaling may be around it."""
+    batches: Batches
+
+
+def _assemble(
+    like: tuple[str, tuple[int, int], int, InputStatistics],
     recipe: Recipe,
-    image_sizes: list[tuple[int, int]],
-    resident: ResidentImages | None,
-    lanes: int,
+    dataset: PreparedDataset,
     seed: int,
-) -> dict[tuple[int, int], keras.Model]:
-    """Return, for each size of training images, the network behind augmentation and shrinking, on the same weights.
+    device: str,
+    precision: str,
+    replicas: int,
+) -> _Trained:
+    """Make all that has a part in a training step.
 
     Args:
-        image_sizes: of every epoch, the last one whole.
-        resident: brings the images of the places that the models take then.
+        like: the arguments of `build_network`.
+    Raises:
+        TrainingError: there are more devices than images in a batch.
     """
-    augmentation, whole = Augmentation(seed=seed), image_sizes[-1]
+    resident = stay_on_device(dataset.images("train"), device)
+    batches = open_batches(
+        dataset, "train", recipe.batch_size, seed, replicas, mirrored=recipe.augment, places=resident
+    )
+    if batches.smallest < replicas:
+        raise TrainingError(
+            f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
+        )
+    whole = dataset.image_size
+    sizes = dict.fromkeys(recipe.image_sizes(whole, recipe.epochs))
+    network = build_network(*like, any_size=len(sizes) > 1)
+    _draw_weights(network, seed)
+    own = optimizer = make_optimizer(recipe)
+    if precision == "float16":  # whose smallest number is too large for many a gradient
+        optimizer = keras.optimizers.LossScaleOptimizer(own)
+    lanes = count_lanes(batches.smallest // replicas, device)
+    lookup = ResidentImages(dataset.images("train")) if resident else None
+    augmentation = Augmentation(seed=seed)
     models = {}
-    for size in dict.fromkeys(image_sizes):
-        given = keras.Input((*whole, 3), dtype="uint8") if resident is None else keras.Input((), dtype="int32")
-        x = given if resident is None else resident(given)
+    for size in sizes:
+        given = keras.Input((*whole, 3), dtype="uint8") if lookup is None else keras.Input((), dtype="int32")
+        x = given if lookup is None else lookup(given)
         x = augmentation(x) if recipe.augment else x
         x = shrink(x, size) if size != whole else x
         part = keras.Model(given, network(x), name=f"trained_{network.name}")
         models[size] = keras.Model(given, spread(part, lanes)(given), name=part.name)
-    return models
-
-
-def _stay_on_device(dataset: PreparedDataset, device: str) -> bool:
-    """Return whether training images are sent to the device once, not batch by batch."""
-    return device != "cpu" and dataset.images("train").nbytes <= RESIDENT_BYTES
+        compile_model(models[size], recipe, optimizer)
+    optimizer.build(network.trainable_variables)
+    return _Trained(network, models, own, batches)
 
 
 def _draw_weights(model: keras.Model, seed: int) -> None:
