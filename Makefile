@@ -57,7 +57,7 @@ stop: setup ## stop the Prefect server and the scheduler of this project
 	@$(python) -m flows.server stop $(ARGS)
 
 test: setup ## run the tests
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
 	@$(python) -m pytest -m slow $(ARGS)

@@ -295,7 +295,7 @@ def test_make_lists_every_target() -> None:
         (["retrain", "NAME=it's", "ARGS=--seed 1"], ["flows.retrain", "--name", "it's", "--seed", "1"]),
         (["classify", "FOLDER=a b/", "OUTPUT=c d.csv"], ["flows.classify", "a b/", "--output", "c d.csv"]),
         (["serve", "PRESET=baseline"], ["flows.serve", "--preset", "baseline"]),
-        (["test", "ARGS=-k setup"], ["pytest", "-k", "setup"]),
+        (["test-slow", "ARGS=-k setup"], ["pytest", "-m", "slow", "-k", "setup"]),
     ],
 )
 def test_make_passes_settings_on_as_they_are(arguments: list[str], expected: list[str]) -> None:
