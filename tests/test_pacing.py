@@ -42,7 +42,7 @@ def train(
             images=done.images + round(images),
             share=share,
             seconds_per_image=pace,
-            seconds_between=between,
+            validation_seconds=between,
         )
     return plans, done
 
@@ -86,7 +86,7 @@ def test_the_plan_follows_the_speed_of_the_machine(factor: float) -> None:
 
 
 def test_where_validation_alone_takes_the_time_an_epoch_has_hardly_an_image() -> None:
-    done = Epochs(({},), 50.0, IMAGES, 0.1, seconds_per_image=1e-3, seconds_between=40.0)
+    done = Epochs(({},), 50.0, IMAGES, 0.1, seconds_per_image=1e-3, validation_seconds=40.0)
     plan = plan_epochs(recipe_of(10), WHOLE, IMAGES, done, 60.0)
     assert (plan.images, plan.end, plan.image_sizes) == (0.0, 1.0, (WHOLE,))
 

@@ -76,3 +76,48 @@ def test_devices_share_batches_of_fast_and_augment_each_in_its_own_way(digits: P
     assert result["replicas"] == 2
     assert result["kept"] == pytest.approx(result["accuracy"], abs=1e-6)
     assert sum(result["alike"]) < 8
+
+
+BROKEN_OFF = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import tensorflow as tf
+from cnnpipe.config import RetrainSettings, TrainSettings
+from cnnpipe.training import stages
+from cnnpipe.training.backend import keras
+
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+settings = RetrainSettings(train=TrainSettings(preset="fast", epochs=3, batch_size=64, seed=3))
+
+class BrokenOffError(Exception):
+    pass
+
+def break_off(what, done, total):
+    if "epoch 3/" in what:
+        raise BrokenOffError
+
+results = []
+for name, broken in (("unbroken", False), ("broken", True)):
+    if broken:
+        try:
+            stages.train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name, break_off)
+        except BrokenOffError:
+            pass
+    results.append(stages.train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name))
+weights = [keras.saving.load_model(result.run / "model.keras").get_weights() for result in results]
+equal = [bool(np.array_equal(one, other)) for one, other in zip(*weights, strict=True)]
+print(json.dumps({"resumed_after": [result.resumed_after for result in results], "equal": equal}))
+"""
+
+
+@pytest.mark.slow
+def test_what_two_devices_train_goes_on_to_the_same_weights(digits: PreparedDataset, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BROKEN_OFF, str(digits.path), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout.splitlines()[-1])
+    assert values["resumed_after"] == [0, 2]
+    assert values["equal"]
+    assert all(values["equal"])

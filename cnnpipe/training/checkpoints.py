@@ -88,8 +88,8 @@ class Epochs:
     """Of the training, 0-1; 1 where it is complete."""
     seconds_per_image: float = 0.0
     """Of training in the last epoch, for an image of the whole size."""
-    seconds_between: float = 0.0
-    """That the last epoch took for all but training: validation and what is written."""
+    validation_seconds: float = 0.0
+    """Of the last epoch."""
 
     @property
     def best_epoch(self) -> int:

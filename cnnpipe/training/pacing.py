@@ -55,7 +55,7 @@ def plan_epochs(
     for number in range(1, most + 1):  # the fewest that fill the time
         plan = _plan(recipe, image_size, start, number)
         cost = num_images * sum(relative_cost(size, image_size) for size in plan.image_sizes)
-        images = (seconds - number * done.seconds_between) / (cost * done.seconds_per_image)
+        images = (seconds - number * done.validation_seconds) / (cost * done.seconds_per_image)
         if images <= 1.0:
             return Plan(plan.image_sizes, max(0.0, images), plan.start, plan.end)
     return plan

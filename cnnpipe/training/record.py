@@ -136,7 +136,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             images=self.epochs.images + images,
             share=plan.start + (plan.end - plan.start) * self._done / len(self._batches) if cut else plan.end,
             seconds_per_image=(trained - since) / whole,
-            seconds_between=now - trained,
+            validation_seconds=now - trained,
         )
 
     def _report(self) -> None:
