@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from benchmarks.flops import count_flops
 from cnnpipe.config import RetrainSettings, TrainSettings
 from cnnpipe.training.datasets import PreparedDataset, load_prepared
 from cnnpipe.training.models import build_network, measure_input
-from cnnpipe.training.recipes import resolve_recipe
+from cnnpipe.training.recipes import resolve_recipe, small_size
 from cnnpipe.training.stages import evaluate_run, train_run
 
 
@@ -52,7 +51,8 @@ def _flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int
     total = 0
     statistics = measure_input(dataset.images("train"))
     recipe = resolve_recipe(train, dataset.num_images["train"])
-    for image_size, epochs in Counter(recipe.image_sizes(dataset.image_size, recipe.epochs)).items():
+    small = recipe.small_epochs(dataset.image_size, recipe.epochs)
+    for image_size, epochs in ((small_size(dataset.image_size), small), (dataset.image_size, recipe.epochs - small)):
         network = build_network(train.preset, image_size, len(dataset.class_names), statistics)
         total += epochs * count_flops(network)
     return total

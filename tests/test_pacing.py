@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.checkpoints import Epochs
-from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan, plan_epochs, relative_cost
+from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan, plan_epochs
 from cnnpipe.training.recipes import Recipe, resolve_recipe
 
 IMAGES = 40_000
@@ -29,7 +28,7 @@ def train(
         plan = plan_epochs(recipe, WHOLE, IMAGES, done, max_seconds)
         pace = seconds_per_image(len(plans))
         images = plan.images * IMAGES
-        seconds = images * pace * relative_cost(plan.image_sizes[0], WHOLE)
+        seconds = images * pace * plan.image_cost
         share = plan.end
         if max_seconds is not None and not plans and seconds > FIRST_EPOCH_SHARE * max_seconds:
             used = FIRST_EPOCH_SHARE * max_seconds / seconds
@@ -50,9 +49,10 @@ def train(
 @pytest.mark.parametrize("epochs", [1, 2, 6, 14, 30, 71])
 def test_without_a_limit_every_epoch_of_the_recipe_is_whole(epochs: int) -> None:
     plans, done = train(recipe_of(epochs), None, 5.0, lambda _: 1e-3)
-    assert [len(plan.image_sizes) for plan in plans] == list(range(epochs, 0, -1))
+    assert [plan.epochs for plan in plans] == list(range(epochs, 0, -1))
     assert {plan.images for plan in plans} == {1.0}
-    assert [plan.image_sizes[0] for plan in plans] == recipe_of(epochs).image_sizes(WHOLE, epochs)
+    small = recipe_of(epochs).small_epochs(WHOLE, epochs)
+    assert [plan.image_size for plan in plans] == [(24, 24)] * small + [WHOLE] * (epochs - small)
     assert [plan.start for plan in plans] == pytest.approx([epoch / epochs for epoch in range(epochs)])
     assert done.share == 1.0
 
@@ -70,8 +70,8 @@ def test_a_shortened_training_fills_its_time_and_ends_at_the_end_of_the_schedule
     plans, done = train(recipe, seconds, 5.0, lambda _: 1e-3)
     assert done.share == 1.0
     assert 0.75 * seconds < done.seconds <= seconds
-    assert plans[-1].image_sizes == (WHOLE,)
-    small = [plan.image_sizes[0] != WHOLE for plan in plans]
+    assert (plans[-1].epochs, plans[-1].image_size) == (1, WHOLE)
+    small = [plan.image_size != WHOLE for plan in plans]
     assert small == sorted(small, reverse=True)  # never small again after whole ones
 
 
@@ -88,7 +88,7 @@ def test_the_plan_follows_the_speed_of_the_machine(factor: float) -> None:
 def test_where_validation_alone_takes_the_time_an_epoch_has_hardly_an_image() -> None:
     done = Epochs(({},), 50.0, IMAGES, 0.1, seconds_per_image=1e-3, validation_seconds=40.0)
     plan = plan_epochs(recipe_of(10), WHOLE, IMAGES, done, 60.0)
-    assert (plan.images, plan.end, plan.image_sizes) == (0.0, 1.0, (WHOLE,))
+    assert (plan.images, plan.end, plan.epochs, plan.image_size) == (0.0, 1.0, 1, WHOLE)
 
 
 def test_a_single_epoch_that_was_cut_is_followed_by_what_is_left_of_it() -> None:
@@ -96,4 +96,4 @@ def test_a_single_epoch_that_was_cut_is_followed_by_what_is_left_of_it() -> None
     assert len(plans) == 2
     assert done.share == 1.0
     assert done.seconds <= 30.0
-    assert replace(plans[0], images=1.0) == Plan((WHOLE,), 1.0, 0.0, 1.0)
+    assert plans[0] == Plan(1, WHOLE, 1.0, 1.0, 0.0, 1.0)

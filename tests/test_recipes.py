@@ -9,7 +9,7 @@ import pytest
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
-from cnnpipe.training.recipes import compile_model, make_optimizer, resolve_recipe
+from cnnpipe.training.recipes import compile_model, make_optimizer, resolve_recipe, small_size
 
 
 def test_baseline_trains_as_the_tutorial_does_unless_told_otherwise() -> None:
@@ -50,19 +50,19 @@ def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> Non
 
 def test_fast_begins_with_small_images_and_ends_with_whole_ones() -> None:
     recipe = resolve_recipe(TrainSettings(preset="fast", epochs=9), 40_000)
-    assert recipe.image_sizes((32, 40), 9) == [(24, 30)] * 6 + [(32, 40)] * 3
-    assert recipe.image_sizes((15, 40), 9) == [(15, 40)] * 9
-    assert recipe.image_sizes((32, 32), 1) == [(32, 32)]
-    assert resolve_recipe(TrainSettings(), 40_000).image_sizes((32, 32), 15) == [(32, 32)] * 15
+    assert (recipe.small_epochs((32, 40), 9), small_size((32, 40))) == (6, (24, 30))
+    assert recipe.small_epochs((15, 40), 9) == 0
+    assert recipe.small_epochs((32, 32), 1) == 0
+    assert resolve_recipe(TrainSettings(), 40_000).small_epochs((32, 32), 15) == 0
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 6, 14, 30, 71])
 def test_the_epochs_that_are_left_have_the_sizes_that_they_were_to_have(epochs: int) -> None:
     recipe = resolve_recipe(TrainSettings(preset="fast"), 40_000)
-    sizes = recipe.image_sizes((32, 32), epochs)
+    small = recipe.small_epochs((32, 32), epochs)
     for done in range(epochs):
-        assert recipe.image_sizes((32, 32), epochs - done, done / epochs) == sizes[done:]
-    assert sizes[-1] == (32, 32)
+        assert recipe.small_epochs((32, 32), epochs - done, done / epochs) == max(0, small - done)
+    assert small < epochs
 
 
 def test_flips_are_averaged_only_where_they_are_trained() -> None:

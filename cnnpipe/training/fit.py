@@ -36,7 +36,7 @@ from cnnpipe.training.lanes import count_lanes, spread
 from cnnpipe.training.models import InputStatistics, average_flips, build_network, measure_input
 from cnnpipe.training.optimizers import Muon
 from cnnpipe.training.pacing import plan_epochs
-from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe
+from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe, small_size
 from cnnpipe.training.record import Record
 
 __all__ = ["TrainingResult", "train_model"]
@@ -131,7 +131,7 @@ def train_model(
         trained.batches.shuffle(len(epochs.rows), plan.images)
         if isinstance(trained.optimizer, Muon):
             trained.optimizer.set_course(plan.start, plan.end, len(trained.batches))
-        trained.models[plan.image_sizes[0]].fit(
+        trained.models[plan.image_size].fit(
             pipeline(trained.batches),
             initial_epoch=len(epochs.rows),
             epochs=len(epochs.rows) + 1,
@@ -196,7 +196,7 @@ def _assemble(
             f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
         )
     whole = dataset.image_size
-    sizes = dict.fromkeys(recipe.image_sizes(whole, recipe.epochs))
+    sizes = [small_size(whole), whole] if recipe.small_epochs(whole, recipe.epochs) else [whole]
     network = build_network(*like, any_size=len(sizes) > 1)
     _draw_weights(network, seed)
     own = optimizer = make_optimizer(recipe)

@@ -113,7 +113,7 @@ class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: 
     def __call__(self, step: Any) -> Any:
         """Return the rate of a step."""
         ops = keras.ops
-        first, start, change = (self.course[place] for place in range(3))
+        first, start, change = (self.course[index] for index in range(3))
         place = start + change * (ops.cast(step, "float32") - first)
         rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * place / _WARM_UP
         falling = (1.0 - place) / (1.0 - _WARM_UP)

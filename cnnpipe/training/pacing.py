@@ -7,13 +7,14 @@ every epoch, by the time that the last one took, and the rate falls to zero with
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Final
 
 from cnnpipe.training.checkpoints import Epochs
-from cnnpipe.training.recipes import Recipe
+from cnnpipe.training.recipes import Recipe, small_size
 
-__all__ = ["FIRST_EPOCH_SHARE", "Plan", "plan_epochs", "relative_cost"]
+__all__ = ["FIRST_EPOCH_SHARE", "Plan", "plan_epochs"]
 
 FIRST_EPOCH_SHARE: Final = 0.2
 """Of the time, after which the first epoch ends, so that the others can be planned."""
@@ -26,10 +27,14 @@ _USED_SHARE: Final = 0.95
 class Plan:
     """What is left of a training."""
 
-    image_sizes: tuple[tuple[int, int], ...]
-    """(height, width) of training images, for each epoch that is left."""
+    epochs: int
+    """That are left."""
+    image_size: tuple[int, int]
+    """(height, width) of training images in the next one."""
+    image_cost: float
+    """Of such an image, in images of the whole size."""
     images: float
-    """Share of the training images that each of these epochs sees."""
+    """Share of the training images that each of the epochs sees."""
     start: float
     """Share of the training that is done."""
     end: float
@@ -47,25 +52,26 @@ def plan_epochs(
         max_seconds: for the whole training, the epochs that are done included; None is no limit.
     """
     start = done.share
-    most = max(1, math.ceil((1.0 - start) * recipe.epochs - 1e-6))
-    plan = _plan(recipe, image_size, start, most)
-    if max_seconds is None or not done.rows:
-        return plan
-    seconds = _USED_SHARE * (max_seconds - done.seconds)
-    for number in range(1, most + 1):  # the fewest that fill the time
-        plan = _plan(recipe, image_size, start, number)
-        cost = num_images * sum(relative_cost(size, image_size) for size in plan.image_sizes)
-        images = (seconds - number * done.validation_seconds) / (cost * done.seconds_per_image)
-        if images <= 1.0:
-            return Plan(plan.image_sizes, max(0.0, images), plan.start, plan.end)
-    return plan
+    small = small_size(image_size)
+    small_cost = math.prod(small) / math.prod(image_size)
+    seconds = math.inf if max_seconds is None else _USED_SHARE * (max_seconds - done.seconds)
 
+    def share_of_images(epochs: int) -> float:
+        """Return how much of the images each of so many epochs has time for; more than 1 where there is time left."""
+        small_epochs = recipe.small_epochs(image_size, epochs, start)
+        cost = num_images * (epochs - small_epochs * (1.0 - small_cost)) * done.seconds_per_image
+        return (seconds - epochs * done.validation_seconds) / cost
 
-def relative_cost(size: tuple[int, int], whole: tuple[int, int]) -> float:
-    """Return what an image of a size costs, in images of the whole size."""
-    return math.prod(size) / math.prod(whole)
-
-
-def _plan(recipe: Recipe, image_size: tuple[int, int], start: float, number: int) -> Plan:
-    end = start + (1.0 - start) / number if number > 1 else 1.0
-    return Plan(tuple(recipe.image_sizes(image_size, number, start)), 1.0, start, end)
+    epochs, images = max(1, math.ceil((1.0 - start) * recipe.epochs - 1e-6)), 1.0
+    if max_seconds is not None and done.rows:
+        fewest = 1 + bisect_left(range(1, epochs), True, key=lambda number: share_of_images(number) <= 1.0)
+        epochs, images = fewest, min(1.0, max(0.0, share_of_images(fewest)))
+    shrunk = recipe.small_epochs(image_size, epochs, start) > 0
+    return Plan(
+        epochs=epochs,
+        image_size=small if shrunk else image_size,
+        image_cost=small_cost if shrunk else 1.0,
+        images=images,
+        start=start,
+        end=start + (1.0 - start) / epochs if epochs > 1 else 1.0,
+    )

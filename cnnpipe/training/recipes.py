@@ -10,7 +10,7 @@ from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
 from cnnpipe.training.optimizers import Muon, TriangularRate
 
-__all__ = ["PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe"]
+__all__ = ["PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe", "small_size"]
 
 _MIN_SHRUNK: Final = 16
 """Side of the smallest images that are shrunk for the first epochs, pixels."""
@@ -44,18 +44,22 @@ class Recipe:
     min_steps: int = 0
     """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
 
-    def image_sizes(self, image_size: tuple[int, int], epochs: int, start: float = 0.0) -> list[tuple[int, int]]:
-        """Return the (height, width) of training images in each of the epochs that are left.
+    def small_epochs(self, image_size: tuple[int, int], epochs: int, start: float = 0.0) -> int:
+        """Return how many of the epochs that are left, the first of them, have training images of `small_size`.
 
         Args:
-            image_size: of the dataset.
+            image_size: (height, width) of the dataset.
             epochs: that are left.
             start: share of the training that is done.
         """
-        height, width = image_size
         left = max(0.0, self.small_share - start) / (1.0 - start) * epochs
-        small_epochs = int(left + 1e-6) if min(image_size) >= _MIN_SHRUNK else 0
-        return [(height * 3 // 4, width * 3 // 4)] * small_epochs + [image_size] * (epochs - small_epochs)
+        return int(left + 1e-6) if min(image_size) >= _MIN_SHRUNK else 0
+
+
+def small_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of the small images that belong to whole ones."""
+    height, width = image_size
+    return height * 3 // 4, width * 3 // 4
 
 
 _FAST: Final = Recipe(

@@ -18,7 +18,7 @@ from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan, relative_cost
+from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan
 
 __all__ = ["HISTORY_COLUMNS", "Record"]
 
@@ -96,7 +96,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self.write_files()
         logger.info(
             "epoch %d/%d  accuracy %.4f  loss %.4f  val_accuracy %.4f  val_loss %.4f  %.0f images/s%s",
-            *(epoch + 1, epoch + len(self.plan.image_sizes), figures["accuracy"], figures["loss"]),
+            *(epoch + 1, epoch + self.plan.epochs, figures["accuracy"], figures["loss"]),
             *(figures["val_accuracy"], figures["val_loss"], self._batches.num_images(self._done) / figures["seconds"]),
             "" if self.epochs.epochs_since_best else "  (best)",
         )
@@ -128,21 +128,20 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         counted, since = images, self._epoch_started
         if self._done > 1:  # the first one may wait for compiling
             counted, since = images - self._batches.num_images(1), self._first_batch_ended
-        whole = counted * relative_cost(plan.image_sizes[0], plan.image_sizes[-1])
         cut = self._done < len(self._batches)
         return Epochs(
             rows=(*self.epochs.rows, figures),
             seconds=now - self._started,
             images=self.epochs.images + images,
             share=plan.start + (plan.end - plan.start) * self._done / len(self._batches) if cut else plan.end,
-            seconds_per_image=(trained - since) / whole,
+            seconds_per_image=(trained - since) / (counted * plan.image_cost),
             validation_seconds=now - trained,
         )
 
     def _report(self) -> None:
         done = self.epochs
         best = f", best val_accuracy {done.best_accuracy:.4f}" if done.rows else ""
-        left = len(self.plan.image_sizes)
+        left = self.plan.epochs
         self._progress(
             f"train: epoch {len(done.rows) + 1}/{len(done.rows) + left}{best}",
             done.images + self._batches.num_images(self._done),
