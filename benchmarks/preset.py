@@ -53,8 +53,9 @@ def _flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int
     recipe = resolve_recipe(train, dataset.num_images["train"])
     small = recipe.small_epochs(dataset.image_size, recipe.epochs)
     for image_size, epochs in ((small_size(dataset.image_size), small), (dataset.image_size, recipe.epochs - small)):
-        network = build_network(train.preset, image_size, len(dataset.class_names), statistics)
-        total += epochs * count_flops(network)
+        if epochs:
+            network = build_network(train.preset, image_size, len(dataset.class_names), statistics)
+            total += epochs * count_flops(network)
     return total
 
 

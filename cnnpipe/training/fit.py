@@ -125,6 +125,7 @@ def train_model(
     if done.rows:
         logger.info("epochs 1 to %d are done", len(done.rows))
         record.write_files()
+    class_weights = _class_weights(dataset.labels("train")) if train.class_weights else None
     max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
     while (epochs := record.epochs).share < 1.0 and record.reason_to_stop() is None:
         record.plan = plan = plan_epochs(recipe, dataset.image_size, dataset.num_images["train"], epochs, max_seconds)
@@ -135,7 +136,7 @@ def train_model(
             pipeline(trained.batches),
             initial_epoch=len(epochs.rows),
             epochs=len(epochs.rows) + 1,
-            class_weight=_class_weights(dataset.labels("train")) if train.class_weights else None,
+            class_weight=class_weights,
             shuffle=False,  # by Keras, which draws from that generator too
             verbose=0,
             callbacks=[record],

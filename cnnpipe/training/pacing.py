@@ -14,9 +14,9 @@ from typing import Final
 from cnnpipe.training.checkpoints import Epochs
 from cnnpipe.training.recipes import Recipe, small_size
 
-__all__ = ["FIRST_EPOCH_SHARE", "Plan", "plan_epochs"]
+__all__ = ["Plan", "plan_epochs"]
 
-FIRST_EPOCH_SHARE: Final = 0.2
+_FIRST_EPOCH_SHARE: Final = 0.2
 """Of the time, after which the first epoch ends, so that the others can be planned."""
 
 _USED_SHARE: Final = 0.95
@@ -39,6 +39,8 @@ class Plan:
     """Share of the training that is done."""
     end: float
     """The same after the next epoch."""
+    until: float
+    """Seconds since the start of the training after which the next epoch is cut short; infinite where it never is."""
 
 
 def plan_epochs(
@@ -74,4 +76,5 @@ def plan_epochs(
         images=images,
         start=start,
         end=start + (1.0 - start) / epochs if epochs > 1 else 1.0,
+        until=math.inf if done.rows or max_seconds is None else _FIRST_EPOCH_SHARE * max_seconds,
     )

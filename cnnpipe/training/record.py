@@ -18,7 +18,7 @@ from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.training.pacing import FIRST_EPOCH_SHARE, Plan
+from cnnpipe.training.pacing import Plan
 
 __all__ = ["HISTORY_COLUMNS", "Record"]
 
@@ -68,8 +68,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self._done = batch + 1
         if self._done == 1:
             self._first_batch_ended = now
-        limit = self._settings.max_minutes
-        if limit is not None and not self.epochs.rows and now - self._started > FIRST_EPOCH_SHARE * 60.0 * limit:
+        if now - self._started > self.plan.until:
             self.model.stop_training = True  # this epoch
         if now - self._reported < 0.1:
             return
