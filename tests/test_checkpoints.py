@@ -25,6 +25,7 @@ from cnnpipe.training.backend import keras
 from cnnpipe.training.checkpoints import Epochs, TrainingJob, open_training
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.fit import TrainingResult
+from cnnpipe.training.scoring import predict_keras
 
 # All that a training has of state: two sizes of images, averages, augmentation, a rate that changes.
 SETTINGS = RetrainSettings(train=TrainSettings(preset="fast", epochs=4, seed=3, average_weights=True))
@@ -101,9 +102,11 @@ def history_of(run: Path) -> list[dict[str, str]]:
 
 def assert_same_weights(run: Path, other: Path) -> None:
     assert history_of(run) == history_of(other)  # of the weights after each epoch, to the last digit
-    pairs = [keras.saving.load_model(each / "model.keras").get_weights() for each in (run, other)]
-    for first, second in zip(*pairs, strict=True):
+    models = [keras.saving.load_model(each / "model.keras") for each in (run, other)]
+    for first, second in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(first, second)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(*(predict_keras(model, images) for model in models))  # the temperature is no weight
 
 
 class InterruptedForTestError(Exception):
@@ -151,7 +154,7 @@ def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_weights(
     digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult
 ) -> None:
     # Before its first checkpoint; between a checkpoint and its weights; before the next one; behind the last file.
-    moments = [("rename", 4.0), ("rename", 3.5), ("rename", 5.0), ("rename", 10.5)]
+    moments = [("rename", 4.0), ("rename", 3.5), ("rename", 5.0), ("rename", 11.5)]
     values = train_in_attempts(SETTINGS, digits, tmp_path, moments)
 
     assert values["statuses"] == [-9, -9, -9, -9, 0]

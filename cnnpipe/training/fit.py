@@ -6,6 +6,7 @@ Backend-neutral: nothing here knows whether TensorFlow or JAX does the arithmeti
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from cnnpipe.config import RetrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.storage import write_json, write_text
+from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink, stay_on_device
 from cnnpipe.training.backend import (
     computing_in,
@@ -29,6 +30,7 @@ from cnnpipe.training.backend import (
     select_precision,
 )
 from cnnpipe.training.batches import Batches, open_batches
+from cnnpipe.training.calibration import apply_temperature, fit_temperature
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.training.datasets import PreparedDataset
@@ -38,6 +40,7 @@ from cnnpipe.training.optimizers import Muon
 from cnnpipe.training.pacing import plan_epochs
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe, small_size
 from cnnpipe.training.record import Record
+from cnnpipe.training.scoring import predict_keras
 
 __all__ = ["TrainingResult", "train_model"]
 
@@ -45,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _VAL_BATCH_SIZE: Final = 256
 """Images; more do not stay in a core's cache."""
+
+_CALIBRATION_IMAGES: Final = 2_000
+"""At most so many for validation, evenly spread, decide over the temperature: one number needs no more."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def train_model(
     same packages, whether it was broken off or not.
 
     Writes to the run folder: `config.toml`, `environment.json`, `history.csv` after every epoch, and `model.keras`
-    whenever the validation accuracy has improved (at equal accuracy, when the loss has).
+    whenever the validation accuracy has improved (at equal accuracy, when the loss has), at the end once more with the
+    temperature that suits it, where the recipe has one.
 
     Args:
         settings: the whole retraining's, so that `config.toml` repeats it; training uses `settings.train`.
@@ -141,6 +148,9 @@ def train_model(
             verbose=0,
             callbacks=[record],
         )
+    if recipe.calibrate:
+        model.load_weights(run / "model.keras")
+        _save_calibrated(run / "model.keras", kept, like, recipe, dataset)
     stopped = record.reason_to_stop() if epochs.share < 1.0 else None
     passes = epochs.images / dataset.num_images["train"]
     if stopped is None and max_seconds is not None and passes < recipe.epochs - 0.1:
@@ -230,6 +240,36 @@ def _draw_weights(model: keras.Model, seed: int) -> None:
             own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
             initializer = type(initializer).from_config({**initializer.get_config(), "seed": own})
             layer.kernel.assign(initializer(layer.kernel.shape, layer.kernel.dtype))
+
+
+def _save_calibrated(
+    path: Path,
+    kept: keras.Model,
+    like: tuple[str, tuple[int, int], int, InputStatistics],
+    recipe: Recipe,
+    dataset: PreparedDataset,
+) -> None:
+    """Save the model of a network with the temperature that suits it.
+
+    Args:
+        kept: of temperature 1.
+        like: the arguments of `build_network`.
+    """
+    step = math.ceil(dataset.num_images["val"] / _CALIBRATION_IMAGES)
+    images, labels = dataset.images("val")[::step], dataset.labels("val")[::step]
+    sides = [images, images[:, :, ::-1]] if recipe.average_flips else [images]
+    views = np.stack([predict_keras(kept, side, _VAL_BATCH_SIZE) for side in sides])
+    temperature = fit_temperature(views, labels)
+    calibrated = build_network(*like, temperature=temperature)
+    calibrated.set_weights(kept.get_weights())
+    model = average_flips(calibrated) if recipe.average_flips else calibrated
+    with write_file(path) as temporary, storage_errors(path):
+        model.save(temporary)
+    before, after = (float(apply_temperature(views, each).max(axis=1).mean()) for each in (1.0, temperature))
+    logger.info(
+        "temperature %.3f by %d validation images: mean confidence %.3f, not %.3f, at accuracy %.3f",
+        *(temperature, len(labels), after, before, np.mean(views.mean(axis=0).argmax(axis=1) == labels)),
+    )
 
 
 def _class_weights(labels: npt.NDArray[np.int64]) -> dict[int, float]:

@@ -73,7 +73,13 @@ def measure_input(images: Images) -> InputStatistics:
 
 
 def build_network(
-    preset: str, image_size: tuple[int, int], num_classes: int, statistics: InputStatistics, *, any_size: bool = False
+    preset: str,
+    image_size: tuple[int, int],
+    num_classes: int,
+    statistics: InputStatistics,
+    *,
+    any_size: bool = False,
+    temperature: float = 1.0,
 ) -> keras.Model:
     """Build a preset's network with fresh weights.
 
@@ -83,6 +89,7 @@ def build_network(
         num_classes: length of the output.
         statistics: of the images for training; `baseline` needs none of them.
         any_size: leave the size of the input open, so that it takes smaller images too; not for `baseline`.
+        temperature: logits are divided by it, see `cnnpipe.training.calibration`; not for `baseline`.
     Returns:
         A model from `images` uint8 (batch, height, width, 3) to `probabilities` float32 (batch, num_classes).
     Raises:
@@ -92,7 +99,7 @@ def build_network(
         raise TrainingError(f"the images must be at least 8x8 pixels, received image_size {image_size}; enlarge it")
     if preset == "baseline":
         return _build_baseline(image_size, num_classes)
-    return _build_fast(preset, image_size, num_classes, statistics, any_size=any_size)
+    return _build_fast(preset, image_size, num_classes, statistics, any_size=any_size, temperature=temperature)
 
 
 def average_flips(network: keras.Model) -> keras.Model:
@@ -125,7 +132,13 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
 
 
 def _build_fast(
-    preset: str, image_size: tuple[int, int], num_classes: int, statistics: InputStatistics, *, any_size: bool
+    preset: str,
+    image_size: tuple[int, int],
+    num_classes: int,
+    statistics: InputStatistics,
+    *,
+    any_size: bool,
+    temperature: float,
 ) -> keras.Model:
     """A small network that learns in few epochs: a whitened first layer, then blocks of two convolutions.
 
@@ -156,7 +169,7 @@ def _build_fast(
         x = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
-    x = layers.Rescaling(_LOGIT_SCALE)(x)
+    x = layers.Rescaling(_LOGIT_SCALE / temperature)(x)
     model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=preset)
     whitening.set_weights([statistics.filters])
     return model

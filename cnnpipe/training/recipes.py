@@ -41,6 +41,8 @@ class Recipe:
     """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
     average_weights: bool = False
     """Validate and keep the running average of the weights, see `cnnpipe.training.candidate`."""
+    calibrate: bool = False
+    """Give the network that is kept the temperature that suits it, see `cnnpipe.training.calibration`."""
     min_steps: int = 0
     """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
 
@@ -72,6 +74,7 @@ _FAST: Final = Recipe(
     label_smoothing=0.1,
     small_share=2 / 3,
     average_flips=True,
+    calibrate=True,
     min_steps=300,
 )
 
