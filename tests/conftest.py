@@ -1,17 +1,24 @@
-"""What several test modules share: the digits prepared once, and one real run of every stage, trained for 3 epochs."""
+"""What several test modules share: the digits prepared once, one real run of every stage, trained for 3 epochs, a tiny
+model and images for it, a server, a browser.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
+from tiny_models import write_digits, write_model
 
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
 from cnnpipe.training import stages
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 SETTINGS = RetrainSettings(prepare=PrepareSettings(), train=TrainSettings(epochs=3, seed=1))
 
@@ -59,6 +66,43 @@ def photos(tmp_path: Path, digits: PreparedDataset) -> Path:
         Image.fromarray(images[index]).save(file)
     (folder / "zz-notes.png").write_text("no image")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of 8x8 digits; never change it."""
+    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 70 digits in class folders and 5 files that are no images; never change it."""
+    folder = tmp_path_factory.mktemp("images")
+    write_digits(folder, range(70))
+    for number in range(5):
+        (folder / f"{number}" / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """Headless Chromium, its console and its network kept in logs."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.fail("no Chromium here; install it (Debian, Ubuntu: apt-get install chromium chromium-driver)")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "window-size=1400,1600",
+                 "disable-background-networking", "disable-component-update", "disable-sync",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    chrome = Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
 
 
 @pytest.fixture(scope="session")

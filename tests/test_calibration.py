@@ -21,7 +21,7 @@ from cnnpipe.training.fit import train_model
 
 def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float32)
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])

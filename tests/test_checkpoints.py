@@ -106,7 +106,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
     for first, second in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(first, second)
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(*(predict_keras(model, images) for model in models))  # the temperature is no weight
+    first, second = (predict_keras(model, images) for model in models)
+    np.testing.assert_array_equal(first, second)  # so the temperature, which is no weight, is the same
 
 
 class InterruptedForTestError(Exception):

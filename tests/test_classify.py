@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import load_digits, write_digits, write_model
+from tiny_models import load_digits, write_digits
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
@@ -27,11 +27,6 @@ from cnnpipe.inference.summary import ClassificationSummary, check_failure_rate
 from cnnpipe.storage import sha256_file
 
 needs_bytes_in_names = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
 
 
 @pytest.fixture

@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_digits, write_model
+from tiny_models import write_digits
 
 Completed = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ Needs Debian's packages chromium and chromium-driver; `make test-browser`.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from test_contact_sheet import summarize
 
@@ -27,23 +24,6 @@ LABELS = ("cat", "猫", "قطة برتقالية", "<script>document.title='run'
           "日本語のとても長いクラス名" * 6)  # fmt: skip
 NAMES = ("{}.png", "{} a name of many words that goes on for very long.png", "{}" + "x" * 180 + ".png", "{}猫.png",
          "{}صورة قطة جميلة جدا في الحديقة.png", "{}<b onclick=x>&amp;'.png")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.fail("no Chromium here; install it (Debian, Ubuntu: apt-get install chromium chromium-driver)")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync",
-                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    chrome = Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture(scope="module")

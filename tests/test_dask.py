@@ -22,7 +22,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
-from tiny_models import write_digits, write_model
+from tiny_models import write_model
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
@@ -36,21 +36,6 @@ from flows.runners import check_runner
 ROOT: Final = Path(__file__).parent.parent
 NUM_FILES: Final = 75
 SHARD_SIZE: Final = 16
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of 70 digits and 5 files that are no images."""
-    folder = tmp_path_factory.mktemp("images")
-    write_digits(folder, range(NUM_FILES - 5))
-    for number in range(5):
-        (folder / f"{number}" / "notes.txt").write_text("no image")
-    return folder
 
 
 @pytest.fixture(scope="module")

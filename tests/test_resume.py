@@ -55,21 +55,6 @@ print(touched, summary.found, summary.resumed)
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of 70 digits and 5 files that are no images."""
-    folder = tmp_path_factory.mktemp("images")
-    write_digits(folder, range(NUM_FILES - 5))
-    for number in range(5):
-        (folder / f"{number}" / "notes.txt").write_text("no image")
-    return folder
-
-
 @pytest.fixture
 def own_images(images: Path, tmp_path: Path) -> Path:
     """Return a copy of the folder, to change at will."""

@@ -52,11 +52,6 @@ OTHER_FAILURES = (
 needs_no_driver = pytest.mark.skipif(bool(ask_driver().gpus), reason="this machine has a GPU")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.onnx")
-
-
 def rgb_digits(count: int) -> Any:
     return np.repeat(load_digits()[0][:count, :, :, None], 3, axis=3)
 
