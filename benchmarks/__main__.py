@@ -37,7 +37,7 @@ _LAYOUTS = list(Layout)
 def training(
     dataset: Annotated[str, typer.Argument(help="Dataset to train on.")] = "digits",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of every training; 0: each its own number.")] = 3,
-    rounds: Annotated[int, typer.Option(help="How often each contender is trained, in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contender is trained, in turn.")] = 3,
     preset: Annotated[list[str], typer.Option(help="Preset to train beside the tutorial's script.")] = _PRESETS,
     data: DataOption = Path("data"),
 ) -> None:

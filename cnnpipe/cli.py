@@ -19,7 +19,7 @@ from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.registry import list_names, promote_run, resolve_run, rollback, summarize_runs
+from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
 
 __all__ = ["app", "main"]
 
@@ -218,7 +218,7 @@ def promote_model(
 
     folder = resolve_run(run, artifacts)
     if force and (folder / MANIFEST_FILE).is_file():
-        promoted, text = True, promote_run(folder.parents[2], folder.parents[1].name, folder.name, reason).reason
+        promoted, text = True, promote_run(*registry_place(folder), folder.name, reason).reason
     else:
         decision = conclude_run(folder, forced=reason if force else None)
         promoted, text = decision.promoted, decision.reason

@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cnnpipe.errors import ConfigError, UsageError
+from cnnpipe.files import user_path
 
 __all__ = [
     "BUILT_IN_DATASETS",
@@ -29,6 +30,7 @@ __all__ = [
     "RetrainSettings",
     "Settings",
     "TrainSettings",
+    "dataset_name",
     "dump_toml",
     "load_toml",
     "read_toml",
@@ -49,7 +51,7 @@ ImageSize = Annotated[int, Field(ge=8, le=1024)]
 class Settings(BaseModel):
     """Base of all settings: frozen, and a misspelt name is an error rather than a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrepareSettings(Settings):
@@ -68,7 +70,9 @@ class PrepareSettings(Settings):
     )
     image_size: tuple[ImageSize, ImageSize] = Field((32, 32), description="(height, width) of the model, pixels")
     val_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of train that becomes val if there is none")
-    test_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of all that becomes test if there is none")
+    test_fraction: float = Field(
+        0.2, gt=0.0, lt=1.0, description="share of all but val that becomes test if there is none"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="decides which images go to which split")
     min_images_per_class: int = Field(10, ge=1, description="a class with fewer images in train stops the run")
     max_unreadable_fraction: Fraction = Field(0.01, description="a larger share of unreadable images stops the run")
@@ -86,10 +90,14 @@ class PrepareSettings(Settings):
         """The name of the dataset, of its models and of their folder: `name`, or made from `dataset`."""
         if self.name is not None:
             return self.name
-        if self.dataset in BUILT_IN_DATASETS:
-            return self.dataset
-        own = Path(self.dataset).expanduser().resolve().name
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")[:64]
+        return dataset_name(self.dataset)
+
+
+def dataset_name(dataset: str) -> str:
+    """Return the name that a dataset gives to itself and its models; empty where its folder's has no ASCII letter."""
+    if dataset in BUILT_IN_DATASETS:
+        return dataset
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", user_path(dataset).resolve().name).strip("-._")[:64]
 
 
 class TrainSettings(Settings):
@@ -118,8 +126,8 @@ class TrainSettings(Settings):
     max_minutes: float | None = Field(
         None,
         gt=0.0,
-        description="for training: where it is too short for all epochs, fewer are planned, and the rate falls to zero "
-        "in them; default: no limit",
+        description="for training: where it is too short for all epochs, fewer are planned, and the rate of `fast` and "
+        "`accurate` falls to zero in them; default: no limit",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -1,4 +1,4 @@
-"""Read files, never hanging on what is no file, and show their paths."""
+"""Read files, never hanging on what is no file; what a user means by a path, and how one is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 from cnnpipe.errors import ImageError
 
-__all__ = ["MAX_FILE_BYTES", "display_path", "read_file"]
+__all__ = ["MAX_FILE_BYTES", "display_path", "read_file", "user_path"]
 
 MAX_FILE_BYTES: Final = 2**30
 
@@ -19,6 +19,11 @@ def display_path(path: str) -> str:
     if path.isascii():  # nearly all of millions
         return path
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a user means; `~` is the home folder, `~somebody` that of a user, or a name like any other."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError where there is no such user
 
 
 def read_file(path: Path | str) -> bytes:

@@ -22,13 +22,14 @@ from typing import Final, Literal
 from filelock import FileLock, Timeout
 
 from cnnpipe.errors import ModelError, RegistryError
+from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.storage import make_folder, storage_errors, write_text
 from cnnpipe.variants import Precision, choose_model_file
 
 __all__ = [
     "CHAMPION_FILE",
-    "HISTORY_FILE",
+    "PROMOTIONS_FILE",
     "Promotion",
     "RunSummary",
     "alias_lock",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 CHAMPION_FILE: Final = "champion"
-HISTORY_FILE: Final = "promotions.jsonl"
+PROMOTIONS_FILE: Final = "promotions.jsonl"
 _LOCK_TIMEOUT_SECONDS = 30.0
 
 
@@ -173,7 +174,7 @@ def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
     Raises:
         RegistryError: the history is damaged.
     """
-    path = artifacts / name / HISTORY_FILE
+    path = artifacts / name / PROMOTIONS_FILE
     if not path.is_file():
         return []
     try:
@@ -258,7 +259,7 @@ def _move_alias(
     else:
         move = Promotion(datetime.now(UTC).isoformat(timespec="seconds"), action, run_id, previous, reason)
         lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in [*history, move]]
-        write_text(folder / HISTORY_FILE, "\n".join(lines) + "\n")
+        write_text(folder / PROMOTIONS_FILE, "\n".join(lines) + "\n")
     write_text(alias, run_id + "\n")
     return move
 
@@ -300,6 +301,18 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
+def registry_place(run: Path) -> tuple[Path, str]:
+    """Return the artifacts folder and the name that a run folder belongs to.
+
+    Raises:
+        RegistryError: it is a copy outside any registry.
+    """
+    runs = run.resolve().parent
+    if runs.name != "runs":
+        raise RegistryError(f"{run} does not lie in <artifacts>/<name>/runs, so it cannot be champion; copy it there")
+    return runs.parent.parent, runs.parent.name
+
+
 def resolve_run(model: str, artifacts: Path) -> Path:
     """Return the run folder that a user means.
 
@@ -309,7 +322,7 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         ModelError: nothing is found under it.
         RegistryError: the alias names a run that is not complete.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.name == CHAMPION_FILE and path.is_file():
         return _read_alias(path)
     if path.is_dir():
@@ -347,7 +360,7 @@ def resolve_model(model: str | None, artifacts: Path, precision: Precision | Lit
         ModelError: nothing is found under it, None and there is not exactly one champion, or no such precision.
         RegistryError: the alias names a run that is not complete.
     """
-    path = Path(_only_champion(artifacts) if model is None else model).expanduser()
+    path = user_path(_only_champion(artifacts) if model is None else model)
     if path.suffix in (".onnx", ".keras"):
         if not path.is_file():
             raise ModelError(f"no model file at {path}; check the path")

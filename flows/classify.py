@@ -17,6 +17,7 @@ from prefect import flow, runtime, task
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import FailureBudgetError
+from cnnpipe.files import user_path
 from cnnpipe.inference.classify import open_classification
 from cnnpipe.inference.summary import check_failure_rate
 from flows import reports
@@ -50,7 +51,7 @@ class TooManyFailuresError(FailureBudgetError):
 def _run_name() -> str:
     """Name a run by its folder and the time it was meant to start, such as photos-2026-11-22-0200."""
     settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
-    folder = Path(settings.folder).expanduser().resolve().name or "root"
+    folder = user_path(settings.folder).resolve().name or "root"
     return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
 
 

@@ -23,6 +23,7 @@ import cnnpipe
 from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.console import command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
+from cnnpipe.files import user_path
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runs import close_dead_runs, unfinished_states
 from flows.server import Server, ensure_server, prefect_home, prepare_environment, serve_pidfile
@@ -214,7 +215,7 @@ def _with_whole_path(settings: RetrainSettings) -> RetrainSettings:
     """Make the path of a dataset absolute, and find out now, not at night, that it is wrong."""
     if settings.prepare.dataset in BUILT_IN_DATASETS:
         return settings
-    folder = Path(settings.prepare.dataset).expanduser().resolve()
+    folder = user_path(settings.prepare.dataset).resolve()
     if not folder.is_dir():
         raise DatasetError(f"no folder of images at {folder}; check the path, or name a built-in dataset")
     prepare = settings.prepare.model_copy(update={"dataset": str(folder)})

@@ -16,12 +16,16 @@ from benchmarks import memory, photos
 from benchmarks.__main__ import app
 from benchmarks.classification import compare_classification, compare_start_up
 from benchmarks.contenders import CNNPIPE, KERAS, LOOPS, Contender, Models, find_models, line_up, read_labels
+from benchmarks.flops import count_flops
 from benchmarks.limits import both_per_second, measure_decoding, measure_inference, measure_pool
+from benchmarks.preset import flops_for_each_image
 from benchmarks.processes import run_process
 from benchmarks.tables import markdown_lines
+from cnnpipe.config import PrepareSettings, TrainSettings
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.finding import find_files
-from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.backend import keras
+from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 
 NUM_IMAGES = 20
 DATALOADER = "PyTorch DataLoader, 64"
@@ -246,3 +250,25 @@ def test_table_is_markdown() -> None:
         "| ------- | --: |",
         "| cnnpipe | 1.5 |",
     ]
+
+
+def test_the_work_of_a_training_step_is_counted_layer_by_layer() -> None:
+    layers = keras.layers
+    first, second = layers.Conv2D(4, 3, padding="same"), layers.Conv2D(5, 3)
+    network = keras.Sequential([keras.Input((8, 8, 3)), first, second, layers.Flatten(), layers.Dense(7)])
+    forward = [2 * 8 * 8 * 3 * 3 * 3 * 4, 2 * 6 * 6 * 3 * 3 * 4 * 5, 2 * 6 * 6 * 5 * 7]
+
+    # Forward, for the weights, for the input, which is none of the first layer's business.
+    assert count_flops(network) == 2 * forward[0] + 3 * forward[1] + 3 * forward[2]
+    first.trainable = False
+    assert count_flops(network) == forward[0] + 2 * forward[1] + 3 * forward[2]
+
+
+def test_small_epochs_and_images_that_are_averaged_down_are_counted_as_they_are_trained(
+    digits: PreparedDataset, tmp_path: Path
+) -> None:
+    large = prepare_dataset(PrepareSettings(image_size=(64, 64)), tmp_path)
+    work = {epochs: flops_for_each_image(digits, TrainSettings(preset="fast", epochs=epochs)) for epochs in (1, 3)}
+
+    assert 2 * work[1] < work[3] < 2.5 * work[1]  # two of three are small, at 0.56 of the pixels
+    assert flops_for_each_image(large, TrainSettings(preset="fast", epochs=3)) == work[3]

@@ -283,19 +283,21 @@ def test_a_training_that_diverged_begins_afresh(digits: PreparedDataset, tmp_pat
     assert len(list_runs(tmp_path, "digits")) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "other network"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other network"])
 def test_a_checkpoint_that_does_not_fit_is_given_up_with_one_line(
     digits: PreparedDataset, tmp_path: Path, damage: str
 ) -> None:
     checkpoint = interrupt(SHORT, digits, tmp_path) / "training" / "checkpoint.npz"
     if damage == "cut":
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    elif damage == "empty":
+        checkpoint.write_bytes(b"")
     else:
         with np.load(checkpoint) as file:
             arrays = dict(file)
         np.savez(checkpoint, **{**arrays, "0000": np.zeros((3, 3), np.float32)})
 
-    message = "damaged" if damage == "cut" else "of another network"
+    message = "of another network" if damage == "other network" else "damaged"
     with pytest.raises(TrainingError, match=rf"checkpoint\.npz is {message}.*run again to train from the start"):
         train(SHORT, digits, tmp_path)
     assert not checkpoint.parent.exists()

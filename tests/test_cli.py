@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from typer.testing import CliRunner, Result
 
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
-from cnnpipe.registry import champion_run
-from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.registry import champion_run, list_runs
+from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
 
@@ -32,6 +33,15 @@ def run(*arguments: object) -> Result:
 def last_json(result: Result) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return value
+
+
+def write_images(digits: PreparedDataset, folder: Path) -> None:
+    """Write the test images into a folder for each class."""
+    labels = digits.labels("test")
+    for index, image in enumerate(digits.images("test")):
+        file = folder / digits.class_names[labels[index]] / f"{index:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
 
 
 def assert_one_line_error(result: Result, status: int, *words: str) -> None:
@@ -138,6 +148,55 @@ def test_evaluate_takes_any_dataset(artifacts: Path, data: Path) -> None:
     assert last_json(result)["num_images"] == 359
 
 
+def test_evaluate_splits_another_dataset_as_the_runs_own_was(artifacts: Path, tmp_path: Path) -> None:
+    folder = list_runs(artifacts, "digits")[0]
+    config = folder / "config.toml"
+    text = config.read_text()
+    assert text.count("\n[train]") == 1
+    head, tail = text.split("\n[train]")
+    config.write_text(re.sub(r"(?m)^seed = 0$", "seed = 5", head) + "\n[train]" + tail)
+
+    options = ("--dataset", "digits", "--data", tmp_path / "data", "--json")
+    result = run("evaluate", folder / "model.onnx", *options)
+
+    assert result.exit_code == 0, result.output
+    (prepared,) = (tmp_path / "data" / "prepared").glob("digits-*")
+    expected = prepare_dataset(PrepareSettings(seed=5), tmp_path / "expected")
+    assert prepared.name == expected.path.name  # of the fingerprint, in which the split has a part
+
+
+def test_evaluate_takes_a_folder_whose_name_has_no_ascii_letter(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "写真"
+    write_images(digits, folder)
+    result = run(
+        *("evaluate", "digits", "--dataset", folder, "--artifacts", artifacts, "--data", tmp_path / "data", "--json")
+    )
+
+    assert result.exit_code == 0, result.output
+    assert 60 < last_json(result)["num_images"] < 80  # a fifth of them
+    (prepared,) = (tmp_path / "data" / "prepared").iterdir()
+    assert prepared.name.startswith("digits-")
+
+
+def test_a_home_of_nobody_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert_one_line_error(run("prepare", "~no-such-user/photos", "--data", tmp_path), 1, "~no-such-user/photos")
+    assert_one_line_error(run("models", "show", "~no-such-user/run", "--artifacts", tmp_path), 1, "~no-such-user/run")
+    assert_one_line_error(run("classify", "~no-such-user/photos", "--artifacts", tmp_path), 1)
+
+
+def test_a_run_outside_a_registry_is_not_promoted(artifacts: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(list_runs(artifacts, "digits")[0], tmp_path / "copy"))
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+
+    for force in ([], ["--force"]):
+        result = run("models", "promote", copy, *force, "--artifacts", artifacts)
+        assert_one_line_error(result, 1, "does not lie in <artifacts>/<name>/runs")
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_classify_gives_a_row_for_every_file(artifacts: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "table.csv"
 
@@ -158,11 +217,8 @@ def test_classify_gives_a_row_for_every_file(artifacts: Path, photos: Path, tmp_
 def test_the_tables_accuracy_is_the_metrics_accuracy(
     artifacts: Path, finished_run: Path, digits: PreparedDataset, tmp_path: Path
 ) -> None:
-    labels, folder, output = digits.labels("test"), tmp_path / "test", tmp_path / "table.csv"
-    for index, image in enumerate(digits.images("test")):
-        file = folder / digits.class_names[labels[index]] / f"{index:04}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(file)
+    folder, output = tmp_path / "test", tmp_path / "table.csv"
+    write_images(digits, folder)
 
     run("classify", folder, "--artifacts", artifacts, "--output", output)
 

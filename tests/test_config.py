@@ -66,6 +66,7 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         (PrepareSettings, {"image_size": [4, 32]}, r"^image_size\.0: .*equal to 8, received 4"),
         (PrepareSettings, {"val_fraction": float("nan")}, r"^val_fraction: .*received nan"),
+        (PrepareSettings, {"max_imbalance": float("inf")}, r"^max_imbalance: .*finite number, received inf"),
         (PrepareSettings, {"name": "../up"}, r"^name: .*received '\.\./up'"),
         (PrepareSettings, {"name": "two\nlines"}, r"^name: .*received 'two\\nlines'"),
         (ClassifySettings, {}, r"^folder is missing in x\.toml; give it$"),

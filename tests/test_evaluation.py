@@ -28,12 +28,10 @@ from cnnpipe.training.evaluation import (
     Evaluation,
     evaluate_model,
     evaluate_probabilities,
-    load_keras_model,
-    predict_keras,
-    predict_onnx,
     read_evaluation,
     write_evaluation,
 )
+from cnnpipe.training.scoring import load_keras_model, predict_keras, predict_onnx
 
 NAMES = ("cat", "dog", "emu")
 LABELS = np.array([0, 0, 1, 2])

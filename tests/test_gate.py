@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnpipe.config import PromoteSettings
+from cnnpipe.config import PrepareSettings, PromoteSettings, RetrainSettings
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import ModelInfo, RunManifest, read_manifest, write_manifest
 from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback
@@ -24,6 +24,13 @@ RUN_FILES = {
     "classification_report.csv", "predictions_test.csv", "accuracy.png", "loss.png", "confusion_matrix.png",
     "samples.png", "mistakes.png", "promotion.json",
 }  # fmt: skip
+
+
+SETTINGS = RetrainSettings()
+
+
+def floor(min_accuracy: float) -> RetrainSettings:
+    return RetrainSettings(promote=PromoteSettings(min_accuracy=min_accuracy))
 
 
 def candidate(run: Path, accuracy: float) -> ModelInfo:
@@ -48,8 +55,8 @@ def lower_accuracy(run: Path, accuracy: float) -> None:
 
 
 def test_the_floor_holds_on_the_first_run_too(finished_run: Path, digits: PreparedDataset) -> None:
-    below = decide_promotion(candidate(finished_run, 0.49), None, digits, min_accuracy=0.5)
-    reached = decide_promotion(candidate(finished_run, 0.50), None, digits, min_accuracy=0.5)
+    below = decide_promotion(candidate(finished_run, 0.49), None, digits, SETTINGS)
+    reached = decide_promotion(candidate(finished_run, 0.50), None, digits, SETTINGS)
 
     assert not below.promoted
     assert below.reason == "test accuracy 0.4900 is below the floor of 0.5000"
@@ -63,8 +70,8 @@ def test_a_worse_model_never_replaces_the_champion(artifacts: Path, digits: Prep
     accuracy = read_manifest(champion).model.test_accuracy
     one_image = 1 / digits.num_images["test"]
 
-    worse = decide_promotion(candidate(champion, accuracy - one_image), champion, digits, 0.5)
-    equal = decide_promotion(candidate(champion, accuracy), champion, digits, 0.5)
+    worse = decide_promotion(candidate(champion, accuracy - one_image), champion, digits, SETTINGS)
+    equal = decide_promotion(candidate(champion, accuracy), champion, digits, SETTINGS)
 
     assert not worse.promoted
     assert f"is worse than the champion's {accuracy:.4f}" in worse.reason
@@ -78,10 +85,24 @@ def test_a_champion_measured_on_other_images_is_scored_anew(artifacts: Path, dig
     honest = read_manifest(champion).model.test_accuracy
     lower_accuracy(champion, 0.01)  # what it says of itself must not count on another test split
 
-    decision = decide_promotion(candidate(champion, 0.6), champion, replace(digits, fingerprint="f" * 64), 0.5)
+    decision = decide_promotion(candidate(champion, 0.6), champion, replace(digits, fingerprint="f" * 64), SETTINGS)
 
     assert decision.champion_accuracy == pytest.approx(honest)
     assert not decision.promoted
+
+
+def test_a_champion_that_may_have_learned_the_test_images_is_left_to_a_person(
+    artifacts: Path, digits: PreparedDataset
+) -> None:
+    champion = champion_run(artifacts, "digits")
+    assert champion is not None
+    other = RetrainSettings(prepare=PrepareSettings(seed=7))
+
+    decision = decide_promotion(candidate(champion, 0.99), champion, replace(digits, fingerprint="f" * 64), other)
+
+    assert (decision.promoted, decision.champion_accuracy) == (False, None)
+    assert "may have been trained on these test images (split seed 0, here 7)" in decision.reason
+    assert "--force" in decision.reason
 
 
 def test_a_champion_of_other_classes_is_left_to_a_person(artifacts: Path, digits: PreparedDataset) -> None:
@@ -89,7 +110,7 @@ def test_a_champion_of_other_classes_is_left_to_a_person(artifacts: Path, digits
     assert champion is not None
     info = candidate(champion, 0.99).model_copy(update={"class_names": ("cat", "dog")})
 
-    decision = decide_promotion(info, champion, digits, 0.5)
+    decision = decide_promotion(info, champion, digits, SETTINGS)
 
     assert not decision.promoted
     assert "cannot be compared" in decision.reason
@@ -120,7 +141,7 @@ def test_the_first_passing_run_becomes_the_champion(finished_run: Path) -> None:
 def test_an_equal_second_run_is_promoted_and_the_history_says_so(artifacts: Path, digits: PreparedDataset) -> None:
     run = second_run(artifacts)
 
-    decision = conclude_run(run, digits, PromoteSettings())
+    decision = conclude_run(run, digits, SETTINGS)
 
     assert decision.promoted
     assert champion_run(artifacts, "digits") == run
@@ -130,7 +151,7 @@ def test_an_equal_second_run_is_promoted_and_the_history_says_so(artifacts: Path
 def test_a_refused_run_is_complete_but_not_champion(artifacts: Path, digits: PreparedDataset) -> None:
     champion, run = champion_run(artifacts, "digits"), second_run(artifacts)
 
-    decision = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0))
+    decision = conclude_run(run, digits, floor(1.0))
 
     assert not decision.promoted
     assert not read_manifest(run).promoted
@@ -139,18 +160,18 @@ def test_a_refused_run_is_complete_but_not_champion(artifacts: Path, digits: Pre
 
 def test_concluding_twice_keeps_the_first_decision(artifacts: Path, digits: PreparedDataset) -> None:
     run = second_run(artifacts)
-    refused = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0))
+    refused = conclude_run(run, digits, floor(1.0))
 
-    assert conclude_run(run, digits, PromoteSettings(min_accuracy=0.0)) == refused
+    assert conclude_run(run, digits, floor(0.0)) == refused
 
 
 def test_an_interruption_before_the_alias_moved_is_made_good(artifacts: Path, digits: PreparedDataset) -> None:
     first, run = champion_run(artifacts, "digits"), second_run(artifacts)
-    conclude_run(run, digits, PromoteSettings())
+    conclude_run(run, digits, SETTINGS)
     assert first is not None
     (artifacts / "digits" / "champion").write_text(first.name + "\n")
 
-    conclude_run(run, digits, PromoteSettings())
+    conclude_run(run, digits, SETTINGS)
 
     assert champion_run(artifacts, "digits") == run
     assert len(promotion_history(artifacts, "digits")) == 2
@@ -158,10 +179,10 @@ def test_an_interruption_before_the_alias_moved_is_made_good(artifacts: Path, di
 
 def test_concluding_again_does_not_undo_a_rollback(artifacts: Path, digits: PreparedDataset) -> None:
     first, run = champion_run(artifacts, "digits"), second_run(artifacts)
-    conclude_run(run, digits, PromoteSettings())
+    conclude_run(run, digits, SETTINGS)
     rollback(artifacts, "digits", "it was worse in production")
 
-    decision = conclude_run(run, digits, PromoteSettings())
+    decision = conclude_run(run, digits, SETTINGS)
 
     assert champion_run(artifacts, "digits") == first
     assert not decision.promoted
@@ -171,7 +192,7 @@ def test_concluding_again_does_not_undo_a_rollback(artifacts: Path, digits: Prep
 def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path, digits: PreparedDataset) -> None:
     first, stale = champion_run(artifacts, "digits"), second_run(artifacts)
     assert first is not None
-    conclude_run(stale, digits, PromoteSettings())
+    conclude_run(stale, digits, SETTINGS)
     better = stale.with_name("20990102T000000Z")
     shutil.copytree(first, better)
     # As if the process of `stale` had been killed before the alias moved, and `better` had come since.
@@ -181,7 +202,7 @@ def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path, digits: P
     model = manifest.model.model_copy(update={"test_accuracy": 1.0, "run_id": better.name})
     write_manifest(better, RunManifest.model_validate({**manifest.model_dump(), "model": model.model_dump()}))
 
-    decision = conclude_run(stale, digits, PromoteSettings())
+    decision = conclude_run(stale, digits, SETTINGS)
 
     assert not decision.promoted
     assert decision.champion == better.name
@@ -189,10 +210,14 @@ def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path, digits: P
     assert not read_manifest(stale).promoted
 
 
+def test_a_run_is_forced_without_a_reason_too(artifacts: Path, digits: PreparedDataset) -> None:
+    assert conclude_run(second_run(artifacts), digits, floor(1.0), forced="").promoted
+
+
 def test_a_forced_run_is_recorded_as_such(artifacts: Path, digits: PreparedDataset) -> None:
     run = second_run(artifacts)
 
-    decision = conclude_run(run, digits, PromoteSettings(min_accuracy=1.0), forced="the floor was a mistake")
+    decision = conclude_run(run, digits, floor(1.0), forced="the floor was a mistake")
 
     assert (decision.promoted, decision.reason) == (True, "the floor was a mistake")
     assert champion_run(artifacts, "digits") == run
@@ -203,5 +228,5 @@ def test_a_run_without_metrics_cannot_be_completed(artifacts: Path, digits: Prep
     (run / "metrics.json").unlink()
 
     with pytest.raises(RegistryError, match=r"cannot be completed: .*evaluate and export it first"):
-        conclude_run(run, digits, PromoteSettings())
+        conclude_run(run, digits, SETTINGS)
     assert not (run / "manifest.json").exists()

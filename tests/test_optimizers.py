@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -71,13 +69,6 @@ def test_the_momentum_of_a_convolution_carries_on() -> None:
     assert np.sum((first - second) * large) > np.sum((first - second) * small)
     first, second = steps(Muon(0.1, momentum=1e-4), kernel, gradients)
     assert np.sum((first - second) * large) < np.sum((first - second) * small)
-
-
-@pytest.mark.parametrize("made", [Muon(TriangularRate(0.3), 0.8, share=0.1), TriangularRate(0.3)])
-def test_it_is_saved_with_the_model(made: Any) -> None:
-    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))
-    assert type(again) is type(made)
-    assert again.get_config() == made.get_config()
 
 
 def test_triangular_rate_rises_to_its_peak_and_falls_to_zero() -> None:

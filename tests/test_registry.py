@@ -15,7 +15,7 @@ from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, TrainingStatistics, write_manifest
 from cnnpipe.registry import (
     CHAMPION_FILE,
-    HISTORY_FILE,
+    PROMOTIONS_FILE,
     champion_run,
     create_run,
     list_names,
@@ -254,7 +254,7 @@ def test_empty_or_undecodable_alias_is_an_error(artifacts: Path) -> None:
 @pytest.mark.parametrize("line", ["{", "[1]", '{"time": ""}', "1"])
 def test_damaged_history_is_an_error_and_moves_nothing(artifacts: Path, line: str) -> None:
     _promote(artifacts, "A")
-    with (artifacts / "digits" / HISTORY_FILE).open("a") as file:
+    with (artifacts / "digits" / PROMOTIONS_FILE).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(RegistryError, match=r"promotions\.jsonl is damaged: .*; mend or remove the line"):
         _promote(artifacts, "B")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from cnnpipe.config import ClassifySettings
 from cnnpipe.environment import package_versions, usable_cores
 from cnnpipe.errors import DatasetError, PredictionsError
-from cnnpipe.files import display_path
+from cnnpipe.files import display_path, user_path
 from cnnpipe.finding import has_files
 from cnnpipe.inference.earlier import EarlierTable, KeptRows, kept_rows, replace_failed
 from cnnpipe.inference.engine import check_top_k
@@ -91,13 +91,13 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         StorageError: the output cannot be written.
     """
     started, began = datetime.now(UTC), time.perf_counter()
-    root = Path(settings.folder).expanduser()
+    root = user_path(settings.folder)
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
-    wanted = Path(settings.output).expanduser().absolute() if settings.output else None
+    wanted = user_path(settings.output).absolute() if settings.output else None
     earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
     if settings.sort_into is not None:
-        check_target(root, Path(settings.sort_into).expanduser())
+        check_target(root, user_path(settings.sort_into))
     model = resolve_model(settings.model, artifacts, settings.precision)
     with ExitStack() as stack:
         pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
@@ -115,7 +115,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
             from cnnpipe.inference.contact_sheet import check_report  # only who wants a report waits for it
 
             begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
-            check_report(Path(settings.report).expanduser(), settings.replaces_output or begun)
+            check_report(user_path(settings.report), settings.replaces_output or begun)
         folder, job = shards_folder(table), replace(job, table=str(table))
         # Trying again needs the rows that stay; without them it would leave a table of nothing.
         start_over = settings.overwrite and not (settings.retry_failed and earlier is None)
@@ -145,7 +145,7 @@ def _keep_rows(
     """Return the rows of an earlier table that need not be made again, if it is to be brought up to date by content."""
     if earlier is None:
         return None
-    difference = earlier.difference(session.model_sha256, Path(settings.folder).expanduser(), settings)
+    difference = earlier.difference(session.model_sha256, user_path(settings.folder), settings)
     if not difference:
         return stack.enter_context(kept_rows(earlier)) if settings.incremental else None
     if settings.retry_failed:
@@ -281,7 +281,7 @@ class Classification:
         if replaces:
             remove_summaries(table)
         self.shards.put_in_place(finished, replace=settings.replaces_output)
-        report = Path(settings.report).expanduser().absolute() if settings.report else None
+        report = user_path(settings.report).absolute() if settings.report else None
         summary = self._summarize(finished, self._sort(), report)
         if report is not None:
             self._write_report(summary, report, replace=replaces)
@@ -302,7 +302,7 @@ class Classification:
         if settings.sort_into is None:
             return None
         rows = read_table(Path(job.table), job.form)
-        return sort_files(rows, Path(job.root), Path(settings.sort_into).expanduser(), settings.min_probability)
+        return sort_files(rows, Path(job.root), user_path(settings.sort_into), settings.min_probability)
 
     def _write_report(self, summary: ClassificationSummary, path: Path, *, replace: bool) -> None:
         from cnnpipe.inference.contact_sheet import write_report

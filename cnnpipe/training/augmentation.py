@@ -28,7 +28,6 @@ class _ReplicaSeeds(keras.random.SeedGenerator):  # type: ignore[misc]
         return seed + ops.stack([own, ops.zeros((), seed.dtype)])
 
 
-@keras.saving.register_keras_serializable("cnnpipe")
 class Augmentation(keras.layers.Layer):  # type: ignore[misc]
     """Random shifts of a batch of images, in training only; `Batches` mirrors them.
 

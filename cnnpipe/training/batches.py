@@ -101,7 +101,7 @@ def open_batches(
     """Return a split's batches.
 
     Args:
-        batch_size: at most.
+        batch_size: at most; with several replicas, of which each gets as many images, a few more now and then.
         seed: of the order, which `Batches.shuffle` makes anew for each epoch; None keeps that of the file.
         replicas: devices that share each batch.
         mirrored: every other time an image comes, as its mirror image; only with a seed.

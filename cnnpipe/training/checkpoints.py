@@ -58,7 +58,7 @@ class TrainingJob:
     dataset: str
     """Fingerprint of the prepared dataset."""
     device: str
-    """`cpu` or `cuda:N`, as really used."""
+    """`cpu`, `cuda:N` or `cuda:all`, as really used."""
     backend: str
     versions: dict[str, str]
 
@@ -144,7 +144,7 @@ class Checkpoints:
                 values = json.loads(str(file["epochs"]))
                 epochs = Epochs(**{**values, "rows": tuple(values["rows"])})
                 arrays = [file[name] for name in sorted(set(file.files) - {"epochs"})]
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise TrainingError(
                 f"{self._path} is damaged: {error}; it is given up: run again to train from the start"
             ) from error

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from cnnpipe.errors import DatasetError, DownloadError
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.storage import make_folder, sha256_file, storage_errors, write_text
+from cnnpipe.storage import make_folder, move_file, sha256_file, storage_errors, write_text
 
 if TYPE_CHECKING:
     import httpx
@@ -116,7 +116,7 @@ class _Download:
             with storage_errors(self._part):
                 received = sha256_file(self._part)
                 if received == self._archive.sha256:
-                    self._part.replace(self._path)
+                    move_file(self._part, self._path)
                     self._validator.unlink(missing_ok=True)
                     return
                 logger.warning("%s: wrong SHA-256 %s, deleted", self._part, received)

@@ -24,13 +24,7 @@ from cnnpipe.files import display_path
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.storage import write_json, write_text
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.scoring import (
-    Probabilities,
-    load_keras_model,
-    predict_keras,
-    predict_model,
-    predict_onnx,
-)
+from cnnpipe.training.scoring import Probabilities, predict_model
 
 __all__ = [
     "METRICS_FILE",
@@ -40,10 +34,6 @@ __all__ = [
     "Evaluation",
     "evaluate_model",
     "evaluate_probabilities",
-    "load_keras_model",
-    "predict_keras",
-    "predict_model",
-    "predict_onnx",
     "read_evaluation",
     "write_evaluation",
 ]
@@ -103,16 +93,6 @@ class Evaluation:
     def class_names(self) -> tuple[str, ...]:
         """The classes, in the order of the model's output."""
         return tuple(each.name for each in self.per_class)
-
-    @property
-    def macro_precision(self) -> float:
-        """Mean precision of the classes, each counted once."""
-        return self.average("precision")
-
-    @property
-    def macro_recall(self) -> float:
-        """Mean recall of the classes, each counted once."""
-        return self.average("recall")
 
     @property
     def macro_f1(self) -> float:

@@ -18,9 +18,10 @@ from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
 from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
 from cnnpipe.training.backend import full_float32, keras
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.evaluation import load_keras_model, predict_keras, predict_onnx, read_evaluation
+from cnnpipe.training.evaluation import read_evaluation
 from cnnpipe.training.graphs import simplify_graph
 from cnnpipe.training.parity import Parity, compare_probabilities
+from cnnpipe.training.scoring import load_keras_model, predict_keras, predict_onnx
 from cnnpipe.training.variants import Reference, export_variants
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 

@@ -2,7 +2,8 @@
 
 The rules, in order: the test accuracy reaches a floor, also on the first run; then it is not worse than the
 champion's on the same test images. A champion whose figures were measured on another test split is scored anew on
-this one; one that answers another question (other classes, other image size) is left to a person.
+this one; one that answers another question (other classes, other image size), or that another split seed may have
+trained on these very images, is left to a person.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Final
 
 import numpy as np
 
-from cnnpipe.config import PromoteSettings
+from cnnpipe.config import RetrainSettings, load_toml
 from cnnpipe.errors import RegistryError
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
-from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history
+from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.storage import write_json
 from cnnpipe.training.datasets import PreparedDataset
-from cnnpipe.training.evaluation import METRICS_FILE, predict_onnx
+from cnnpipe.training.evaluation import METRICS_FILE
+from cnnpipe.training.scoring import predict_onnx
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 
 __all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
@@ -54,29 +56,31 @@ class Decision:
     """UTC, ISO 8601."""
 
 
-def decide_promotion(info: ModelInfo, champion: Path | None, dataset: PreparedDataset, min_accuracy: float) -> Decision:
+def decide_promotion(
+    info: ModelInfo, champion: Path | None, dataset: PreparedDataset, settings: RetrainSettings
+) -> Decision:
     """Apply the rules to a candidate.
 
     Args:
         info: of the candidate's exported model, measured on `dataset`.
         champion: the champion's run folder, or None before the first promotion.
         dataset: whose test split decides.
-        min_accuracy: the floor, 0-1.
+        settings: of the candidate's retraining.
     """
-    accuracy, champion_accuracy = info.test_accuracy, None
+    accuracy, champion_accuracy, min_accuracy = info.test_accuracy, None, settings.promote.min_accuracy
     if accuracy < min_accuracy:
         promoted, reason = False, f"test accuracy {accuracy:.4f} is below the floor of {min_accuracy:.4f}"
     elif champion is None or champion.name == info.run_id:
         promoted, reason = True, f"first champion: test accuracy {accuracy:.4f} reaches the floor of {min_accuracy:.4f}"
     else:
-        champion_accuracy = _accuracy_on(champion, info, dataset)
-        if champion_accuracy is None:
+        if (difference := _incomparable(champion, info, dataset, settings)) is not None:
             promoted = False
             reason = (
-                f"the champion {champion.name} has other classes or another image size, so the two cannot be compared; "
+                f"the champion {champion.name} {difference}, so the two cannot be compared; "
                 f"to replace it: cnnpipe models promote {info.name}/{info.run_id} --force"
             )
         else:
+            champion_accuracy = _accuracy_on(champion, dataset)
             promoted = accuracy >= champion_accuracy
             verdict = "is not worse than" if promoted else "is worse than"
             reason = f"test accuracy {accuracy:.4f} {verdict} the champion's {champion_accuracy:.4f} on the same images"
@@ -94,11 +98,20 @@ def decide_promotion(info: ModelInfo, champion: Path | None, dataset: PreparedDa
     )
 
 
-def _accuracy_on(champion: Path, info: ModelInfo, dataset: PreparedDataset) -> float | None:
-    """Return the champion's accuracy on the dataset's test split, or None if it answers another question."""
+def _incomparable(champion: Path, info: ModelInfo, dataset: PreparedDataset, settings: RetrainSettings) -> str | None:
+    """Return what keeps the champion from a fair comparison on the dataset's test split; None if nothing does."""
     theirs = read_manifest(champion).model
     if theirs.class_names != info.class_names or theirs.image_size != info.image_size:
+        return "has other classes or another image size"
+    if theirs.dataset_fingerprint == dataset.fingerprint:
         return None
+    seed, own = load_toml(RetrainSettings, champion / "config.toml").prepare.seed, settings.prepare.seed
+    return None if seed == own else f"may have been trained on these test images (split seed {seed}, here {own})"
+
+
+def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
+    """Return the champion's accuracy on the dataset's test split."""
+    theirs = read_manifest(champion).model
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return theirs.test_accuracy
     logger.info("the test split has changed since the champion %s was measured: scoring it anew", champion.name)
@@ -106,7 +119,7 @@ def _accuracy_on(champion: Path, info: ModelInfo, dataset: PreparedDataset) -> f
     return float(np.mean(predicted == dataset.labels("test")))
 
 
-def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings, forced: str | None = None) -> Decision:
+def conclude_run(run: Path, dataset: PreparedDataset, settings: RetrainSettings, forced: str | None = None) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
     Writes `promotion.json` and, last, `manifest.json`. A complete run keeps the decision it has, with two
@@ -114,22 +127,23 @@ def conclude_run(run: Path, dataset: PreparedDataset, settings: PromoteSettings,
     and a rollback that came after it is not undone.
 
     Args:
+        settings: of the run's retraining.
         forced: a reason to promote the run whatever the rules say; decided and recorded anew.
     Returns:
         The decision; `promoted` says whether the run is the champion now.
     Raises:
-        RegistryError: the run lacks the files of an earlier stage, or another process holds the registry.
+        RegistryError: the run lacks the files of an earlier stage or lies in no registry, or another process holds it.
         ModelError: the exported model cannot be read.
         StorageError: the files cannot be written.
     """
-    artifacts, name = run.parent.parent.parent, run.parent.parent.name
+    artifacts, name = registry_place(run)
     with alias_lock(artifacts, name):  # between reading the champion and moving the alias nobody else may move it
-        decision = None if forced else _standing_decision(run, artifacts, name)
+        decision = None if forced is not None else _standing_decision(run, artifacts, name)
         if decision is None:
             info = open_session(run / MODEL_FILES["fp32"], "cpu").info
-            champion = None if forced else champion_run(artifacts, name)
-            decision = decide_promotion(info, champion, dataset, settings.min_accuracy)
-            if forced:
+            champion = None if forced is not None else champion_run(artifacts, name)
+            decision = decide_promotion(info, champion, dataset, settings)
+            if forced is not None:
                 decision = replace(decision, promoted=True, reason=forced)
             write_json(run / PROMOTION_FILE, asdict(decision))
             _complete_run(run, info, decision, dataset)

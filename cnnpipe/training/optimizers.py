@@ -23,7 +23,6 @@ Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers", kellerjordan
 """
 
 
-@keras.saving.register_keras_serializable("cnnpipe")
 class Muon(keras.optimizers.SGD):  # type: ignore[misc]
     """SGD with Nesterov's momentum, but every step of a convolution goes equally far in all directions.
 
@@ -71,10 +70,6 @@ class Muon(keras.optimizers.SGD):  # type: ignore[misc]
         scaled = variable * (math.sqrt(variable.shape[-1]) / _norm(variable))
         self.assign(variable, scaled - self.share * learning_rate * step)
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make it again."""
-        return {**super().get_config(), "share": self.share}
-
 
 def _orthogonalised(matrix: keras.KerasTensor) -> keras.KerasTensor:  # (rows, columns) -> same
     """Return a matrix of the same singular vectors, with all singular values near 1."""
@@ -94,7 +89,6 @@ def _norm(values: keras.KerasTensor) -> keras.KerasTensor:
     return keras.ops.sqrt(keras.ops.sum(keras.ops.square(values)) + 1e-14)
 
 
-@keras.saving.register_keras_serializable("cnnpipe")
 class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """A rate that rises along a line for the first tenth, and falls along another to zero at the end.
 
@@ -118,7 +112,3 @@ class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: 
         rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * place / _WARM_UP
         falling = (1.0 - place) / (1.0 - _WARM_UP)
         return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make it again."""
-        return {"peak": self.peak}

@@ -1,7 +1,7 @@
 """How many epochs a training has: the recipe's or, where its time is limited, as many as there is time for.
 
 A training that is broken off at a high rate has learned far less than it could: so what is left is planned anew after
-every epoch, by the time that the last one took, and the rate falls to zero within it.
+every epoch, by the time that the last one took, and a triangular rate falls to zero within it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from cnnpipe.config import PrepareSettings
 from cnnpipe.decoding import DecodedChunk, DecodedFile, decode_files
 from cnnpipe.environment import usable_cores
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import display_path, read_file
+from cnnpipe.files import display_path, read_file, user_path
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.cifar10 import read_cifar10
@@ -90,7 +90,7 @@ def open_source(
         return DigitsSource()
     if settings.dataset == "cifar10":
         return Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(Path(settings.dataset).expanduser())
+    folder = list_image_folder(user_path(settings.dataset))
     return FolderSource(folder, workers or usable_cores(), progress)
 
 

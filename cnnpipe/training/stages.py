@@ -13,7 +13,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnnpipe.config import EvaluateSettings, PrepareSettings, RetrainSettings, load_toml
+from cnnpipe.config import (
+    COMMAND_LINE,
+    EvaluateSettings,
+    PrepareSettings,
+    RetrainSettings,
+    dataset_name,
+    load_toml,
+    validate_settings,
+)
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.progress import ProgressCallback
@@ -128,7 +136,7 @@ def conclude_run(run: Path, forced: str | None = None) -> Decision:
     from cnnpipe.training import gate
 
     settings, dataset = load_run(run)
-    return gate.conclude_run(run, dataset, settings.promote, forced)
+    return gate.conclude_run(run, dataset, settings, forced)
 
 
 def evaluate_any(
@@ -172,5 +180,10 @@ def _prepared_for(dataset: str, model: Path, data: Path, progress: ProgressCallb
         return load_prepared(Path(dataset))
     from cnnpipe.training.scoring import model_image_size
 
-    settings = PrepareSettings(dataset=dataset, image_size=model_image_size(model))
+    config = model.parent / "config.toml"
+    own = load_toml(RetrainSettings, config).prepare if config.is_file() else PrepareSettings()
+    # Split as the run's own dataset was: another seed would put images into test that the model was trained on.
+    name = own.name if dataset == own.dataset else dataset_name(dataset) or own.resolved_name
+    values = own.model_dump() | {"dataset": dataset, "name": name, "image_size": model_image_size(model)}
+    settings = validate_settings(PrepareSettings, values, COMMAND_LINE)
     return prepare_dataset(settings, data, progress=progress)
