@@ -22,7 +22,7 @@ def display_path(path: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """Return the path that a user means; `~` is the home folder, `~somebody` that of a user, or a name like any other."""
+    """Return the path that a user means; `~` is the home folder, `~somebody` that of a user or else a plain name."""
     return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError where there is no such user
 
 

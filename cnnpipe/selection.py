@@ -17,7 +17,7 @@ from cnnpipe.files import display_path
 if TYPE_CHECKING:
     from io import BufferedReader
 
-__all__ = ["FileFilter", "read_file_list"]
+__all__ = ["FileFilter", "check_file_list", "read_file_list"]
 
 _RECORD_BYTES: Final = 2**16
 """Of a list of files: what tells its separator, and the longest record; a path has at most 4,096 bytes on Linux."""
@@ -76,6 +76,17 @@ def _compile(patterns: Iterable[str]) -> _Patterns:
     return _Patterns(
         unite([each for each in wanted if "/" not in each]), unite([each for each in wanted if "/" in each])
     )
+
+
+def check_file_list(source: str) -> None:
+    """Refuse a list that is not there or may not be read, and take nothing from one that comes through a pipe.
+
+    Raises:
+        DatasetError: as `read_file_list`.
+    """
+    if source != "-" and not os.access(source, os.R_OK):
+        reason = "permission denied" if os.path.lexists(source) else "no such file"
+        raise DatasetError(f"cannot read the list of files from {display_path(source)}: {reason}; check the path")
 
 
 def read_file_list(source: str) -> Iterator[str]:

@@ -149,6 +149,21 @@ def test_report_is_one_page_that_names_every_class_and_error(images: Path, model
     assert summary_beside(table)["report"] == str(page)
 
 
+def test_what_was_written_into_the_folder_is_no_row_the_next_time(images: Path, model: Path) -> None:
+    table, page = images / "out" / "t.csv", images / "report.html"
+    for _ in range(2):
+        ended = classify(images, "--model", model, "--output", table, "--report", page, "--overwrite")
+        assert ended.returncode == 0, ended.stderr
+        assert {row["path"] for row in read_csv(table)}.isdisjoint({"report.html", "out/t.csv", "out/summary.json"})
+    assert len(read_csv(table)) == 33
+
+
+def test_a_list_that_is_not_there_is_told_before_the_model_is_loaded(images: Path, tmp_path: Path) -> None:
+    ended = classify(images, "--model", tmp_path / "none.onnx", "--files", tmp_path / "list.txt")
+    assert ended.returncode == 1
+    assert f"cannot read the list of files from {tmp_path / 'list.txt'}: no such file; check the path" in ended.stderr
+
+
 def test_safe_csv_disarms_formulas(images: Path, model: Path, tmp_path: Path) -> None:
     (images / "=HYPERLINK(1).png").write_bytes((images / "thumbs/small/0000.png").read_bytes())
     table = tmp_path / "t.csv"

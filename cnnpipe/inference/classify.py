@@ -35,6 +35,7 @@ from cnnpipe.inference.summary import (
 )
 from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
+from cnnpipe.selection import check_file_list
 from cnnpipe.storage import sha256_file
 from cnnpipe.workers import DecoderPool
 
@@ -94,6 +95,8 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     root = user_path(settings.folder)
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
+    if settings.files is not None:
+        check_file_list(settings.files)
     wanted = user_path(settings.output).absolute() if settings.output else None
     earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
     if settings.sort_into is not None:
@@ -228,7 +231,8 @@ class Classification:
         self._pool = pool
         self._earlier = earlier
         self._known = known
-        self._files = JobFiles(shards.job, earlier)
+        self._report = user_path(settings.report).absolute() if settings.report else None
+        self._files = JobFiles(shards.job, earlier, self._report)
         self._clock = clock
         self._clock.start_up = clock.seconds
         self._resumed, self._resumed_seconds = shards.done()
@@ -281,10 +285,9 @@ class Classification:
         if replaces:
             remove_summaries(table)
         self.shards.put_in_place(finished, replace=settings.replaces_output)
-        report = user_path(settings.report).absolute() if settings.report else None
-        summary = self._summarize(finished, self._sort(), report)
-        if report is not None:
-            self._write_report(summary, report, replace=replaces)
+        summary = self._summarize(finished, self._sort())
+        if self._report is not None:
+            self._write_report(summary, self._report, replace=replaces)
         _logger.info("summary: %s", write_summary(summary, table))
         self.shards.remove()
         return summary
@@ -311,9 +314,7 @@ class Classification:
         rows = read_table(Path(job.table), job.form)
         write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replace)
 
-    def _summarize(
-        self, finished: FinishedTable, sorted_files: SortedFiles | None, report: Path | None
-    ) -> ClassificationSummary:
+    def _summarize(self, finished: FinishedTable, sorted_files: SortedFiles | None) -> ClassificationSummary:
         settings, session, job, counts = self._settings, self._session, self.shards.job, finished.counts
         made, spent = self.shards.done()
         seconds = {stage: spent.get(stage, 0.0) - self._resumed_seconds.get(stage, 0.0) for stage in _STAGES}
@@ -351,7 +352,7 @@ class Classification:
             top_k=job.top_k,
             safe_csv=job.safe_csv,
             sorted_files=sorted_files,
-            report=display_path(str(report)) if report else None,
+            report=display_path(str(self._report)) if self._report else None,
             model=ModelUsed(info.name, info.run_id, display_path(job.model_path), session.model_sha256),
             versions=package_versions(_VERSIONS),
             started=self._clock.started.isoformat(timespec="seconds"),

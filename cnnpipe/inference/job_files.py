@@ -23,10 +23,12 @@ class JobFiles:
 
     Args:
         earlier: the table whose failed rows are to be tried again, for a job that does so.
+        report: the page that will be written, and may be there from the last time.
     """
 
-    def __init__(self, job: Job, earlier: EarlierTable | None) -> None:
+    def __init__(self, job: Job, earlier: EarlierTable | None, report: Path | None = None) -> None:
         self._job = job
+        self._report = report
         self._earlier = earlier
         self._root = Path(job.root)
         self._wanted = FileFilter(job.include, job.exclude)
@@ -47,7 +49,7 @@ class JobFiles:
         found = find_files(self._root, after=last)
         if job.include or job.exclude:
             found = filter(self._wanted.admits, found)
-        return _without_own(found, self._root, Path(job.table))
+        return _without_own(found, self._root, Path(job.table), self._report)
 
     def count(self) -> int:
         """Return how many there are, to show progress; 0 where it is not quickly told."""
@@ -79,12 +81,19 @@ def _name_in(root: Path, shown: str) -> str:
     return str(source_path(root, shown)).removeprefix(f"{root}/")
 
 
-def _without_own(paths: Iterator[str], root: Path, table: Path) -> Iterator[str]:
-    """Leave out the table, its summary and its shards, which are found if the output lies below the folder."""
-    base, place = Path(os.path.realpath(root)), Path(os.path.realpath(table.parent))
-    if not place.is_relative_to(base):
-        return paths
-    prefix = f"{place.relative_to(base).as_posix()}/".removeprefix("./")
-    own = {prefix + name for name in (table.name, SUMMARY_FILE, f"{table.name}.{SUMMARY_FILE}")}
-    shards = f"{prefix}{shards_folder(table).name}/"
-    return (path for path in paths if path not in own and not path.startswith(shards))
+def _without_own(paths: Iterator[str], root: Path, table: Path, report: Path | None) -> Iterator[str]:
+    """Leave out the table, its summary, its shards and the report, which are found if they lie below the folder."""
+    base = Path(os.path.realpath(root))
+    files = [table, table.with_name(SUMMARY_FILE), table.with_name(f"{table.name}.{SUMMARY_FILE}")]
+    files += [report] if report else []
+    own = {name for file in files if (name := _name_below(base, file)) is not None}
+    shards = _name_below(base, shards_folder(table))
+    if shards is None:
+        return (path for path in paths if path not in own) if own else paths
+    return (path for path in paths if path not in own and not path.startswith(f"{shards}/"))
+
+
+def _name_below(base: Path, file: Path) -> str | None:
+    """Return a file's path relative to a folder without links in its own path; None if it lies elsewhere."""
+    place = Path(os.path.realpath(file.parent))
+    return (place / file.name).relative_to(base).as_posix() if place.is_relative_to(base) else None
