@@ -198,6 +198,7 @@ class ClassifySettings(Settings):
         description="table to write; .csv, .jsonl or .parquet; "
         "default: a new folder below artifacts/predictions with predictions.csv",
     )
+    resume: bool = Field(True, description="go on with the rows of an attempt of the same settings that was broken off")
     overwrite: bool = Field(False, description="replace `output` if it exists, and a half-done one of other settings")
     retry_failed: bool = Field(False, description="try only the rows of `output` that failed, and keep the others")
     incremental: bool = Field(

@@ -76,6 +76,10 @@ def require_folder(root: Path) -> None:
         raise DatasetError(f"need a folder of images, received {display_path(str(root))}: {problem}; check the path")
 
 
+def _not_listed(root: Path, error: OSError) -> DatasetError:
+    return DatasetError(f"cannot list {display_path(str(root))}: {error.strerror}; check its permissions")
+
+
 class _Folder(NamedTuple):
     """A folder that is being walked: its path relative to the root, ending in `/`, and the names that are left."""
 
@@ -91,8 +95,7 @@ def _start_walk(root: Path, after: list[bytes]) -> list[_Folder]:
     try:
         stack = [_enter(base, b"", [], after[0] if after else b"")]
     except OSError as error:
-        shown = display_path(str(root))
-        raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
+        raise _not_listed(root, error) from error
     for part, behind in pairwise([*after, b""]):
         if part in (b"", b".", b".."):  # in no path that a walk gives, and `..` would lead out of the root
             break
@@ -131,10 +134,12 @@ def has_files(root: Path, number: int = 1) -> bool:
         DatasetError: `root` is not a folder that can be listed.
     """
     require_folder(root)
-    pending, count = [os.fsencode(root)], 0
+    first = os.fsencode(root)
+    pending, count = [first], 0
     while pending:
+        folder = pending.pop()
         try:
-            with os.scandir(pending.pop()) as entries:
+            with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
@@ -142,7 +147,9 @@ def has_files(root: Path, number: int = 1) -> bool:
                     count += 1  # or a link to a folder, which stands for the files in it
                     if count >= number:
                         return True
-        except OSError:
+        except OSError as error:
+            if folder == first:
+                raise _not_listed(root, error) from error
             count += 1  # a folder that cannot be listed is a row
     return count >= number
 

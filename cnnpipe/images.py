@@ -24,6 +24,7 @@ __all__ = [
     "RGBImage",
     "decode_image",
     "resize_pixels",
+    "upright_size",
 ]
 
 RGBImage = npt.NDArray[np.uint8]  # (H, W, 3), red green blue, 0-255
@@ -109,6 +110,19 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
         raise ImageError("not_an_image", "no image format that can be read") from error
     except MemoryError as error:
         raise ImageError("too_large", "not enough memory to unpack it") from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(_error_kind(error), _one_line(error)) from error
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return the (width, height) of an image as `decode_image` turns it, pixels.
+
+    Raises:
+        ImageError: its header cannot be read.
+    """
+    try:
+        with _open(data) as image:
+            return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
     except _DECODER_ERRORS as error:
         raise ImageError(_error_kind(error), _one_line(error)) from error
 

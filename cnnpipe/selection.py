@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from cnnpipe.errors import DatasetError
-from cnnpipe.files import display_path
+from cnnpipe.files import display_path, user_path
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -84,8 +84,9 @@ def check_file_list(source: str) -> None:
     Raises:
         DatasetError: as `read_file_list`.
     """
-    if source != "-" and not os.access(source, os.R_OK):
-        reason = "permission denied" if os.path.lexists(source) else "no such file"
+    path = user_path(source)
+    if source != "-" and (path.is_dir() or not os.access(path, os.R_OK)):
+        reason = "it is a folder" if path.is_dir() else "permission denied" if path.exists() else "no such file"
         raise DatasetError(f"cannot read the list of files from {display_path(source)}: {reason}; check the path")
 
 
@@ -105,7 +106,7 @@ def read_file_list(source: str) -> Iterator[str]:
     shown = "standard input" if source == "-" else display_path(source)
     try:
         if source != "-":
-            with open(source, "rb") as file:
+            with user_path(source).open("rb") as file:
                 yield from _read_records(file, shown)
         elif sys.stdin is None:
             raise DatasetError("cannot read the list of files from standard input: it is closed; give a file's name")

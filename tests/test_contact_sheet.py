@@ -393,10 +393,11 @@ def test_a_thumbnail_keeps_the_proportions_on_white(width: int, height: int) -> 
     assert inner_height == max(1, round(96 * height / max(width, height)))
 
 
-def test_a_thumbnail_is_upright_by_its_exif_tag() -> None:
+@pytest.mark.parametrize(("form", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("TIFF", {})])
+def test_a_thumbnail_is_upright_by_its_exif_tag(form: str, options: dict[str, Any]) -> None:
     exif = Image.Exif()
     exif[0x112] = 6  # turn clockwise to see it upright
-    square = thumbnail(encoded(picture(80, 40), "JPEG", quality=95, exif=exif), (96, 96))
+    square = thumbnail(encoded(picture(80, 40), form, exif=exif, **options), (96, 96))
 
     assert (square[:, 10] > 250).all()  # white at the left: it stands
     left, right = square[48, 35].astype(int), square[48, 60].astype(int)

@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -230,6 +230,14 @@ def test_no_room_to_sort_a_huge_folder_is_said_in_one_line(tmp_path: Path) -> No
                 list(find_files(tmp_path))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind here")
+@pytest.mark.parametrize("look", [has_files, lambda root: list(find_files(root))])
+def test_a_root_that_cannot_be_listed_is_an_error(tmp_path: Path, look: Callable[[Path], object]) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(DatasetError, match=r"cannot list .*closed: Permission denied; check its permissions"):
+        look(tmp_path / "closed")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind here")

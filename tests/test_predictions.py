@@ -258,6 +258,7 @@ def test_parts_make_the_bytes_of_the_whole(tmp_path: Path, suffix: str) -> None:
         (".csv", b"path,status,label,probability,error,sha256,model\na.png,fine,cat,1,,,m\n"),
         (".csv", b"path,status,label,probability,error,sha256,model\na.png,ok,cat\n"),
         (".csv", b"\xff"),
+        (".csv", b'path,status,label,probability,error,sha256,model\n"a.png,ok,cat,1,,,m\n'),
         (".jsonl", b"{"),
         (".jsonl", b"[]\n"),
         (".parquet", b"PAR1"),

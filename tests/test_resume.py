@@ -17,7 +17,7 @@ import pytest
 from tiny_models import model_info, write_digits, write_model
 
 from cnnpipe.config import ClassifySettings
-from cnnpipe.errors import ConfigError, DatasetError, PredictionsError
+from cnnpipe.errors import ConfigError, DatasetError, PredictionsError, StorageError
 from cnnpipe.inference import classify
 from cnnpipe.inference.classify import open_classification, predict_folder
 from cnnpipe.inference.running import run_planned_shard
@@ -291,6 +291,37 @@ def test_files_that_came_or_went_before_the_break_do_not_shift_the_rest(
     assert content(tmp_path / "t.csv") == content(tmp_path / "whole" / "t.csv")
 
 
+def test_what_was_broken_off_is_dropped_where_it_is_not_to_be_resumed(
+    images: Path, model: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    table = tmp_path / "t.csv"
+    for half_done in ({}, {"top_k": 2}):
+        stop_after(settings_for(images, model, table, **half_done), tmp_path, 3 * SHARD_SIZE)
+        assert predict_folder(settings_for(images, model, table, resume=False), tmp_path).resumed == 0
+        assert content(table) == unbroken[".csv"]
+        assert not (tmp_path / "t.csv.shards").exists()
+        table.unlink()
+        (tmp_path / "summary.json").unlink()
+    stop_after(settings_for(images, model, None), tmp_path, 3 * SHARD_SIZE)
+    assert predict_folder(settings_for(images, model, None, resume=False), tmp_path).resumed == 0
+
+
+def test_trying_nothing_again_and_failing_behind_it_keeps_what_tells_of_the_table(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    good, table = Path(shutil.copytree(images, tmp_path / "good")), tmp_path / "t.csv"
+    for note in good.rglob("*.txt"):
+        note.unlink()
+    predict_folder(settings_for(good, model, table), tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    sorting = settings_for(good, model, table, retry_failed=True, sort_into=str(tmp_path / "file" / "sorted"))
+    with pytest.raises(StorageError):
+        predict_folder(sorting, tmp_path)
+    assert predict_folder(settings_for(good, model, table, retry_failed=True), tmp_path).found == 70
+    assert json.loads((tmp_path / "summary.json").read_text())["ok"] == 70
+    assert not (tmp_path / "t.csv.shards").exists()
+
+
 def test_attempt_that_did_nothing_leaves_nothing(images: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no file is left of"):
         predict_folder(settings_for(images, model, tmp_path / "t.csv", include=["*.jpg"]), tmp_path)
@@ -305,8 +336,11 @@ def test_list_of_files_goes_on_where_it_was(images: Path, model: Path, tmp_path:
     settings = settings_for(images, model, out / "t.csv", files=str(listed))
     stop_after(settings, tmp_path, 3 * SHARD_SIZE)
     listed.write_text("\n".join(["4/other.png", *paths]))
-    with pytest.raises(PredictionsError, match="the list of files has changed: number"):
+    with pytest.raises(PredictionsError, match=r"the list of files has changed: number .* start over with --no-resume"):
         predict_folder(settings, tmp_path)
+    afresh = settings_for(images, model, tmp_path / "afresh" / "t.csv", files=str(listed), resume=False)
+    shutil.copytree(out, tmp_path / "afresh")
+    assert predict_folder(afresh, tmp_path).resumed == 0
     listed.write_text("\n".join(paths))
     assert predict_folder(settings, tmp_path).resumed > 0
     assert [row.split(",")[0] for row in (out / "t.csv").read_text().splitlines()[1:]] == paths
@@ -402,6 +436,17 @@ def test_incremental_classifies_what_is_new_or_changed_and_drops_what_is_gone(
     assert [(path, row["label"]) for path, row in rows.items()] == [(path, row["label"]) for path, row in whole.items()]
     kept = set(before) - {f"1/{one.name}", f"3/{gone.name}"}
     assert all(rows[path] == before[path] for path in kept)
+
+
+def test_a_summary_that_does_not_name_the_model_is_one_of_another_version(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(images, model, tmp_path / "t.csv", incremental=True)
+    predict_folder(settings, tmp_path)
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "model": {"name": "tiny"}}))
+    with pytest.raises(PredictionsError, match=r"the summary of .*t\.csv .*another version.*--overwrite"):
+        predict_folder(settings, tmp_path)
 
 
 def test_incremental_with_another_model_classifies_everything_anew(

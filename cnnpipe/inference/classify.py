@@ -113,16 +113,18 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         if settings.incremental and earlier is not None and known is None:
             earlier_sha256 = ""
         job = _describe_job(settings, root, wanted, session, earlier_sha256)
-        table = wanted or stack.enter_context(default_table(root, artifacts, started, job))
+        table = wanted or stack.enter_context(default_table(root, artifacts, started, job, resume=settings.resume))
         if settings.report is not None:
             from cnnpipe.inference.contact_sheet import check_report  # only who wants a report waits for it
 
             begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
             check_report(user_path(settings.report), settings.replaces_output or begun)
         folder, job = shards_folder(table), replace(job, table=str(table))
-        # Trying again needs the rows that stay; without them it would leave a table of nothing.
-        start_over = settings.overwrite and not (settings.retry_failed and earlier is None)
-        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=start_over))
+        # A table that lacks only its summary is not made again; and trying again needs the rows that stay: without them
+        # it would leave a table of nothing.
+        needed = finished_job(table) is not None or (settings.retry_failed and earlier is None)
+        start_over, resume = settings.overwrite and not needed, settings.resume or needed
+        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=start_over, resume=resume))
         yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
 
 
@@ -237,7 +239,10 @@ class Classification:
         self._clock.start_up = clock.seconds
         self._resumed, self._resumed_seconds = shards.done()
         if self._resumed.found:
-            _logger.info("going on in %s: %d files are done", display_path(str(shards.path)), self._resumed.found)
+            _logger.info(
+                "going on in %s: %d files are done, begun %s; --no-resume starts over",
+                *(display_path(str(shards.path)), self._resumed.found, f"{shards.begun:%Y-%m-%d %H:%M}"),
+            )
 
     def run(self, progress: ProgressCallback | None = None) -> None:
         """Classify all files that have no row yet.

@@ -10,8 +10,6 @@ import base64
 import hashlib
 import io
 import os
-import struct
-import zlib
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +19,13 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from cnnpipe.decoding import DecodedFile
 from cnnpipe.environment import usable_cores
-from cnnpipe.errors import PredictionsError
+from cnnpipe.errors import ImageError, PredictionsError
 from cnnpipe.files import display_path
-from cnnpipe.images import RGBImage, decode_image
+from cnnpipe.images import RGBImage, decode_image, upright_size
 from cnnpipe.inference.contact_sheet_page import HISTOGRAM_BINS, ClassSection, ErrorSection, Page, Picture, render_page
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.sorting import source_path, uncertainty_test
@@ -47,13 +45,6 @@ _FAILED_FILES_PER_KIND: Final = 10
 _MAX_JPEG_BYTES: Final = 4096
 """What keeps the whole page below some 7 MB, whatever the pictures are; nearly all are smaller at the first quality."""
 _JPEG_QUALITIES: Final = (82, 60, 35, 10)
-
-# What Pillow's plugins raise on a damaged header.
-_HEADER_ERRORS: Final = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AttributeError,
-                         RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)  # fmt: skip
-
-# Source: EXIF 2.32, tag 0x0112.
-_SIDEWAYS: Final = frozenset({5, 6, 7, 8})
 
 
 def check_report(path: Path, overwrite: bool) -> None:
@@ -133,24 +124,16 @@ def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
         ImageError: it cannot be decoded.
     """
     height, width = image_size
-    image_width, image_height = _upright_size(data)
+    try:
+        image_width, image_height = upright_size(data)
+    except ImageError:
+        image_width = image_height = 1  # `decode_image` says what is wrong with it, if anything is
     scale = min(width / image_width, height / image_height)
     inner_height, inner_width = max(1, round(image_height * scale)), max(1, round(image_width * scale))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     square = np.full((height, width, 3), 255, np.uint8)
     square[top : top + inner_height, left : left + inner_width] = decode_image(data, (inner_height, inner_width))
     return square
-
-
-def _upright_size(data: bytes) -> tuple[int, int]:
-    """Return the (width, height) of an image as its EXIF tag turns it; (1, 1) if its header does not say."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _HEADER_ERRORS:
-        return 1, 1  # `decode_image` says what is wrong with it, if anything is
-    return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -13,7 +13,7 @@ from cnnpipe.errors import PredictionsError, StorageError
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.predictions import TableFormat, open_table, read_table
-from cnnpipe.inference.summary import RowCounts, read_summary
+from cnnpipe.inference.summary import ModelUsed, RowCounts, read_summary
 
 __all__ = ["EarlierTable", "KeptRows", "kept_rows", "replace_failed"]
 
@@ -33,26 +33,26 @@ class EarlierTable:
                 "classify anew with --overwrite"
             )
         self.path = path
-        self._summary = summary
         try:
             self.form = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"])
-        except KeyError as error:
+            self._folder, self._model = summary["folder"], ModelUsed(**summary["model"])
+        except (KeyError, TypeError) as error:
             raise PredictionsError(
-                f"the summary of {display_path(str(path))} lacks {error}: another version made it; classify anew with "
+                f"the summary of {display_path(str(path))} is one of another version ({error}); classify anew with "
                 "--overwrite"
             ) from error
 
     def difference(self, model_sha256: str, root: Path, settings: ClassifySettings) -> str:
         """Return in what it was made otherwise than its new rows would be, or an empty string."""
-        made = self._summary["model"]
+        made = self._model
         folder = display_path(str(root.absolute()))
-        if settings.retry_failed and self._summary["folder"] != folder:
-            return f"the folder {self._summary['folder']} (now {folder})"
-        if made["sha256"] != model_sha256:
-            return f"the model {made['name']}/{made['run_id']} ({made['sha256'][:12]}…, now {model_sha256[:12]}…)"
+        if settings.retry_failed and self._folder != folder:
+            return f"the folder {self._folder} (now {folder})"
+        if made.sha256 != model_sha256:
+            return f"the model {made.name}/{made.run_id} ({made.sha256[:12]}…, now {model_sha256[:12]}…)"
         for name in ("top_k", "safe_csv"):
-            if self._summary[name] != getattr(settings, name):
-                return f"{name} {self._summary[name]!r} (now {getattr(settings, name)!r})"
+            if (then := getattr(self.form, name)) != getattr(settings, name):
+                return f"{name} {then!r} (now {getattr(settings, name)!r})"
         return ""
 
     def rows(self) -> Iterator[Prediction]:

@@ -69,7 +69,7 @@ def _behind(paths: Iterator[str], last: str | None, num_files: int) -> Iterator[
         if reached != last:
             raise PredictionsError(
                 f"the list of files has changed: number {num_files:,} was {last!r} and is {reached!r}; "
-                "give the same list to go on, or start over with --overwrite"
+                "give the same list to go on, or start over with --no-resume"
             )
     yield from paths
 

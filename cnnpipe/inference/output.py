@@ -50,7 +50,7 @@ def check_output(path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def default_table(root: Path, artifacts: Path, started: datetime, job: Job) -> Iterator[Path]:
+def default_table(root: Path, artifacts: Path, started: datetime, job: Job, *, resume: bool = True) -> Iterator[Path]:
     """Give a table without a name a place below `artifacts/predictions`: a new one, or where the job was broken off.
 
     A new folder goes again if nothing came of it.
@@ -58,10 +58,13 @@ def default_table(root: Path, artifacts: Path, started: datetime, job: Job) -> I
     Args:
         root: the folder that is classified.
         job: what is to be done; its `table` does not count.
+        resume: whether a job that was broken off is gone on with. One whose list came from standard input never is: the
+            next that comes so is another.
     Raises:
         StorageError: no folder can be created.
     """
-    for shards in sorted(artifacts.glob(f"predictions/*/{shards_folder(Path(_TABLE_NAME))}"), reverse=True):
+    folders = artifacts.glob(f"predictions/*/{shards_folder(Path(_TABLE_NAME))}") if resume and job.files != "-" else ()
+    for shards in sorted(folders, reverse=True):
         begun = Job.read(shards)
         if begun is not None and not job.differences(begun) and not is_locked(shards):
             yield shards.parent / _TABLE_NAME

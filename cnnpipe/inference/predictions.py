@@ -111,7 +111,7 @@ def read_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator
     try:
         for values in _READERS[form.suffix](path, form, part):
             yield _prediction(values, form.top_k)
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise PredictionsError(
             f"{path} cannot be read as a table of {form.top_k} classes a row: {reason}; make it anew with --overwrite"

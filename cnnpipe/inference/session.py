@@ -57,13 +57,12 @@ class ClassifierSession:
         precision: of the file that was opened.
         provider: `CPUExecutionProvider` or `CUDAExecutionProvider`, as the session itself reports it.
         device: `cpu` or `cuda:N`.
-        threads: of onnxruntime within an operator, on the CPU.
         path: the model's file.
         model_sha256: of the bytes that were loaded, 64 hexadecimal digits.
     """
 
     def __init__(
-        self, session: Any, info: ModelInfo, precision: Precision, path: Path, sha256: str, device: str, threads: int
+        self, session: Any, info: ModelInfo, precision: Precision, path: Path, sha256: str, device: str
     ) -> None:
         self._session = session
         self.info = info
@@ -71,7 +70,6 @@ class ClassifierSession:
         self.path = path
         self.model_sha256 = sha256
         self.device = device
-        self.threads = threads
         self.provider: str = session.get_providers()[0]
         on_gpu = self.provider == CUDA
         self._buffers = BoundBuffers(session, len(info.class_names), device) if on_gpu else None
@@ -264,9 +262,7 @@ def _check_model(session: Any, path: Path, content: bytes, device: str, wanted: 
             f"{path} is {precision}, not {wanted.precision}; name the run folder to have its {wanted.precision} model, "
             "or leave --precision at auto"
         )
-    return ClassifierSession(
-        session, info, precision, path, hashlib.sha256(content).hexdigest(), device, wanted.threads
-    )
+    return ClassifierSession(session, info, precision, path, hashlib.sha256(content).hexdigest(), device)
 
 
 def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -208,27 +209,28 @@ class ShardFolder:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, job: Job, *, start_over: bool) -> Iterator[Self]:
+    def open(cls, path: Path, job: Job, *, start_over: bool, resume: bool = True) -> Iterator[Self]:
         """Begin a job, or go on with it where an earlier process was broken off.
 
         Args:
             start_over: whether the rows of another job may be dropped.
+            resume: whether those of the same job are gone on with, not dropped.
         Raises:
             PredictionsError: another process is at it, or the folder holds the rows of another job.
             StorageError: it cannot be written.
         """
         with _locked(path):
             begun = Job.read(path)
-            if begun is None and (path / _JOB_FILE).exists() and not start_over:
+            if begun is None and (path / _JOB_FILE).exists() and resume and not start_over:
                 raise PredictionsError(
                     f"{display_path(str(path))} holds a classification that another version broke off; "
                     "finish it with that, or start over with --overwrite"
                 )
             if begun is not None and (different := job.differences(begun)):
-                if not start_over:
+                if resume and not start_over:
                     raise _other_job(path, job, begun, different[0])
                 begun = None
-            if begun is None:
+            if begun is None or not resume:
                 _remove_files(path, _OURS)
                 _write_json(path / _JOB_FILE, asdict(job))
             else:
@@ -236,8 +238,14 @@ class ShardFolder:
             try:
                 yield cls(path, job)
             finally:
-                if not any(path.glob("[0-9]*.json")):  # all done, or nothing worth going on with
+                # All done, or nothing worth going on with; it says what was done where only the summary is missing.
+                if not any(path.glob("[0-9]*.json")) and finished_job(Path(job.table)) is None:
                     _remove_folder(path)
+
+    @property
+    def begun(self) -> datetime:
+        """When the job was begun, in the time of this place; it must not be done yet."""
+        return datetime.fromtimestamp((self.path / _JOB_FILE).stat().st_mtime).astimezone()
 
     def rows_path(self, number: int) -> Path:
         """Return where the rows of a shard are."""
