@@ -438,6 +438,24 @@ def test_incremental_classifies_what_is_new_or_changed_and_drops_what_is_gone(
     assert all(rows[path] == before[path] for path in kept)
 
 
+def test_an_update_that_found_no_file_keeps_the_table_and_is_in_nobodys_way(
+    own_images: Path, model: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(own_images, model, tmp_path / "out" / "t.csv", incremental=True)
+    predict_folder(settings, tmp_path)
+    before = content(tmp_path / "out" / "t.csv")
+    own_images.rename(tmp_path / "away")
+    listed = tmp_path / "list.txt"
+    listed.write_text("")
+    own_images.mkdir()
+    with pytest.raises(DatasetError, match="no file is left of"):
+        predict_folder(settings.model_copy(update={"files": str(listed)}), tmp_path)
+    assert content(tmp_path / "out" / "t.csv") == before
+    own_images.rmdir()
+    (tmp_path / "away").rename(own_images)
+    assert predict_folder(settings, tmp_path).unchanged == NUM_FILES - 5
+
+
 def test_a_summary_that_does_not_name_the_model_is_one_of_another_version(
     images: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -284,6 +284,7 @@ class Classification:
         settings, job = self._settings, self.shards.job
         finished = self.shards.finished() or self.shards.join(self._join)
         if not finished.files and not settings.retry_failed:
+            self.shards.remove()
             raise DatasetError(f"no file is left of {_described(settings)}; check the patterns and the list")
         table = Path(job.table)
         replaces = settings.replaces_output or finished_job(table) is not None
