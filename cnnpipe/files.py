@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Final
 
 from cnnpipe.errors import ImageError
 
-__all__ = ["MAX_FILE_BYTES", "display_path", "read_file", "user_path"]
+__all__ = ["MAX_FILE_BYTES", "display_path", "read_file", "source_path", "user_path"]
 
 MAX_FILE_BYTES: Final = 2**30
+
+_UNDECODABLE_BYTE: Final = re.compile(r"\\x([89a-f][0-9a-f])")
 
 
 def display_path(path: str) -> str:
@@ -19,6 +22,32 @@ def display_path(path: str) -> str:
     if path.isascii():  # nearly all of millions
         return path
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def source_path(root: Path, shown: str) -> Path:
+    """Return the path of a file that a table shows.
+
+    A name with bytes that are no text stands there with `\\xNN` for them (`display_path`). A file that
+    really has such a name in letters is preferred.
+
+    Args:
+        root: the folder that `shown` is relative to.
+    Returns:
+        The path as shown if there is no such file either way.
+    """
+    literal = root / shown
+    if os.path.lexists(literal) or "\\x" not in shown:
+        return literal
+    found = root
+    for part in shown.split("/"):  # one by one: a name in letters may lie in a folder whose name is in bytes
+        exact = found / (part or "/")
+        found = exact if os.path.lexists(exact) else found / _with_bytes(part)
+    return found if os.path.lexists(found) else literal
+
+
+def _with_bytes(shown: str) -> str:
+    """Turn `\\xNN` back into the bytes that it stands for."""
+    return _UNDECODABLE_BYTE.sub(lambda match: os.fsdecode(bytes([int(match[1], 16)])), shown)
 
 
 def user_path(text: str) -> Path:

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnnpipe.errors import PredictionsError, StorageError
-from cnnpipe.files import display_path
+from cnnpipe.files import display_path, source_path
 from cnnpipe.finding import find_files
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.safe_names import harmless_path, label_folder
-from cnnpipe.inference.sorting import SortedFiles, check_target, sort_files, source_path
+from cnnpipe.inference.sorting import SortedFiles, check_target, sort_files
 
 HOSTILE_LABELS = ("../../out", "..", ".", "", "/etc", "a/b", "a\\b", "nul\0", ".hidden", "_uncertain", "_Uncertain",
                   "end.", "a%2Fb", "100%", "\ud800", "猫", "قطة", "x" * 300, "猫" * 200)  # fmt: skip

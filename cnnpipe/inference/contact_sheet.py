@@ -24,11 +24,11 @@ from PIL import Image
 from cnnpipe.decoding import DecodedFile
 from cnnpipe.environment import usable_cores
 from cnnpipe.errors import ImageError, PredictionsError
-from cnnpipe.files import display_path
+from cnnpipe.files import display_path, source_path
 from cnnpipe.images import RGBImage, decode_image, upright_size
 from cnnpipe.inference.contact_sheet_page import HISTOGRAM_BINS, ClassSection, ErrorSection, Page, Picture, render_page
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.inference.sorting import source_path, uncertainty_test
+from cnnpipe.inference.sorting import uncertainty_test
 from cnnpipe.inference.summary import ClassificationSummary, FailedFile
 from cnnpipe.storage import storage_errors, write_text
 from cnnpipe.workers import DecoderPool

@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from cnnpipe.errors import PredictionsError
+from cnnpipe.files import source_path
 from cnnpipe.finding import count_files, find_files
 from cnnpipe.inference.earlier import EarlierTable
 from cnnpipe.inference.shards import Job, shards_folder
-from cnnpipe.inference.sorting import source_path
 from cnnpipe.inference.summary import SUMMARY_FILE
 from cnnpipe.selection import FileFilter, read_file_list
 

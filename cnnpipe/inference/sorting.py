@@ -25,12 +25,12 @@ from typing import Final
 import numpy as np
 
 from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
-from cnnpipe.files import display_path
+from cnnpipe.files import display_path, source_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.safe_names import UNCERTAIN_FOLDER, harmless_path, label_folder, numbered_path
 from cnnpipe.storage import make_folder, storage_errors, write_file
 
-__all__ = ["SortedFiles", "check_target", "sort_files", "source_path", "uncertainty_test"]
+__all__ = ["SortedFiles", "check_target", "sort_files", "uncertainty_test"]
 
 _MAX_KNOWN_FOLDERS: Final = 16_384
 _PROBLEMS_LOGGED: Final = 5
@@ -38,8 +38,6 @@ _PROBLEMS_LOGGED: Final = 5
 # Ways to say that there can be no hard link: another disk, none on this one, somebody else's file, too many already.
 _NO_HARD_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EINVAL,
                                   errno.ENOTSUP, errno.EOPNOTSUPP})  # fmt: skip
-
-_UNDECODABLE_BYTE: Final = re.compile(r"\\x([89a-f][0-9a-f])")
 
 _logger = logging.getLogger(__name__)
 
@@ -113,32 +111,6 @@ def uncertainty_test(min_probability: float) -> Callable[[float], bool]:
     """
     least = np.float32(min_probability)
     return lambda probability: bool(np.float32(probability) < least)
-
-
-def source_path(root: Path, shown: str) -> Path:
-    """Return the path of a file that a table shows.
-
-    A name with bytes that are no text stands there with `\\xNN` for them (`cnnpipe.files.display_path`). A file that
-    really has such a name in letters is preferred.
-
-    Args:
-        root: the folder that `shown` is relative to.
-    Returns:
-        The path as shown if there is no such file either way.
-    """
-    literal = root / shown
-    if os.path.lexists(literal) or "\\x" not in shown:
-        return literal
-    found = root
-    for part in shown.split("/"):  # one by one: a name in letters may lie in a folder whose name is in bytes
-        exact = found / (part or "/")
-        found = exact if os.path.lexists(exact) else found / _with_bytes(part)
-    return found if os.path.lexists(found) else literal
-
-
-def _with_bytes(shown: str) -> str:
-    """Turn `\\xNN` back into the bytes that it stands for."""
-    return _UNDECODABLE_BYTE.sub(lambda match: os.fsdecode(bytes([int(match[1], 16)])), shown)
 
 
 class _Sorter:
