@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -231,6 +232,19 @@ def test_without_an_output_the_same_command_goes_on_in_the_folder_it_began(
     assert Path(summary.table).parent == begun
     assert content(Path(summary.table)) == unbroken[".csv"]
     assert Path(predict_folder(settings, tmp_path).table).parent != begun
+
+
+def test_without_an_output_a_half_done_table_of_other_settings_is_mentioned_and_stays(
+    images: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cnnpipe")
+    stop_after(settings_for(images, model, None), tmp_path, 3 * SHARD_SIZE)
+    [begun] = (tmp_path / "predictions").iterdir()
+    summary = predict_folder(settings_for(images, model, None, top_k=2), tmp_path)
+    assert summary.resumed == 0
+    assert f"{begun.name}/predictions.csv.shards holds a classification of this folder" in caplog.text
+    assert "broken off, with top_k 1, now 2" in caplog.text
+    assert predict_folder(settings_for(images, model, None), tmp_path).resumed > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from cnnpipe.inference.summary import SUMMARY_FILE, described_table, summaries_o
 from cnnpipe.storage import make_folder, storage_errors
 
 __all__ = ["check_output", "create_output_folder", "default_table"]
+
+_logger = logging.getLogger(__name__)
 
 _TABLE_NAME: Final = "predictions.csv"
 _MAX_NAME_BYTES: Final = 100
@@ -66,9 +69,17 @@ def default_table(root: Path, artifacts: Path, started: datetime, job: Job, *, r
     folders = artifacts.glob(f"predictions/*/{shards_folder(Path(_TABLE_NAME))}") if resume and job.files != "-" else ()
     for shards in sorted(folders, reverse=True):
         begun = Job.read(shards)
-        if begun is not None and not job.differences(begun) and not is_locked(shards):
+        if begun is None or is_locked(shards):
+            continue
+        different = job.differences(begun)
+        if not different:
             yield shards.parent / _TABLE_NAME
             return
+        if begun.root == job.root:
+            _logger.info(
+                "%s holds a classification of this folder that was broken off, with %s %r, now %r; it stays as it is",
+                *(display_path(str(shards)), different[0], getattr(begun, different[0]), getattr(job, different[0])),
+            )
     folder = create_output_folder(root, artifacts, started)
     try:
         yield folder / _TABLE_NAME
