@@ -27,8 +27,8 @@ def display_path(path: str) -> str:
 def source_path(root: Path, shown: str) -> Path:
     """Return the path of a file that a table shows.
 
-    A name with bytes that are no text stands there with `\\xNN` for them (`display_path`). A file that
-    really has such a name in letters is preferred.
+    A name with bytes that are no text stands there with `\\xNN` for them (`display_path`). A file that really has such
+    a name in letters is preferred.
 
     Args:
         root: the folder that `shown` is relative to.

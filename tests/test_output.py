@@ -21,7 +21,20 @@ def test_summary_is_part_of_the_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "7", '"table"', "{}", '{"mine":1}', '{"table": 7}', '{"table": "u.csv"}', '{"table": "/t.csv"}'],
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        '"table"',
+        "{}",
+        '{"mine":1}',
+        '{"table": 7}',
+        '{"table": "u.csv"}',
+        '{"table": "/t.csv"}',
+        '{"table": "/"}',
+        '{"table": "summary.json"}',
+    ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_summary_of_anything_else_is_refused(tmp_path: Path, content: str, overwrite: bool) -> None:

@@ -470,6 +470,14 @@ def test_an_update_that_found_no_file_keeps_the_table_and_is_in_nobodys_way(
     assert predict_folder(settings, tmp_path).unchanged == NUM_FILES - 5
 
 
+def test_a_table_whose_folder_was_renamed_is_brought_up_to_date(images: Path, model: Path, tmp_path: Path) -> None:
+    predict_folder(settings_for(images, model, tmp_path / "out" / "t.csv"), tmp_path)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    summary = predict_folder(settings_for(images, model, tmp_path / "moved" / "t.csv", incremental=True), tmp_path)
+    assert summary.unchanged == NUM_FILES - 5
+    assert json.loads((tmp_path / "moved" / "summary.json").read_text())["table"] == str(tmp_path / "moved" / "t.csv")
+
+
 def test_a_summary_that_does_not_name_the_model_is_one_of_another_version(
     images: Path, model: Path, tmp_path: Path
 ) -> None:

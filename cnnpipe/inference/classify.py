@@ -120,10 +120,10 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
             begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
             check_report(user_path(settings.report), settings.replaces_output or begun)
         folder, job = shards_folder(table), replace(job, table=str(table))
-        # A table that lacks only its summary is not made again; and trying again needs the rows that stay: without them
-        # it would leave a table of nothing.
-        needed = finished_job(table) is not None or (settings.retry_failed and earlier is None)
-        start_over, resume = settings.overwrite and not needed, settings.resume or needed
+        # Trying again needs the rows that stay; without them it would leave a table of nothing.
+        needed = settings.retry_failed and earlier is None
+        start_over = settings.overwrite and not needed
+        resume = settings.resume or needed or finished_job(table) is not None  # that lacks nothing but its summary
         shards = stack.enter_context(ShardFolder.open(folder, job, start_over=start_over, resume=resume))
         yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
+from cnnpipe.inference.predictions import TABLE_SUFFIXES
 from cnnpipe.inference.sorting import SortedFiles, uncertainty_test
 from cnnpipe.storage import storage_errors, write_json
 
@@ -236,7 +237,10 @@ def read_summary(table: Path) -> dict[str, Any] | None:
 
 
 def described_table(path: Path) -> str | None:
-    """Return the name of the table, in the same folder, that a `summary.json` of ours describes; None for any other."""
+    """Return the name of the table, in the same folder, that a `summary.json` of ours describes; None for any other.
+
+    A folder that was renamed or copied, or is mounted elsewhere, has the table beside the summary all the same.
+    """
     try:
         if not path.is_file():  # a pipe would never end
             return None
@@ -244,7 +248,10 @@ def described_table(path: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
         return None
     folder = Path(display_path(str(path.parent.absolute())))
-    return described.name if os.path.realpath(described.parent) == os.path.realpath(folder) else None
+    if described.suffix not in TABLE_SUFFIXES:
+        return None
+    own = os.path.realpath(described.parent) == os.path.realpath(folder) or path.with_name(described.name).is_file()
+    return described.name if own else None
 
 
 def summaries_of(table: Path) -> list[Path]:
