@@ -30,6 +30,7 @@ _ARTIFACTS = Path("artifacts")
 _FILES = [10_000]
 _PRESETS = ["baseline", "fast"]
 _LAYOUTS = list(Layout)
+_NO_SHARES: list[float] = []
 
 
 @app.command()
@@ -39,13 +40,16 @@ def training(
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of every training; 0: each its own number.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender is trained, in turn.")] = 3,
     preset: Annotated[list[str], typer.Option(help="Preset to train beside the tutorial's script.")] = _PRESETS,
+    share: Annotated[
+        list[float], typer.Option(min=0.01, help="Train the first preset within this share of the tutorial's time too.")
+    ] = _NO_SHARES,
     data: DataOption = Path("data"),
 ) -> None:
     """Train the tutorial's script and the presets side by side; prints medians, and ratios pair by pair."""
     from cnnpipe.training.datasets import prepare_dataset
 
     prepared = prepare_dataset(PrepareSettings(dataset=dataset), data).path
-    for line in compare_training(prepared, epochs, rounds, preset):
+    for line in compare_training(prepared, epochs, rounds, preset, share):
         typer.echo(line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -16,16 +17,20 @@ SHAPES = ((32, 16, 32, 64), (32, 16, 64, 64), (32, 8, 128, 128))
 SECONDS = 4.0
 
 
-def main() -> None:
-    """Time each shape alone, every core on its own images in one thread, and report the fastest in FLOP/s."""
+def main(precision: str) -> None:
+    """Time each shape alone, every core on its own images in one thread, and report the fastest in FLOP/s.
+
+    Args:
+        precision: name of the type of images and kernels, such as `float32`.
+    """
     import tensorflow as tf
 
     import cnnpipe.training.backend  # noqa: F401  the threads that training has
 
     rates = []
     for number, side, channels_in, channels_out in SHAPES:
-        kernel = tf.Variable(np.zeros((3, 3, channels_in, channels_out), np.float32))
-        images = tf.zeros((usable_cores(), number, side, side, channels_in))
+        kernel = tf.Variable(tf.zeros((3, 3, channels_in, channels_out), precision))
+        images = tf.zeros((usable_cores(), number, side, side, channels_in), precision)
 
         def gradients_of_all(images: Any = images, kernel: Any = kernel) -> list[Any]:
             """Return both gradients of a convolution, for each core."""
@@ -35,7 +40,7 @@ def main() -> None:
                     tape.watch(part)
                     out = tf.nn.conv2d(part, kernel, 1, "SAME")
                 gradients += tape.gradient(out, [part, kernel])
-            return [tf.reduce_sum(gradient) for gradient in gradients]
+            return [tf.cast(tf.reduce_sum(gradient), tf.float32) for gradient in gradients]
 
         step = tf.function(gradients_of_all)
         step()
@@ -51,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

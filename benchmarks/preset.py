@@ -18,45 +18,48 @@ from cnnpipe.training.recipes import resolve_recipe, small_size
 from cnnpipe.training.stages import evaluate_run, train_run
 
 
-def main(prepared: Path, epochs: int, preset: str, seed: int) -> None:
+def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float | None = None) -> None:
     """Train a preset on a prepared dataset and score the test split; `fit_seconds` include compiling and checkpoints.
 
     Args:
         epochs: 0 is the preset's own number.
+        max_minutes: for training; None is no limit.
     """
-    train = TrainSettings.model_validate({"preset": preset, "epochs": epochs or None, "seed": seed})
+    values = {"preset": preset, "epochs": epochs or None, "seed": seed, "max_minutes": max_minutes}
+    train = TrainSettings.model_validate(values)
     settings = RetrainSettings(train=train)
     with tempfile.TemporaryDirectory() as folder:
         result = train_run(settings, prepared, Path(folder))
         accuracy = evaluate_run(result.run).accuracy
+        precision = json.loads((result.run / "environment.json").read_bytes())["precision"]
         history = list(csv.DictReader((result.run / "history.csv").read_text(encoding="utf-8").splitlines()))
     ends = accumulate(float(row["seconds"]) for row in history)
-    dataset = load_prepared(prepared)
-    num_images = dataset.num_images["train"]
+    images = round(result.seconds * result.images_per_second)
     report = {
+        "precision": precision,
         "fit_seconds": result.seconds,
         "test_accuracy": accuracy,
         "course": list(zip(ends, (float(row["val_accuracy"]) for row in history), strict=True)),
-        "images": result.epochs * num_images,
-        "flops": num_images * flops_for_each_image(dataset, train),
+        "images": images,
+        "flops": images * flops_for_each_image(load_prepared(prepared), train),
     }
     print(json.dumps(report))
 
 
-def flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> int:
-    """Return the work that training does for one image, in all epochs."""
-    total = 0
+def flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> float:
+    """Return the work that training does for one image in an epoch, on average over all of them."""
+    total = 0.0
     statistics = measure_input(dataset.images("train")[:1])  # no matter which: the work is the same
-    recipe = resolve_recipe(train, dataset.num_images["train"])
-    small = recipe.small_epochs(dataset.image_size, recipe.epochs)
-    for image_size, epochs in ((small_size(dataset.image_size), small), (dataset.image_size, recipe.epochs - small)):
-        if epochs:
-            smaller = image_size != dataset.image_size
-            like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
+    whole = dataset.image_size
+    small = resolve_recipe(train, dataset.num_images["train"]).small_until(whole)
+    for image_size, share in ((small_size(whole), small), (whole, 1.0 - small)):
+        if share:
+            like = (train.preset, whole, len(dataset.class_names), statistics)
+            network = build_network(*like, any_size=image_size != whole)
             given = keras.Input((*image_size, 3), dtype="uint8")
-            total += epochs * count_flops(keras.models.clone_model(build_network(*like, any_size=smaller), given))
+            total += share * count_flops(keras.models.clone_model(network, given))
     return total
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *map(float, sys.argv[5:]))

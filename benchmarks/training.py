@@ -18,6 +18,8 @@ __all__ = ["compare_training"]
 class Measurement:
     """One training in a process of its own."""
 
+    precision: str
+    """Of the arithmetic."""
     fit_seconds: float
     images_per_second: float
     peak_gigabytes: float
@@ -28,24 +30,31 @@ class Measurement:
     """Seconds since the start and validation accuracy then, after every epoch."""
 
 
-def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence[str]) -> list[str]:
+def compare_training(
+    prepared: Path, epochs: int, rounds: int, presets: Sequence[str], shares: Sequence[float] = ()
+) -> list[str]:
     """Train the tutorial's script and each preset in turn, `rounds` times, and return a table.
 
     Args:
         prepared: folder of a prepared dataset.
         epochs: of every training, so that they do the same work; 0 lets each do its own number.
         presets: of ours.
+        shares: of the tutorial's time in the same round; the first preset is trained within each of them too.
     """
-    contenders = {"tutorial": ["benchmarks.tutorial", str(prepared), str(epochs)]}
-    contenders |= {preset: ["benchmarks.preset", str(prepared), str(epochs), preset] for preset in presets}
-    measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
-    limits = []
+    measured: dict[str, list[Measurement]] = {name: [] for name in ("tutorial", *presets)}
+    measured |= {f"{presets[0]}, in {share:g} of the time": [] for share in shares}
+    limits: dict[str, list[float]] = {}
+    """FLOP/s, by precision."""
     for seed in range(rounds):
-        limits.append(run_process([sys.executable, "-m", "benchmarks.convolution"]).report["flops_per_second"])
-        for name, arguments in contenders.items():
-            measured[name].append(_measure([*arguments, str(seed)]))
-            print(f"{name}: {measured[name][-1]}", file=sys.stderr)
-    limit = statistics.median(limits)
+        tutorial = _measure(["benchmarks.tutorial", str(prepared), str(epochs), str(seed)])
+        ours = [["benchmarks.preset", str(prepared), str(epochs), preset, str(seed)] for preset in presets]
+        ours += [[*ours[0], str(share * tutorial.fit_seconds / 60.0)] for share in shares]
+        for runs, run in zip(measured.values(), (tutorial, *map(_measure, ours)), strict=True):
+            runs.append(run)
+        for precision in sorted({runs[-1].precision for runs in measured.values()}):
+            alone = run_process([sys.executable, "-m", "benchmarks.convolution", precision])
+            limits.setdefault(precision, []).append(alone.report["flops_per_second"])
+    limit = {precision: statistics.median(rates) for precision, rates in limits.items()}
     rows = [("", "s in fit", "images/s", "peak GB", "GFLOP/s", "of the limit", "test accuracy", "time / tutorial's")]
     for name, runs in measured.items():
         pairs = zip(runs, measured["tutorial"], strict=True)
@@ -58,16 +67,17 @@ def compare_training(prepared: Path, epochs: int, rounds: int, presets: Sequence
                 f"{_median(runs, 'images_per_second'):,.0f}",
                 f"{_median(runs, 'peak_gigabytes'):.2f}",
                 f"{speed / 1e9:.0f}",
-                f"{speed / limit:.0%}",
+                f"{speed / limit[runs[0].precision]:.0%}",
                 _spread([run.test_accuracy for run in runs]),
                 f"{ratio:.2f}",
             )
         )
+    limits_shown = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in limit.items())
     courses = (f"- {name}: {_course(runs[0])}" for name, runs in measured.items())
     return [
         *markdown_lines(rows),
         "",
-        f"Convolutions alone, forward and back: {limit / 1e9:.0f} GFLOP/s.",
+        f"Convolutions alone, forward and back: {limits_shown}.",
         "",
         "Validation accuracy after so many seconds, in the first round:",
         *courses,
@@ -91,7 +101,8 @@ def _median(runs: list[Measurement], figure: str) -> float:
 
 def _measure(arguments: list[str]) -> Measurement:
     run = run_process([sys.executable, "-m", *arguments])
-    return Measurement(
+    measurement = Measurement(
+        precision=run.report["precision"],
         fit_seconds=run.report["fit_seconds"],
         images_per_second=run.report["images"] / run.report["fit_seconds"],
         peak_gigabytes=run.peak_bytes / 1e9,
@@ -99,3 +110,5 @@ def _measure(arguments: list[str]) -> Measurement:
         test_accuracy=run.report["test_accuracy"],
         course=run.report["course"],
     )
+    print(f"{' '.join(arguments)}: {measurement}", file=sys.stderr)
+    return measurement

@@ -57,7 +57,8 @@ def main(prepared: Path, epochs: int, seed: int) -> None:
     _, accuracy = model.evaluate(*test, verbose=0)
     images = epochs * len(train[0])
     work = {"images": images, "flops": images * count_flops(model)}
-    result = {"fit_seconds": seconds, "test_accuracy": accuracy, "course": course, **work}
+    scores = {"test_accuracy": accuracy, "course": course}
+    result = {"precision": keras.config.floatx(), "fit_seconds": seconds, **scores, **work}
     print(json.dumps(result))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 from cnnpipe import __version__
 
-__all__ = ["PACKAGES", "describe_environment", "package_versions", "usable_cores"]
+__all__ = ["PACKAGES", "Processor", "describe_environment", "find_processor", "package_versions", "usable_cores"]
 
 PACKAGES: Final = (
     "tensorflow",
@@ -45,12 +47,40 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Processor:
+    """What a processor says of itself; empty where this system does not tell."""
+
+    vendor: str = ""
+    """Such as `AuthenticAMD`."""
+    model: str = ""
+    flags: frozenset[str] = frozenset()
+    """Of what it can do, by Linux' names, such as `avx512_bf16`."""
+
+
+def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
+    """Return the first processor of this machine.
+
+    Args:
+        description: Linux' file. Source: proc_cpuinfo(5).
+    """
+    try:
+        first = description.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return Processor()
+    pairs = (line.partition(":") for line in first.splitlines())
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = frozenset(values.get("flags", "").split())
+    return Processor(values.get("vendor_id", ""), values.get("model name", ""), flags)
+
+
 def describe_environment() -> dict[str, Any]:
-    """Return Python, platform, cores and package versions, as JSON-able values."""
+    """Return Python, platform, processor, cores and package versions, as JSON-able values."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": find_processor().model,
         "cores": usable_cores(),
         "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
         "versions": package_versions(),

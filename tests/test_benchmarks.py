@@ -26,6 +26,7 @@ from cnnpipe.errors import CnnpipeError
 from cnnpipe.finding import find_files
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
+from cnnpipe.training.models import build_network, measure_input
 
 NUM_IMAGES = 20
 DATALOADER = "PyTorch DataLoader, 64"
@@ -264,11 +265,16 @@ def test_the_work_of_a_training_step_is_counted_layer_by_layer() -> None:
     assert count_flops(network) == forward[0] + 2 * forward[1] + 3 * forward[2]
 
 
-def test_small_epochs_and_images_that_are_averaged_down_are_counted_as_they_are_trained(
+def test_small_images_and_those_that_are_averaged_down_are_counted_as_they_are_trained(
     digits: PreparedDataset, tmp_path: Path
 ) -> None:
     large = prepare_dataset(PrepareSettings(image_size=(64, 64)), tmp_path)
-    work = {epochs: flops_for_each_image(digits, TrainSettings(preset="fast", epochs=epochs)) for epochs in (1, 3)}
+    tiny = prepare_dataset(PrepareSettings(image_size=(15, 15)), tmp_path)  # not made smaller
+    fast, whole, small, never = TrainSettings(preset="fast"), (32, 32), (24, 24), (15, 15)
 
-    assert 2 * work[1] < work[3] < 2.5 * work[1]  # two of three are small, at 0.56 of the pixels
-    assert flops_for_each_image(large, TrainSettings(preset="fast", epochs=3)) == work[3]
+    def work_of(size: tuple[int, int]) -> int:
+        return count_flops(build_network("fast", size, 10, measure_input(digits.images("train"))))
+
+    assert flops_for_each_image(digits, fast) == pytest.approx((2 * work_of(small) + work_of(whole)) / 3)
+    assert flops_for_each_image(large, fast) == flops_for_each_image(digits, fast)
+    assert flops_for_each_image(tiny, fast) == work_of(never)

@@ -213,19 +213,20 @@ def break_off(artifacts: Path, job: TrainingJob, *, resume: bool = True) -> Path
 
 @pytest.fixture
 def job(digits: PreparedDataset) -> TrainingJob:
-    return TrainingJob.describe(SHORT, digits, "cpu")
+    return TrainingJob.describe(SHORT, digits, "cpu", "float32")
 
 
 def test_only_the_same_training_is_gone_on_with(digits: PreparedDataset, tmp_path: Path, job: TrainingJob) -> None:
     run = break_off(tmp_path, job)
     settings = SHORT.model_copy(update={"promote": PromoteSettings(min_accuracy=0.9)})
     others = [
-        TrainingJob.describe(settings, digits, "cpu"),
+        TrainingJob.describe(settings, digits, "cpu", "float32"),
+        TrainingJob.describe(SHORT, digits, "cpu", "bfloat16"),
         replace(job, dataset="0" * 64),
         replace(job, versions={**job.versions, "keras": "0.1"}),
     ]
 
-    assert len({run, *(break_off(tmp_path, other) for other in others)}) == 4
+    assert len({run, *(break_off(tmp_path, other) for other in others)}) == 5
     assert break_off(tmp_path, job) == run
     assert break_off(tmp_path, job, resume=False) != run
 
@@ -233,7 +234,7 @@ def test_only_the_same_training_is_gone_on_with(digits: PreparedDataset, tmp_pat
 def test_the_choice_to_resume_makes_no_other_training(digits: PreparedDataset, job: TrainingJob) -> None:
     settings = SHORT.model_copy(update={"train": SHORT.train.model_copy(update={"resume": False})})
 
-    assert TrainingJob.describe(settings, digits, "cpu") == job
+    assert TrainingJob.describe(settings, digits, "cpu", "float32") == job
 
 
 def test_the_newest_of_the_runs_that_were_broken_off_is_gone_on_with(tmp_path: Path, job: TrainingJob) -> None:

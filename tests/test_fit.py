@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings, load_toml
+from cnnpipe.environment import Processor
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.registry import create_run
 from cnnpipe.training.backend import keras, pipeline, select_precision
@@ -42,11 +43,13 @@ def test_history_has_a_row_for_every_epoch(finished_run: Path) -> None:
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
 
 
-def test_the_kept_model_is_the_one_of_the_best_validation_accuracy(finished_run: Path, digits: PreparedDataset) -> None:
-    model = keras.saving.load_model(finished_run / "model.keras")
+def test_the_kept_model_is_the_one_of_the_best_validation_accuracy(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=3, seed=1, precision="float32"))
+    run = train_model(settings, digits, create_run(tmp_path, "digits")).run
+    model = keras.saving.load_model(run / "model.keras")
     predicted = predict_keras(model, digits.images("val")).argmax(axis=1)
 
-    best = max(float(row["val_accuracy"]) for row in history_of(finished_run))
+    best = max(float(row["val_accuracy"]) for row in history_of(run))
     assert np.mean(predicted == digits.labels("val")) == pytest.approx(best, abs=1e-6)
 
 
@@ -160,7 +163,7 @@ def test_where_time_is_limited_fewer_epochs_are_planned_and_the_rate_falls_to_ze
     assert 45 < result.seconds <= 60
     rates = [float(row["learning_rate"]) for row in rows]
     assert rates[-1] == pytest.approx(0.0, abs=1e-6)
-    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates == sorted(rates, reverse=True)
     assert result.stopped is not None
     assert re.fullmatch(r"1 minutes were enough for \d\.\d epochs of 20", result.stopped)
 
@@ -172,7 +175,7 @@ def test_where_time_is_too_short_for_one_epoch_it_is_cut(digits: PreparedDataset
     assert (result.epochs, len(history_of(result.run))) == (1, 1)
     assert result.images_per_second * result.seconds < digits.num_images["train"] / 2
     assert result.stopped is not None
-    assert result.stopped.endswith("of 0.0001 minutes have passed")
+    assert re.fullmatch(r"0\.0001 minutes were enough for 0\.\d epochs of 30", result.stopped)
 
 
 def test_a_training_that_reached_its_last_epoch_was_not_stopped(digits: PreparedDataset, tmp_path: Path) -> None:
@@ -281,8 +284,9 @@ def test_what_is_trained_in_bfloat16_is_saved_in_float32(preset: str, digits: Pr
     assert {layer.compute_dtype for layer in layers} == {"float32"}
     assert json.loads((result.run / "environment.json").read_text())["precision"] == "bfloat16"
     assert float(history_of(result.run)[-1]["loss"]) < float(history_of(result.run)[0]["loss"])
-    accuracy = np.mean(predict_keras(model, digits.images("val")).argmax(axis=1) == digits.labels("val"))
-    assert accuracy == pytest.approx(result.val_accuracy, abs=1e-6)
+    # Validated in bfloat16 too: a few of 288 images may come out otherwise.
+    correct = np.sum(predict_keras(model, digits.images("val")).argmax(axis=1) == digits.labels("val"))
+    assert correct == pytest.approx(result.val_accuracy * digits.num_images["val"], abs=5)
     assert keras.config.dtype_policy().name == "float32"
 
 
@@ -291,9 +295,21 @@ def test_float16_on_a_cpu_is_refused(digits: PreparedDataset, tmp_path: Path) ->
         train_model(RetrainSettings(train=TrainSettings(precision="float16")), digits, create_run(tmp_path, "digits"))
 
 
-def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (Processor("AuthenticAMD", "AMD EPYC 9654", frozenset({"avx512f", "avx512_bf16"})), "bfloat16"),
+        (Processor("AuthenticAMD", "AMD EPYC 7763", frozenset({"avx2"})), "float32"),
+        (Processor("GenuineIntel", "Intel Xeon", frozenset({"avx512f", "avx512_bf16"})), "float32"),
+        (Processor(), "float32"),
+    ],
+)
+def test_a_cpu_computes_in_what_it_is_faster_in_unless_told_otherwise(
+    processor: Processor, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnnpipe.training.backend.find_processor", lambda: processor)
     assert [select_precision(asked, "cpu") for asked in ("auto", "float32", "bfloat16")] == [
-        "float32",
+        expected,
         "float32",
         "bfloat16",
     ]

@@ -49,20 +49,10 @@ def test_weight_decay_shrinks_kernels_and_leaves_what_shifts_and_scales() -> Non
 
 
 def test_fast_begins_with_small_images_and_ends_with_whole_ones() -> None:
-    recipe = resolve_recipe(TrainSettings(preset="fast", epochs=9), 40_000)
-    assert (recipe.small_epochs((32, 40), 9), small_size((32, 40))) == (6, (24, 30))
-    assert recipe.small_epochs((15, 40), 9) == 0
-    assert recipe.small_epochs((32, 32), 1) == 0
-    assert resolve_recipe(TrainSettings(), 40_000).small_epochs((32, 32), 15) == 0
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 6, 14, 30, 71])
-def test_the_epochs_that_are_left_have_the_sizes_that_they_were_to_have(epochs: int) -> None:
     recipe = resolve_recipe(TrainSettings(preset="fast"), 40_000)
-    small = recipe.small_epochs((32, 32), epochs)
-    for done in range(epochs):
-        assert recipe.small_epochs((32, 32), epochs - done, done / epochs) == max(0, small - done)
-    assert small < epochs
+    assert (recipe.small_until((32, 40)), small_size((32, 40))) == (2 / 3, (24, 30))
+    assert recipe.small_until((15, 40)) == 0.0
+    assert resolve_recipe(TrainSettings(), 40_000).small_until((32, 32)) == 0.0
 
 
 def test_flips_are_averaged_only_where_they_are_trained() -> None:

@@ -58,7 +58,7 @@ def train_on(devices: int, digits: PreparedDataset, run: Path, **train: Any) -> 
 
 
 def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Path) -> None:
-    settings = {"epochs": 1, "batch_size": 100}
+    settings = {"epochs": 1, "batch_size": 100, "precision": "float32"}
     one = train_on(1, digits, tmp_path / "one", **settings)
     two = train_on(2, digits, tmp_path / "two", **settings)
 
@@ -71,7 +71,7 @@ def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Pa
 
 
 def test_devices_share_batches_of_fast_and_augment_each_in_its_own_way(digits: PreparedDataset, tmp_path: Path) -> None:
-    result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=2, batch_size=64)
+    result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=2, batch_size=64, precision="float32")
 
     assert result["replicas"] == 2
     assert result["kept"] == pytest.approx(result["accuracy"], abs=1e-6)

@@ -16,7 +16,7 @@ __all__ = ["Batches", "open_batches"]
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     """Batches of a split, straight from its memory-mapped bytes, of equal sizes or one less; every image once an epoch,
-    unless that is shortened.
+    of which a piece may be taken.
 
     Their order is not that of the file, which goes by class: a part of a batch would tell the classes of its images.
 
@@ -52,7 +52,12 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
             # The third number tells these draws from those of the order.
             self._mirrored = np.random.default_rng([seed, 0, 1]).random(len(images)) < 0.5
         self._epoch = 0
-        self._used = self._number
+        self._first, self._last = 0, self._number
+
+    @property
+    def number(self) -> int:
+        """Batches of a whole epoch."""
+        return self._number
 
     @property
     def smallest(self) -> int:
@@ -60,14 +65,15 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return len(self._order) // self._replicas // self._number * self._replicas
 
     def num_images(self, number: int) -> int:
-        """Return how many images the first so many batches have."""
+        """Return how many images the first so many batches of an epoch have."""
         return number * (len(self._order) // self._replicas) // self._number * self._replicas
 
     def __len__(self) -> int:
-        return self._used
+        return self._last - self._first
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-        chosen = self._order[self.num_images(index) : self.num_images(index + 1)]
+        number = self._first + index
+        chosen = self._order[self.num_images(number) : self.num_images(number + 1)]
         mirrored = np.zeros(len(chosen), np.bool_)
         if self._mirrored is not None:
             mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
@@ -77,13 +83,15 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         images[mirrored] = images[mirrored, :, ::-1]
         return images, self._one_hot[chosen]  # (B, H, W, 3) uint8, (B, classes) float32
 
-    def shuffle(self, epoch: int, share: float = 1.0) -> None:
+    def shuffle(self, epoch: int, first: int = 0, last: int | None = None) -> None:
         """Take the order of an epoch, 0 for the first, and its mirror images; both follow from the seed and it.
 
         Args:
-            share: of the batches that the epoch has, rounded down, but one at least.
+            first: batch of the epoch to give, 0 for its first.
+            last: the batch after those to give; None is all.
         """
-        self._epoch, self._used = epoch, max(1, int(share * self._number))
+        self._epoch = epoch
+        self._first, self._last = first, self._number if last is None else last
         if self._seed is not None:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._order))
 

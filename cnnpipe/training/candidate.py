@@ -16,12 +16,12 @@ _NEW_SHARE: Final = 0.5
 
 
 class Candidate:
-    """The network that is saved, beside the one that is trained: in float32, of one image size, without augmentation.
+    """The model that is saved, beside the network that is trained: in float32, of one image size, without augmentation.
 
     Args:
         model: is saved.
-        network: its network, which is validated: the same as `model`, or what `models.average_flips` made that of, as
-            mirror images would double the time of validation. The model is better than its network then.
+        network: of the same weights, is validated: in the precision of training, as float32 may take twice the time,
+            and without what `models.average_flips` made of it, which does so too. The model is better then.
         trained: the network in training, with as many weights as `network`, in their order.
         batches: for validation.
         recipe: of the training, whose loss is that of validation too.
@@ -37,7 +37,7 @@ class Candidate:
         recipe: Recipe,
         lanes: int,
     ) -> None:
-        self.model = model
+        self.model, self._network = model, network
         self._trained, self._batches, self._average = trained, pipeline(batches), recipe.average_weights
         images = keras.Input(network.input_shape[1:], dtype="uint8")
         self._validated = keras.Model(images, spread(network, lanes)(images))
@@ -50,6 +50,7 @@ class Candidate:
             pairs = zip(weights, self.model.get_weights(), strict=True)
             weights = [_NEW_SHARE * new + (1 - _NEW_SHARE) * average for new, average in pairs]
         self.model.set_weights(weights)
+        self._network.set_weights(weights)
 
     def validate(self) -> dict[str, float]:
         """Return `val_accuracy` and `val_loss` of the network on the validation images."""

@@ -59,19 +59,23 @@ class TrainingJob:
     """Fingerprint of the prepared dataset."""
     device: str
     """`cpu`, `cuda:N` or `cuda:all`, as really used."""
+    precision: str
+    """The one that is really used too."""
     backend: str
     versions: dict[str, str]
 
     @classmethod
-    def describe(cls, settings: RetrainSettings, dataset: PreparedDataset, device: str) -> Self:
+    def describe(cls, settings: RetrainSettings, dataset: PreparedDataset, device: str, precision: str) -> Self:
         """Return the job of a training in this process.
 
         Args:
             device: what `backend.select_device` returned.
+            precision: what `backend.select_precision` returned.
         """
         values = settings.model_dump(mode="json")
         del values["train"]["resume"]
-        return cls(values, dataset.fingerprint, device, keras.backend.backend(), package_versions(_PACKAGES))
+        backend, versions = keras.backend.backend(), package_versions(_PACKAGES)
+        return cls(values, dataset.fingerprint, device, precision, backend, versions)
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,13 @@ class Epochs:
     share: float = 0.0
     """Of the training, 0-1; 1 where it is complete."""
     seconds_per_image: float = 0.0
-    """Of training in the last epoch, for an image of the whole size."""
+    """Of training at last, for an image of the whole size."""
+    compile_seconds: float = 0.0
+    """Until the first batch of a piece was done, at most."""
     validation_seconds: float = 0.0
     """Of the last epoch."""
+    batches: int = 0
+    """Of the epoch that is under way, which no checkpoint is."""
 
     @property
     def best_epoch(self) -> int:

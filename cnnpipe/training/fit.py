@@ -37,7 +37,7 @@ from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.lanes import count_lanes, spread
 from cnnpipe.training.models import InputStatistics, average_flips, build_network, measure_input
 from cnnpipe.training.optimizers import Muon
-from cnnpipe.training.pacing import plan_epochs
+from cnnpipe.training.pacing import plan_piece
 from cnnpipe.training.recipes import Recipe, compile_model, make_optimizer, resolve_recipe, small_size
 from cnnpipe.training.record import Record
 from cnnpipe.training.scoring import predict_keras
@@ -123,9 +123,11 @@ def train_model(
 
     kept = build_network(*like)
     model = average_flips(kept) if recipe.average_flips else kept
+    with computing_in(precision):
+        validated = build_network(*like)
     val_batches = open_batches(dataset, "val", _VAL_BATCH_SIZE)
     lanes = count_lanes(val_batches.smallest, device)
-    candidate = Candidate(model, kept, trained.network, val_batches, recipe, lanes)
+    candidate = Candidate(model, validated, trained.network, val_batches, recipe, lanes)
     state = training_state(next(iter(trained.models.values())), model)
     done = checkpoints.restore(state) if checkpoints else Epochs()
     record = Record(candidate, run, train, trained.batches, progress, checkpoints, done)
@@ -134,13 +136,15 @@ def train_model(
         record.write_files()
     class_weights = _class_weights(dataset.labels("train")) if train.class_weights else None
     max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
-    while (epochs := record.epochs).share < 1.0 and record.reason_to_stop() is None:
-        record.plan = plan = plan_epochs(recipe, dataset.image_size, dataset.num_images["train"], epochs, max_seconds)
-        trained.batches.shuffle(len(epochs.rows), plan.images)
+    batches, num_images = trained.batches, (dataset.num_images["train"], dataset.num_images["val"])
+    while (epochs := record.epochs).share < 1.0 and (epochs.batches or record.reason_to_stop() is None):
+        piece = plan_piece(recipe, dataset.image_size, batches.number, num_images, epochs, max_seconds)
+        record.piece = piece
+        batches.shuffle(len(epochs.rows), piece.first, piece.last)
         if isinstance(trained.optimizer, Muon):
-            trained.optimizer.set_course(plan.start, plan.end, len(trained.batches))
-        trained.models[plan.image_size].fit(
-            pipeline(trained.batches),
+            trained.optimizer.set_course(piece.start, piece.end, len(batches))
+        trained.models[piece.image_size].fit(
+            pipeline(batches),
             initial_epoch=len(epochs.rows),
             epochs=len(epochs.rows) + 1,
             class_weight=class_weights,
@@ -152,7 +156,7 @@ def train_model(
         model.load_weights(run / "model.keras")
         _save_calibrated(run / "model.keras", kept, like, recipe, dataset)
     stopped = record.reason_to_stop() if epochs.share < 1.0 else None
-    passes = epochs.images / dataset.num_images["train"]
+    passes = epochs.images / num_images[0]
     if stopped is None and max_seconds is not None and passes < recipe.epochs - 0.1:
         stopped = f"{train.max_minutes:g} minutes were enough for {passes:.1f} epochs of {recipe.epochs}"
     if stopped is not None:
@@ -207,7 +211,7 @@ def _assemble(
             f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
         )
     whole = dataset.image_size
-    sizes = [small_size(whole), whole] if recipe.small_epochs(whole, recipe.epochs) else [whole]
+    sizes = [small_size(whole), whole] if recipe.small_until(whole) else [whole]
     network = build_network(*like, any_size=len(sizes) > 1)
     _draw_weights(network, seed)
     own = optimizer = make_optimizer(recipe)

@@ -36,7 +36,7 @@ class Recipe:
     """Of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
     label_smoothing: float = 0.0
     small_share: float = 0.0
-    """Of the training: the epochs that end within it are trained on images of three quarters of the side."""
+    """Of the training, the first of it: its images have three quarters of the side."""
     average_flips: bool = False
     """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
     average_weights: bool = False
@@ -46,16 +46,13 @@ class Recipe:
     min_steps: int = 0
     """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
 
-    def small_epochs(self, image_size: tuple[int, int], epochs: int, start: float = 0.0) -> int:
-        """Return how many of the epochs that are left, the first of them, have training images of `small_size`.
+    def small_until(self, image_size: tuple[int, int]) -> float:
+        """Return up to which share of the training its images are of `small_size`, 0 where they are always whole.
 
         Args:
             image_size: (height, width) of the dataset.
-            epochs: that are left.
-            start: share of the training that is done.
         """
-        left = max(0.0, self.small_share - start) / (1.0 - start) * epochs
-        return int(left + 1e-6) if min(image_size) >= _MIN_SHRUNK else 0
+        return self.small_share if min(image_size) >= _MIN_SHRUNK else 0.0
 
 
 def small_size(image_size: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from cnnpipe.training.backend import keras
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.candidate import Candidate
 from cnnpipe.training.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.training.pacing import Plan
+from cnnpipe.training.pacing import Piece
 
 __all__ = ["HISTORY_COLUMNS", "Record"]
 
@@ -28,8 +29,14 @@ HISTORY_COLUMNS: Final = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss
 """Columns of `history.csv`: Keras' own names, then the rate at the end of the epoch and its wall time."""
 
 
+_MEASURED_BATCHES: Final = 4
+"""At least so many have a piece that measures the pace."""
+
+
 class Record(keras.callbacks.Callback):  # type: ignore[misc]
     """Validate after every epoch, write checkpoint, best weights and history, report progress, stop for a reason.
+
+    What Keras takes for an epoch is a piece of one.
 
     Args:
         candidate: what would be kept if training ended now.
@@ -53,23 +60,27 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self._progress = progress or (lambda *_: None)
         self._checkpoints = checkpoints
         self.epochs = done
-        self.plan: Plan
-        """Of the epochs that are left; to be set before each of them."""
+        self.piece: Piece
+        """That is trained next; to be set before each."""
         self._started = time.perf_counter() - done.seconds
-        self._epoch_started = self._first_batch_ended = self._reported = 0.0
+        self._epoch_started = self._piece_started = self._first_batch_ended = self._batch_ended = self._reported = 0.0
         self._done = 0
-        """Batches of the epoch."""
+        """Batches of the piece."""
+        self._sums: dict[str, float] = {}
+        """Of accuracy and loss over the images of the epoch, as far as its pieces have ended."""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
-        self._epoch_started = time.perf_counter()
+        self._piece_started = time.perf_counter()
+        if self.epochs.batches == 0:
+            self._epoch_started, self._sums = self._piece_started, {}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        now = time.perf_counter()
+        self._batch_ended = now = time.perf_counter()
         self._done = batch + 1
         if self._done == 1:
             self._first_batch_ended = now
-        if now - self._started > self.plan.until:
-            self.model.stop_training = True  # this epoch
+        if now - self._first_batch_ended > self.piece.seconds and self._done >= _MEASURED_BATCHES:
+            self.model.stop_training = True  # this piece
         if now - self._reported < 0.1:
             return
         self._reported = now
@@ -77,26 +88,41 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self._report()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        trained = time.perf_counter()
-        figures = {key: float(value) for key, value in (logs or {}).items()}
-        self._stop_unless_finite(figures["loss"])
+        images = self._images(self._done) - self._images(0)
+        for key, value in (logs or {}).items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value) * images
+        self._stop_unless_finite(self._sums["loss"])
+        self._report()
+        self.epochs = self._with_piece(images)
+        if self.piece.ends_epoch and self._done == len(self._batches):
+            self._end_epoch(epoch, self._images(self._done))
+
+    def _end_epoch(self, epoch: int, images: int) -> None:
+        """Validate an epoch of so many images, and write down what there is after it."""
+        figures = {key: total / images for key, total in self._sums.items()}
         self._candidate.take_weights(epoch)
         figures |= self._candidate.validate()
         self._stop_unless_finite(figures["val_loss"])
+        now = time.perf_counter()
         figures |= {
             "epoch": epoch + 1,
             "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
-            "seconds": round(time.perf_counter() - self._epoch_started, 3),
+            "seconds": round(now - self._epoch_started, 3),
         }
-        self._report()
-        self.epochs = self._with_epoch(figures, trained)
+        self.epochs = replace(
+            self.epochs,
+            rows=(*self.epochs.rows, figures),
+            seconds=now - self._started,
+            validation_seconds=now - self._batch_ended,
+            batches=0,
+        )
         if self._checkpoints:
             self._checkpoints.save(training_state(self.model, self._candidate.model), self.epochs)
         self.write_files()
         logger.info(
             "epoch %d/%d  accuracy %.4f  loss %.4f  val_accuracy %.4f  val_loss %.4f  %.0f images/s%s",
-            *(epoch + 1, epoch + self.plan.epochs, figures["accuracy"], figures["loss"]),
-            *(figures["val_accuracy"], figures["val_loss"], self._batches.num_images(self._done) / figures["seconds"]),
+            *(epoch + 1, epoch + self.piece.epochs, figures["accuracy"], figures["loss"]),
+            *(figures["val_accuracy"], figures["val_loss"], images / figures["seconds"]),
             "" if self.epochs.epochs_since_best else "  (best)",
         )
 
@@ -120,31 +146,36 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             return f"{self.epochs.seconds / 60.0:.1f} of {max_minutes:g} minutes have passed"
         return None
 
-    def _with_epoch(self, figures: dict[str, float], trained: float) -> Epochs:
-        """Return what is done with this epoch, whose training ended at a time."""
-        now, plan = time.perf_counter(), self.plan
-        images = self._batches.num_images(self._done)
-        counted, since = images, self._epoch_started
+    def _images(self, number: int) -> int:
+        """Return how many images the epoch has had after so many batches of the piece."""
+        return self._batches.num_images(self.piece.first + number)
+
+    def _with_piece(self, images: int) -> Epochs:
+        """Return what is done with this piece of so many images, whose training has ended with its last batch."""
+        piece, done = self.piece, self.epochs
+        pace, used = done.seconds_per_image, self._done / len(self._batches)
         if self._done > 1:  # the first one may wait for compiling
-            counted, since = images - self._batches.num_images(1), self._first_batch_ended
-        cut = self._done < len(self._batches)
-        return Epochs(
-            rows=(*self.epochs.rows, figures),
-            seconds=now - self._started,
-            images=self.epochs.images + images,
-            share=plan.start + (plan.end - plan.start) * self._done / len(self._batches) if cut else plan.end,
-            seconds_per_image=(trained - since) / (counted * plan.image_cost),
-            validation_seconds=now - trained,
+            counted = self._images(self._done) - self._images(1)
+            pace = (self._batch_ended - self._first_batch_ended) / (counted * piece.image_cost)
+        return replace(
+            done,
+            seconds=self._batch_ended - self._started,
+            images=done.images + images,
+            share=piece.start + (piece.end - piece.start) * used if used < 1.0 else piece.end,
+            seconds_per_image=pace,
+            compile_seconds=max(done.compile_seconds, self._first_batch_ended - self._piece_started),
+            batches=piece.first + self._done,
         )
 
     def _report(self) -> None:
-        done = self.epochs
+        done, piece = self.epochs, self.piece
         best = f", best val_accuracy {done.best_accuracy:.4f}" if done.rows else ""
-        left = self.plan.epochs
+        before = done.images - self._images(0)  # this epoch
+        of_a_batch = self._batches.num_images(self._batches.number) / self._batches.number
         self._progress(
-            f"train: epoch {len(done.rows) + 1}/{len(done.rows) + left}{best}",
-            done.images + self._batches.num_images(self._done),
-            done.images + self._batches.num_images(len(self._batches)) * left,
+            f"train: epoch {len(done.rows) + 1}/{len(done.rows) + piece.epochs}{best}",
+            before + self._images(self._done),
+            before + round((piece.first + piece.batches) * of_a_batch),
         )
 
     def _stop_unless_finite(self, loss: float) -> None:

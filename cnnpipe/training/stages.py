@@ -82,8 +82,8 @@ def train_run(
 
     dataset = load_prepared(prepared)
     device = select_device(settings.train.device)  # now, so that a wrong one leaves no run folder behind
-    select_precision(settings.train.precision, device)
-    job = TrainingJob.describe(settings, dataset, device)
+    precision = select_precision(settings.train.precision, device)
+    job = TrainingJob.describe(settings, dataset, device, precision)
     with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
 
