@@ -11,6 +11,7 @@ import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from cnnpipe.training.backend import keras, pipeline, select_precision
 from cnnpipe.training.batches import Batches
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 from cnnpipe.training.fit import _class_weights, train_model
+from cnnpipe.training.pacing import Piece, plan_piece
 from cnnpipe.training.record import HISTORY_COLUMNS
 from cnnpipe.training.scoring import predict_keras
 
@@ -32,6 +34,24 @@ from cnnpipe.training.scoring import predict_keras
 def history_of(run: Path) -> list[dict[str, str]]:
     with (run / "history.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def count_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second pass with every look at the clock: about one for each step."""
+    clock = count(0.0)
+    monkeypatch.setattr("cnnpipe.training.record.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
+def watch_pieces(monkeypatch: pytest.MonkeyPatch) -> list[Piece]:
+    """Return the list to which every piece of a training will be added."""
+    pieces: list[Piece] = []
+
+    def plan(*given: Any) -> Piece:
+        pieces.append(plan_piece(*given))
+        return pieces[-1]
+
+    monkeypatch.setattr("cnnpipe.training.fit.plan_piece", plan)
+    return pieces
 
 
 def test_history_has_a_row_for_every_epoch(finished_run: Path) -> None:
@@ -153,8 +173,7 @@ def test_where_time_is_limited_fewer_epochs_are_planned_and_the_rate_falls_to_ze
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = prepare_dataset(PrepareSettings(image_size=(12, 12)), tmp_path)
-    clock = count(0.0)  # a second with every look at it: about one for each step
-    monkeypatch.setattr("cnnpipe.training.record.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    count_seconds(monkeypatch)
     train = TrainSettings(preset="fast", epochs=20, batch_size=128, augment=False, max_minutes=1.0)
     result = train_model(RetrainSettings(train=train), dataset, create_run(tmp_path, "digits"))
     rows = history_of(result.run)
@@ -166,6 +185,50 @@ def test_where_time_is_limited_fewer_epochs_are_planned_and_the_rate_falls_to_ze
     assert rates == sorted(rates, reverse=True)
     assert result.stopped is not None
     assert re.fullmatch(r"1 minutes were enough for \d\.\d epochs of 20", result.stopped)
+
+
+def test_an_epoch_in_pieces_has_every_image_once_and_one_row(
+    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = watch_pieces(monkeypatch)
+    shown: list[tuple[int, int]] = []
+    train = TrainSettings(preset="fast", epochs=1, batch_size=128, augment=False)
+    run = create_run(tmp_path, "digits")
+    result = train_model(RetrainSettings(train=train), digits, run, lambda _, done, total: shown.append((done, total)))
+
+    assert [(piece.image_size, piece.first, piece.last) for piece in pieces] == [((24, 24), 0, 6), ((32, 32), 6, 9)]
+    assert len(history_of(run)) == result.epochs == 1
+    assert round(result.images_per_second * result.seconds) == digits.num_images["train"]
+    assert shown == sorted(shown)
+    assert {total for _, total in shown} == {shown[-1][0]} == {digits.num_images["train"]}
+
+
+def test_figures_of_an_epoch_are_over_all_its_images_however_it_was_cut(
+    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_seconds(monkeypatch)
+    pieces = watch_pieces(monkeypatch)
+    rows = []
+    for max_minutes in (None, 1.0):  # at this rate no weight moves
+        train = TrainSettings(epochs=1, batch_size=128, learning_rate=1e-30, max_minutes=max_minutes)
+        run = create_run(tmp_path, "digits")
+        train_model(RetrainSettings(train=train), digits, run)
+        rows.append([float(history_of(run)[0][key]) for key in ("accuracy", "loss")])
+
+    assert [(piece.first, piece.last) for piece in pieces] == [(0, 9), (0, 9), (5, 9)]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+
+
+def test_time_is_planned_too_where_an_epoch_is_one_batch(
+    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_seconds(monkeypatch)
+    train = TrainSettings(epochs=1000, batch_size=4096, max_minutes=1.0)
+    result = train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits"))
+
+    assert result.epochs < 60
+    assert result.stopped is not None
+    assert re.fullmatch(r"1 minutes were enough for \d+\.0 epochs of 1000", result.stopped)
 
 
 def test_where_time_is_too_short_for_one_epoch_it_is_cut(digits: PreparedDataset, tmp_path: Path) -> None:

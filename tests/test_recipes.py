@@ -26,7 +26,7 @@ def test_fast_takes_enough_steps_whatever_the_size_of_the_dataset(num_images: in
     recipe = resolve_recipe(TrainSettings(preset="fast"), num_images)
     assert recipe.epochs * math.ceil(num_images / recipe.batch_size) >= 300
     assert recipe.learning_rate == pytest.approx(0.8 * recipe.batch_size / 512)
-    assert (recipe.batch_size, recipe.epochs) == (512, 6) or num_images < 25_600
+    assert (recipe.batch_size, recipe.epochs) == (512, 7) or num_images < 22_000
 
 
 def test_what_the_user_sets_is_never_adapted() -> None:

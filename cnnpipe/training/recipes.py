@@ -62,7 +62,7 @@ def small_size(image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 _FAST: Final = Recipe(
-    epochs=6,
+    epochs=7,
     batch_size=512,
     learning_rate=0.8,
     augment=True,
@@ -78,7 +78,7 @@ _FAST: Final = Recipe(
 PRESETS: Final = {
     "baseline": Recipe(epochs=15, batch_size=64, learning_rate=1e-3, augment=False),
     "fast": _FAST,
-    "accurate": replace(_FAST, epochs=14, min_steps=600),
+    "accurate": replace(_FAST, epochs=24, min_steps=600),
 }
 """The settings of each preset.
 

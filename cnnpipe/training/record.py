@@ -157,6 +157,8 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         if self._done > 1:  # the first one may wait for compiling
             counted = self._images(self._done) - self._images(1)
             pace = (self._batch_ended - self._first_batch_ended) / (counted * piece.image_cost)
+        elif self._batches.number == 1:
+            pace = (self._batch_ended - self._piece_started) / (images * piece.image_cost)
         return replace(
             done,
             seconds=self._batch_ended - self._started,
