@@ -220,7 +220,7 @@ def test_the_tables_accuracy_is_the_metrics_accuracy(
     folder, output = tmp_path / "test", tmp_path / "table.csv"
     write_images(digits, folder)
 
-    run("classify", folder, "--artifacts", artifacts, "--output", output)
+    run("classify", folder, "--artifacts", artifacts, "--output", output, "--precision", "fp32")
 
     with output.open(newline="") as file_of_rows:
         right = [row["label"] == row["path"].split("/")[0] for row in csv.DictReader(file_of_rows)]
