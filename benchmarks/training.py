@@ -41,6 +41,7 @@ def compare_training(
         presets: of ours.
         shares: of the tutorial's time in the same round; the first preset is trained within each of them too.
     """
+    presets, shares = list(dict.fromkeys(presets)), list(dict.fromkeys(shares))
     measured: dict[str, list[Measurement]] = {name: [] for name in ("tutorial", *presets)}
     measured |= {f"{presets[0]}, in {share:g} of the time": [] for share in shares}
     limits: dict[str, list[float]] = {}

@@ -132,7 +132,8 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the arithmetic, on weights of float32; `auto`: what the device is fastest in",
+        description="of the arithmetic, on weights of float32; `auto`: less than float32 where the "
+        "device is known to be faster so",
     )
     resume: bool = Field(True, description="go on with the newest run that was broken off at the same training")
     device: TrainDevice = Field(

@@ -17,8 +17,8 @@ from cnnpipe.training.recipes import resolve_recipe
 def candidate_of(
     trained: keras.Model, digits: PreparedDataset, *, average: bool = False, smoothing: float = 0.0, flips: bool = False
 ) -> Candidate:
-    network = build_network("baseline", (32, 32), 10, measure_input(digits.images("train")))
-    model = average_flips(network) if flips else network
+    network, kept = (build_network("baseline", (32, 32), 10, measure_input(digits.images("train"))) for _ in range(2))
+    model = average_flips(kept) if flips else kept
     train = TrainSettings(average_weights=average, label_smoothing=smoothing)
     recipe = resolve_recipe(train, digits.num_images["train"])
     return Candidate(model, network, trained, open_batches(digits, "val", 100), recipe, lanes=2)

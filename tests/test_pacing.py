@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -24,31 +24,47 @@ def recipe_of(epochs: int, preset: str = "fast") -> Recipe:
     return resolve_recipe(TrainSettings.model_validate({"preset": preset, "epochs": epochs}), IMAGES)
 
 
-def plan(recipe: Recipe, done: Epochs, max_seconds: float | None, batches: int = BATCHES) -> Piece:
-    return plan_piece(recipe, WHOLE, batches, (IMAGES, IMAGES // 4), done, max_seconds)
+def plan(
+    recipe: Recipe,
+    done: Epochs,
+    max_seconds: float | None,
+    batches: int = BATCHES,
+    compiled: Collection[tuple[int, int]] = (SMALL, WHOLE),
+) -> Piece:
+    return plan_piece(recipe, WHOLE, batches, (IMAGES, IMAGES // 4), done, max_seconds, compiled)
 
 
 def train(
-    recipe: Recipe, max_seconds: float | None, seconds_per_image: Callable[[float], float], batches: int = BATCHES
+    recipe: Recipe,
+    max_seconds: float | None,
+    seconds_per_image: Callable[[float], float],
+    batches: int = BATCHES,
+    validation_cost: float = 1 / 3,
 ) -> tuple[list[Piece], Epochs]:
-    """Return all pieces and what was done, where training costs so much, by the share that is done."""
-    done, pieces = Epochs(), list[Piece]()
+    """Return all pieces and what was done, where training costs so much, by the share that is done.
+
+    Args:
+        validation_cost: of an image, in images for training.
+    """
+    done, pieces, compiled = Epochs(), list[Piece](), set[tuple[int, int]]()
     while done.share < 1.0 and (max_seconds is None or done.batches or done.seconds < max_seconds):
-        piece = plan(recipe, done, max_seconds, batches)
+        piece = plan(recipe, done, max_seconds, batches, compiled)
         pace = seconds_per_image(done.share)
         of_a_batch = IMAGES / batches * pace * piece.image_cost
-        number = min(piece.last - piece.first, max(4, int(min(piece.seconds, 1e9) / of_a_batch)))
-        whole = number == piece.last - piece.first
-        compiling = COMPILING if not pieces or piece.image_size != pieces[-1].image_size else 0.0
-        ended = whole and piece.ends_epoch
-        validation = IMAGES / 4 * pace / 3 if ended else 0.0
+        planned = piece.last - piece.first
+        measured = (number for number in range(1, planned) if piece.has_measured(number, (number - 1) * of_a_batch))
+        number = next(measured, planned)
+        compiling = 0.0 if piece.image_size in compiled else COMPILING
+        compiled.add(piece.image_size)
+        ended = number == planned and piece.ends_epoch
+        validation = IMAGES / 4 * pace * validation_cost + (0.0 if done.rows else COMPILING / 3) if ended else 0.0
         pieces.append(replace(piece, last=piece.first + number, ends_epoch=ended))
-        share = piece.start + (piece.end - piece.start) * number / (piece.last - piece.first)
+        share = piece.start + (piece.end - piece.start) * number / planned
         done = Epochs(
             rows=(*done.rows, {}) if ended else done.rows,
             seconds=done.seconds + compiling + number * of_a_batch + validation,
             images=done.images + round(number * IMAGES / batches),
-            share=piece.end if whole else share,
+            share=piece.end if number == planned else share,
             seconds_per_image=pace,
             compile_seconds=max(done.compile_seconds, compiling),
             validation_seconds=validation or done.validation_seconds,
@@ -133,14 +149,43 @@ def test_the_plan_follows_the_speed_of_the_machine(factor: float) -> None:
 
 
 def test_where_validation_alone_takes_the_time_an_epoch_has_hardly_an_image() -> None:
-    done = Epochs(({},), 50.0, IMAGES, 0.9, seconds_per_image=1e-3, validation_seconds=40.0)
+    done = Epochs(({}, {}), 50.0, IMAGES, 0.9, seconds_per_image=1e-3, validation_seconds=40.0)
     piece = plan(recipe_of(10), done, 60.0)
     assert (piece.last, piece.end, piece.epochs, piece.image_size, piece.ends_epoch) == (1, 1.0, 1, WHOLE, True)
 
 
 def test_an_epoch_that_is_under_way_goes_on_with_its_own_batches() -> None:
-    done = Epochs(seconds=9.0, images=5_000, share=0.2, seconds_per_image=1e-3, compile_seconds=1.0, batches=10)
+    done = Epochs(seconds=9.0, images=5_000, share=1 / 8, seconds_per_image=1e-3, compile_seconds=1.0, batches=10)
     piece = plan(recipe_of(1), done, 1e6)
     assert (piece.first, piece.image_size, piece.ends_epoch) == (10, SMALL, False)
-    assert piece.last == 10 + round((2 / 3 - 0.2) / 0.8 * 70)
+    assert piece.last == 10 + round((2 / 3 - 1 / 8) / (7 / 8) * 70)
     assert piece.end == 2 / 3
+
+
+@pytest.mark.parametrize("batches", [1, 2, 16, 80])
+@pytest.mark.parametrize(("validation_cost", "share"), [(1 / 3, 1.0), (8.0, 0.7)])
+def test_more_time_does_not_mean_less_training(batches: int, validation_cost: float, share: float) -> None:
+    """But a little, where validation is dearer than an epoch of training, which only the first one tells."""
+    trained = []
+    for seconds in range(120, 400, 4):
+        pieces, done = train(recipe_of(9), seconds, lambda _: 1e-3, batches, validation_cost)
+        assert pieces[-1].ends_epoch
+        assert done.share == 1.0 or done.seconds >= seconds
+        trained.append(sum(piece.last - piece.first for piece in pieces))
+    assert trained[-1] > 1.2 * trained[0]
+    assert all(more >= share * less for less, more in pairwise(trained))
+
+
+def test_a_training_that_goes_on_compiles_again_and_has_less_time() -> None:
+    done = Epochs(({}, {}), 60.0, 2 * IMAGES, 0.5, 1e-3, compile_seconds=20.0, validation_seconds=1.0)
+    batches = [
+        plan(recipe_of(9), done, 120.0, compiled=compiled).batches for compiled in ((SMALL, WHOLE), (SMALL,), ())
+    ]
+    pace = IMAGES / BATCHES * 1e-3 * (2 / 3 + 1 / 3 * (24 / 32) ** 2)
+    assert [batches[0] - more for more in batches[1:]] == pytest.approx([20.0 / pace, 40.0 / pace], abs=3)
+
+
+def test_where_time_is_up_no_other_size_is_compiled() -> None:
+    done = Epochs((), 30.0, 1_000, 0.01, seconds_per_image=1e-3, compile_seconds=10.0, batches=5)
+    piece = plan(recipe_of(9), done, 10.0, compiled=(SMALL,))
+    assert (piece.image_size, piece.last, piece.ends_epoch, piece.end) == (SMALL, 6, True, 1.0)

@@ -44,7 +44,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     ) -> None:
         super().__init__(workers=1)
         self._images, self._one_hot, self._places = images, one_hot, places
-        self._number = math.ceil(len(images) / batch_size)
+        self.number = math.ceil(len(images) / batch_size)
+        """Batches of a whole epoch."""
         self._seed, self._replicas = seed, replicas
         self._order = np.arange(len(images))
         self._mirrored: npt.NDArray[np.bool_] | None = None
@@ -52,21 +53,16 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
             # The third number tells these draws from those of the order.
             self._mirrored = np.random.default_rng([seed, 0, 1]).random(len(images)) < 0.5
         self._epoch = 0
-        self._first, self._last = 0, self._number
-
-    @property
-    def number(self) -> int:
-        """Batches of a whole epoch."""
-        return self._number
+        self._first, self._last = 0, self.number
 
     @property
     def smallest(self) -> int:
         """Images in the smallest batch."""
-        return len(self._order) // self._replicas // self._number * self._replicas
+        return len(self._order) // self._replicas // self.number * self._replicas
 
     def num_images(self, number: int) -> int:
         """Return how many images the first so many batches of an epoch have."""
-        return number * (len(self._order) // self._replicas) // self._number * self._replicas
+        return number * (len(self._order) // self._replicas) // self.number * self._replicas
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -91,7 +87,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
             last: the batch after those to give; None is all.
         """
         self._epoch = epoch
-        self._first, self._last = first, self._number if last is None else last
+        self._first, self._last = first, self.number if last is None else last
         if self._seed is not None:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._order))
 

@@ -67,7 +67,7 @@ class TrainingResult:
     best_epoch: int
     """1 for the first."""
     val_accuracy: float
-    """Of the checkpoint that was kept, 0-1."""
+    """Of the weights that were kept, 0-1, in the precision of training and without mirror images."""
     num_parameters: int
     seconds: float
     images_per_second: float
@@ -84,7 +84,7 @@ def train_model(
     """Train a network, fresh or from its checkpoint, and keep the weights of its best epoch.
 
     On a CPU the same seed gives the same weights, bit for bit, on the same kind of processor with as many cores and the
-    same packages, whether it was broken off or not.
+    same packages, whether it was broken off or not; but not where time is limited, by which the rate goes then.
 
     Writes to the run folder: `config.toml`, `environment.json`, `history.csv` after every epoch, and `model.keras`
     whenever the validation accuracy has improved (at equal accuracy, when the loss has), at the end once more with the
@@ -137,8 +137,9 @@ def train_model(
     class_weights = _class_weights(dataset.labels("train")) if train.class_weights else None
     max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
     batches, num_images = trained.batches, (dataset.num_images["train"], dataset.num_images["val"])
+    compiled: set[tuple[int, int]] = set()
     while (epochs := record.epochs).share < 1.0 and (epochs.batches or record.reason_to_stop() is None):
-        piece = plan_piece(recipe, dataset.image_size, batches.number, num_images, epochs, max_seconds)
+        piece = plan_piece(recipe, dataset.image_size, batches.number, num_images, epochs, max_seconds, compiled)
         record.piece = piece
         batches.shuffle(len(epochs.rows), piece.first, piece.last)
         if isinstance(trained.optimizer, Muon):
@@ -152,6 +153,7 @@ def train_model(
             verbose=0,
             callbacks=[record],
         )
+        compiled.add(piece.image_size)
     if recipe.calibrate:
         model.load_weights(run / "model.keras")
         _save_calibrated(run / "model.keras", kept, like, recipe, dataset)

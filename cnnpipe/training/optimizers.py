@@ -92,7 +92,7 @@ def _norm(values: keras.KerasTensor) -> keras.KerasTensor:
 class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """A rate that rises along a line for the first tenth, and falls along another to zero at the end.
 
-    How far along it is at which step is for `Muon.set_course` to say, epoch by epoch: where time is short, a step goes
+    How far along it is at which step is for `Muon.set_course` to say, piece by piece: where time is short, a step goes
     further.
 
     Args:

@@ -1,14 +1,15 @@
 """What a training does next: a piece of an epoch, at one size of images, on its way along the rate's triangle.
 
 Pieces end where images become whole, and with their epoch. Where time is limited, the first piece is a short one that
-measures the pace, and what is left is planned anew after every piece: as many epochs as there is time for, the rate of
-which falls to zero in them. A training that is broken off at a high rate has learned far less than it could.
+measures the pace, and what is left is planned anew after every piece: as many batches as there is time for, at the end
+of which the rate is zero. A training that is broken off at a high rate has learned far less than it could.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +19,10 @@ from cnnpipe.training.recipes import Recipe, small_size
 __all__ = ["Piece", "plan_piece"]
 
 _MEASURED_SHARE: Final = 0.05
-"""Of the time, after which the first piece ends, so that the others can be planned."""
+"""Of the time, for which the pace is measured once the first batch is done, so that the rest can be planned."""
+
+_MEASURED_BATCHES: Final = 5
+"""At least so many have a piece that measures."""
 
 _USED_SHARE: Final = 0.95
 """Of the time that is left: the pace of what comes is not quite that of what was."""
@@ -49,7 +53,16 @@ class Piece:
     end: float
     """The same after the piece."""
     seconds: float = math.inf
-    """After its first batch, when it is cut short; infinite where it never is."""
+    """For which a piece measures the pace; infinite for one that does not."""
+
+    def has_measured(self, batches: int, seconds: float) -> bool:
+        """Return whether a piece has measured enough.
+
+        Args:
+            batches: that are done.
+            seconds: since the first of them was.
+        """
+        return seconds > self.seconds and batches >= _MEASURED_BATCHES
 
 
 def plan_piece(
@@ -59,6 +72,7 @@ def plan_piece(
     num_images: tuple[int, int],
     done: Epochs,
     max_seconds: float | None,
+    compiled: Collection[tuple[int, int]] = (),
 ) -> Piece:
     """Return what comes next; nothing does where `done.share` is 1.
 
@@ -67,55 +81,66 @@ def plan_piece(
         num_batches: of a whole epoch.
         num_images: for training and for validation.
         max_seconds: for the whole training, what is done included; None is no limit.
+        compiled: the sizes of images that this process has trained on.
     """
-    left, small_end = 1.0 - done.share, recipe.small_until(image_size)
+    left, small_end, small = 1.0 - done.share, recipe.small_until(image_size), small_size(image_size)
     small_left = max(0.0, small_end - done.share) / left
-    small_cost = math.prod(small_size(image_size)) / math.prod(image_size)
+    small_cost = math.prod(small) / math.prod(image_size)
     rest = num_batches - done.batches  # of this epoch
-    unlimited = done.batches + round(left * recipe.epochs * num_batches)  # batches, from the beginning of this epoch
-    epochs, share = max(1, math.ceil(unlimited / num_batches)), 1.0
+    batches, late = max(1, round(left * recipe.epochs * num_batches)), False
     if max_seconds is not None and done.seconds_per_image:
-        cost = 1.0 - small_left * (1.0 - small_cost)
-        compiling = done.compile_seconds if done.share <= small_end else 0.0  # for whole images
-        seconds = _USED_SHARE * (max_seconds - done.seconds) - compiling
-        epochs, share = _shorten(epochs, rest / num_batches, num_images, cost, done, seconds)
-    batches = max(1, int(share * rest))
-    all_batches = batches + (epochs - 1) * int(share * num_batches)
-    small_batches = min(round(small_left * all_batches), all_batches - 1)  # the last one is always whole
-    number = small_batches if 0 < small_batches < batches else batches
-    end = done.share + left * number / all_batches if number < all_batches else 1.0
+        seconds = _USED_SHARE * (max_seconds - done.seconds)
+        sizes = {image_size, small} if small_left else {image_size}
+        seconds -= done.compile_seconds * len(sizes - set(compiled))
+        pace = done.seconds_per_image * num_images[0] / num_batches * (1.0 - small_left * (1.0 - small_cost))
+        batches, late = _count_batches(batches, rest, num_batches, num_images[1], pace, done, seconds), seconds <= 0.0
+    epochs = _count_epochs(batches, rest, num_batches)
+    own = max(1, round(batches * rest / (rest + (epochs - 1) * num_batches)))  # of this epoch
+    # The last batch is always of whole images, unless there is no time to compile that.
+    small_batches = 0 if not small_left else batches if late else min(round(small_left * batches), batches - 1)
+    number = small_batches if 0 < small_batches < own else own
+    end = small_end if number == small_batches else done.share + left * number / batches
     return Piece(
         epochs=epochs,
-        batches=all_batches,
-        image_size=small_size(image_size) if small_batches else image_size,
+        batches=batches,
+        image_size=small if small_batches else image_size,
         image_cost=small_cost if small_batches else 1.0,
         first=done.batches,
         last=done.batches + number,
-        ends_epoch=number == batches,
+        ends_epoch=number == own,
         start=done.share,
-        end=small_end if number == small_batches else end,
+        end=1.0 if number == batches else end,
         seconds=math.inf if max_seconds is None or done.seconds_per_image else _MEASURED_SHARE * max_seconds,
     )
 
 
-def _shorten(
-    epochs: int, rest: float, num_images: tuple[int, int], cost: float, done: Epochs, seconds: float
-) -> tuple[int, float]:
-    """Return how many epochs there is time for, at most so many, and for which share of their images.
+def _count_epochs(batches: int, rest: int, num_batches: int) -> int:
+    """Return over how many epochs so many batches go, of which this one has so many left."""
+    return 1 + max(0, math.ceil((batches - rest) / num_batches))
+
+
+def _count_batches(
+    most: int, rest: int, num_batches: int, num_val: int, pace: float, done: Epochs, seconds: float
+) -> int:
+    """Return for how many batches there is time, and for the validation of their epochs; one at least.
 
     Args:
-        rest: share of this epoch's images that is left.
-        num_images: for training and for validation.
-        cost: of an image, on average, in images of the whole size.
+        most: there are no more.
+        rest: batches that are left of this epoch.
+        num_batches: of a whole epoch.
+        num_val: images for validation.
+        pace: seconds a batch, on average.
         seconds: that are left.
     """
-    estimate = _FORWARD_SHARE * (num_images[1] * done.seconds_per_image + done.compile_seconds)
-    validation_seconds = done.validation_seconds or estimate
+    validation_seconds = _FORWARD_SHARE * num_val * done.seconds_per_image
+    if len(done.rows) > 1:
+        validation_seconds = done.validation_seconds
+    elif done.rows:  # the first one had to be compiled
+        validation_seconds = min(validation_seconds, done.validation_seconds)
+    else:
+        seconds -= _FORWARD_SHARE * done.compile_seconds
 
-    def share_of_images(number: int) -> float:
-        """Return the share that so many epochs have time for; more than 1 where there is time left."""
-        images = (seconds - number * validation_seconds) / (cost * done.seconds_per_image)
-        return images / num_images[0] / (rest + number - 1)
+    def cost(batches: int) -> float:
+        return batches * pace + _count_epochs(batches, rest, num_batches) * validation_seconds
 
-    fewest = 1 + bisect_left(range(1, epochs), True, key=lambda number: share_of_images(number) <= 1.0)
-    return fewest, min(1.0, max(0.0, share_of_images(fewest)))
+    return max(1, bisect_right(range(1, most + 1), seconds, key=cost))

@@ -13,7 +13,7 @@ from cnnpipe.training.optimizers import Muon, TriangularRate
 __all__ = ["PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe", "small_size"]
 
 _MIN_SHRUNK: Final = 16
-"""Side of the smallest images that are shrunk for the first epochs, pixels."""
+"""Side of the smallest images that are shrunk at first, pixels."""
 
 _MOMENTUM: Final = 0.8
 

@@ -6,8 +6,10 @@ import csv
 import io
 import logging
 import math
+import statistics
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -28,9 +30,8 @@ logger = logging.getLogger(__name__)
 HISTORY_COLUMNS: Final = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds")
 """Columns of `history.csv`: Keras' own names, then the rate at the end of the epoch and its wall time."""
 
-
-_MEASURED_BATCHES: Final = 4
-"""At least so many have a piece that measures the pace."""
+_TELLING: Final = 8
+"""Intervals between the batches of a piece by which a known pace is measured anew: fewer may tell of a hiccup."""
 
 
 class Record(keras.callbacks.Callback):  # type: ignore[misc]
@@ -63,23 +64,21 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self.piece: Piece
         """That is trained next; to be set before each."""
         self._started = time.perf_counter() - done.seconds
-        self._epoch_started = self._piece_started = self._first_batch_ended = self._batch_ended = self._reported = 0.0
-        self._done = 0
-        """Batches of the piece."""
+        self._epoch_started = self._piece_started = self._reported = 0.0
+        self._batch_ends: list[float] = []
+        """When each batch of the piece was done."""
         self._sums: dict[str, float] = {}
         """Of accuracy and loss over the images of the epoch, as far as its pieces have ended."""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
-        self._piece_started = time.perf_counter()
+        self._piece_started, self._batch_ends = time.perf_counter(), []
         if self.epochs.batches == 0:
             self._epoch_started, self._sums = self._piece_started, {}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._batch_ended = now = time.perf_counter()
-        self._done = batch + 1
-        if self._done == 1:
-            self._first_batch_ended = now
-        if now - self._first_batch_ended > self.piece.seconds and self._done >= _MEASURED_BATCHES:
+        now = time.perf_counter()
+        self._batch_ends.append(now)
+        if self.piece.has_measured(batch + 1, now - self._batch_ends[0]):
             self.model.stop_training = True  # this piece
         if now - self._reported < 0.1:
             return
@@ -88,14 +87,15 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         self._report()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        images = self._images(self._done) - self._images(0)
+        number = len(self._batch_ends)
+        images = self._images(number) - self._images(0)
         for key, value in (logs or {}).items():
             self._sums[key] = self._sums.get(key, 0.0) + float(value) * images
         self._stop_unless_finite(self._sums["loss"])
         self._report()
-        self.epochs = self._with_piece(images)
-        if self.piece.ends_epoch and self._done == len(self._batches):
-            self._end_epoch(epoch, self._images(self._done))
+        self.epochs = self._with_piece(number, images)
+        if self.piece.ends_epoch and number == len(self._batches):
+            self._end_epoch(epoch, self._images(number))
 
     def _end_epoch(self, epoch: int, images: int) -> None:
         """Validate an epoch of so many images, and write down what there is after it."""
@@ -113,7 +113,7 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
             self.epochs,
             rows=(*self.epochs.rows, figures),
             seconds=now - self._started,
-            validation_seconds=now - self._batch_ended,
+            validation_seconds=now - self._batch_ends[-1],
             batches=0,
         )
         if self._checkpoints:
@@ -150,34 +150,42 @@ class Record(keras.callbacks.Callback):  # type: ignore[misc]
         """Return how many images the epoch has had after so many batches of the piece."""
         return self._batches.num_images(self.piece.first + number)
 
-    def _with_piece(self, images: int) -> Epochs:
-        """Return what is done with this piece of so many images, whose training has ended with its last batch."""
+    def _with_piece(self, number: int, images: int) -> Epochs:
+        """Return what is done with so many batches of this piece, and their images."""
         piece, done = self.piece, self.epochs
-        pace, used = done.seconds_per_image, self._done / len(self._batches)
-        if self._done > 1:  # the first one may wait for compiling
-            counted = self._images(self._done) - self._images(1)
-            pace = (self._batch_ended - self._first_batch_ended) / (counted * piece.image_cost)
-        elif self._batches.number == 1:
-            pace = (self._batch_ended - self._piece_started) / (images * piece.image_cost)
+        used = number / len(self._batches)
         return replace(
             done,
-            seconds=self._batch_ended - self._started,
+            seconds=self._batch_ends[-1] - self._started,
             images=done.images + images,
             share=piece.start + (piece.end - piece.start) * used if used < 1.0 else piece.end,
-            seconds_per_image=pace,
-            compile_seconds=max(done.compile_seconds, self._first_batch_ended - self._piece_started),
-            batches=piece.first + self._done,
+            seconds_per_image=self._measure_pace(number, images) or done.seconds_per_image,
+            compile_seconds=max(done.compile_seconds, self._batch_ends[0] - self._piece_started),
+            batches=piece.first + number,
         )
+
+    def _measure_pace(self, number: int, images: int) -> float:
+        """Return the seconds of an image of the whole size in this piece, 0 where it is too short to tell.
+
+        The median batch counts: one that has to be compiled first, as the first or the first of another size, does not.
+        """
+        of_a_batch = images / number * self.piece.image_cost
+        if self._batches.number == 1:
+            seconds = (self._batch_ends[0] - self._piece_started) / of_a_batch
+            return min(seconds, self.epochs.seconds_per_image or math.inf)
+        intervals = [end - start for start, end in pairwise(self._batch_ends)]
+        known = self.epochs.seconds_per_image > 0.0
+        return statistics.median(intervals) / of_a_batch if len(intervals) >= (_TELLING if known else 1) else 0.0
 
     def _report(self) -> None:
         done, piece = self.epochs, self.piece
         best = f", best val_accuracy {done.best_accuracy:.4f}" if done.rows else ""
         before = done.images - self._images(0)  # this epoch
-        of_a_batch = self._batches.num_images(self._batches.number) / self._batches.number
+        whole, rest = divmod(piece.first + piece.batches, self._batches.number)
         self._progress(
             f"train: epoch {len(done.rows) + 1}/{len(done.rows) + piece.epochs}{best}",
-            before + self._images(self._done),
-            before + round((piece.first + piece.batches) * of_a_batch),
+            before + self._images(len(self._batch_ends)),
+            before + whole * self._batches.num_images(self._batches.number) + self._batches.num_images(rest),
         )
 
     def _stop_unless_finite(self, loss: float) -> None:
