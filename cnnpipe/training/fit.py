@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.config import RetrainSettings, dump_toml
+from cnnpipe.config import RetrainSettings, TrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
@@ -134,32 +134,14 @@ def train_model(
     if done.rows:
         logger.info("epochs 1 to %d are done", len(done.rows))
         record.write_files()
-    class_weights = _class_weights(dataset.labels("train")) if train.class_weights else None
-    max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
-    batches, num_images = trained.batches, (dataset.num_images["train"], dataset.num_images["val"])
-    compiled: set[tuple[int, int]] = set()
-    while (epochs := record.epochs).share < 1.0 and (epochs.batches or record.reason_to_stop() is None):
-        piece = plan_piece(recipe, dataset.image_size, batches.number, num_images, epochs, max_seconds, compiled)
-        record.piece = piece
-        batches.shuffle(len(epochs.rows), piece.first, piece.last)
-        if isinstance(trained.optimizer, Muon):
-            trained.optimizer.set_course(piece.start, piece.end, len(batches))
-        trained.models[piece.image_size].fit(
-            pipeline(batches),
-            initial_epoch=len(epochs.rows),
-            epochs=len(epochs.rows) + 1,
-            class_weight=class_weights,
-            shuffle=False,  # by Keras, which draws from that generator too
-            verbose=0,
-            callbacks=[record],
-        )
-        compiled.add(piece.image_size)
+    _train_pieces(trained, record, recipe, dataset, train)
+    epochs = record.epochs
     if recipe.calibrate:
         model.load_weights(run / "model.keras")
         _save_calibrated(run / "model.keras", kept, like, recipe, dataset)
     stopped = record.reason_to_stop() if epochs.share < 1.0 else None
-    passes = epochs.images / num_images[0]
-    if stopped is None and max_seconds is not None and passes < recipe.epochs - 0.1:
+    passes = epochs.images / dataset.num_images["train"]
+    if stopped is None and train.max_minutes is not None and passes < recipe.epochs - 0.1:
         stopped = f"{train.max_minutes:g} minutes were enough for {passes:.1f} epochs of {recipe.epochs}"
     if stopped is not None:
         logger.info("stopped after epoch %d: %s", len(epochs.rows), stopped)
@@ -233,6 +215,32 @@ def _assemble(
         compile_model(models[size], recipe, optimizer)
     optimizer.build(network.trainable_variables)
     return _Trained(network, models, own, batches)
+
+
+def _train_pieces(
+    trained: _Trained, record: Record, recipe: Recipe, dataset: PreparedDataset, train: TrainSettings
+) -> None:
+    """Train a piece after the other, to the end of the training or until there is a reason to stop."""
+    class_weights = _class_weights(dataset.labels("train")) if train.class_weights else None
+    max_seconds = None if train.max_minutes is None else 60.0 * train.max_minutes
+    batches, num_images = trained.batches, (dataset.num_images["train"], dataset.num_images["val"])
+    compiled: set[tuple[int, int]] = set()
+    while (epochs := record.epochs).share < 1.0 and (epochs.batches or record.reason_to_stop() is None):
+        piece = plan_piece(recipe, dataset.image_size, batches.number, num_images, epochs, max_seconds, compiled)
+        record.piece = piece
+        batches.shuffle(len(epochs.rows), piece.first, piece.last)
+        if isinstance(trained.optimizer, Muon):
+            trained.optimizer.set_course(piece.start, piece.end, len(batches))
+        trained.models[piece.image_size].fit(
+            pipeline(batches),
+            initial_epoch=len(epochs.rows),
+            epochs=len(epochs.rows) + 1,
+            class_weight=class_weights,
+            shuffle=False,  # by Keras, which draws from that generator too
+            verbose=0,
+            callbacks=[record],
+        )
+        compiled.add(piece.image_size)
 
 
 def _draw_weights(model: keras.Model, seed: int) -> None:
