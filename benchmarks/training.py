@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,21 +41,7 @@ def compare_training(
         presets: of ours.
         shares: of the tutorial's time in the same round; the first preset is trained within each of them too.
     """
-    presets, shares = list(dict.fromkeys(presets)), list(dict.fromkeys(shares))
-    measured: dict[str, list[Measurement]] = {name: [] for name in ("tutorial", *presets)}
-    measured |= {f"{presets[0]}, in {share:g} of the time": [] for share in shares}
-    limits: dict[str, list[float]] = {}
-    """FLOP/s, by precision."""
-    for seed in range(rounds):
-        tutorial = _measure(["benchmarks.tutorial", str(prepared), str(epochs), str(seed)])
-        ours = [["benchmarks.preset", str(prepared), str(epochs), preset, str(seed)] for preset in presets]
-        ours += [[*ours[0], str(share * tutorial.fit_seconds / 60.0)] for share in shares]
-        for runs, run in zip(measured.values(), (tutorial, *map(_measure, ours)), strict=True):
-            runs.append(run)
-        for precision in sorted({runs[-1].precision for runs in measured.values()}):
-            alone = run_process([sys.executable, "-m", "benchmarks.convolution", precision])
-            limits.setdefault(precision, []).append(alone.report["flops_per_second"])
-    limit = {precision: statistics.median(rates) for precision, rates in limits.items()}
+    measured, limit = _train_in_turn(prepared, epochs, rounds, list(dict.fromkeys(presets)), dict.fromkeys(shares))
     rows = [("", "s in fit", "images/s", "peak GB", "GFLOP/s", "of the limit", "test accuracy", "time / tutorial's")]
     for name, runs in measured.items():
         pairs = zip(runs, measured["tutorial"], strict=True)
@@ -83,6 +69,25 @@ def compare_training(
         "Validation accuracy after so many seconds, in the first round:",
         *courses,
     ]
+
+
+def _train_in_turn(
+    prepared: Path, epochs: int, rounds: int, presets: Sequence[str], shares: Iterable[float]
+) -> tuple[dict[str, list[Measurement]], dict[str, float]]:
+    """Return the trainings by contender, a round each, and the FLOP/s of convolutions alone by precision."""
+    measured: dict[str, list[Measurement]] = {name: [] for name in ("tutorial", *presets)}
+    measured |= {f"{presets[0]}, in {share:g} of the time": [] for share in shares}
+    limits: dict[str, list[float]] = {}
+    for seed in range(rounds):
+        tutorial = _measure(["benchmarks.tutorial", str(prepared), str(epochs), str(seed)])
+        ours = [["benchmarks.preset", str(prepared), str(epochs), preset, str(seed)] for preset in presets]
+        ours += [[*ours[0], str(share * tutorial.fit_seconds / 60.0)] for share in shares]
+        for runs, run in zip(measured.values(), (tutorial, *map(_measure, ours)), strict=True):
+            runs.append(run)
+        for precision in sorted({runs[-1].precision for runs in measured.values()}):
+            alone = run_process([sys.executable, "-m", "benchmarks.convolution", precision])
+            limits.setdefault(precision, []).append(alone.report["flops_per_second"])
+    return measured, {precision: statistics.median(rates) for precision, rates in limits.items()}
 
 
 def _course(run: Measurement) -> str:
