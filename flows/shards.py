@@ -139,7 +139,7 @@ class _ShardsUnderWay:
         error = future.exception()  # of Dask, such as of a shard that took several workers along
         if future.cancelled():
             raise _lost_scheduler()
-        outcome = error or future.result().result(raise_on_failure=False)
+        outcome = error or _fetch_state(future).result(raise_on_failure=False)
         if isinstance(outcome, tuple):
             self._shown.add(*outcome)
             return
@@ -186,6 +186,15 @@ class _ShardsUnderWay:
             f"{len(self._failed):,} of {self._num_handed_out:,} shards failed, number {first} because: "
             f"{self._failed[first]}; the others are kept: mend that and run it again, which does what is missing"
         )
+
+
+def _fetch_state(future: Future) -> State[Any]:
+    """Return what Prefect says of a shard that ended well; the scheduler may be lost before it is here."""
+    try:
+        state: State[Any] = future.result()
+    except OSError as error:
+        raise _lost_scheduler() from error
+    return state
 
 
 def _reason(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 from uuid import UUID
 
@@ -292,6 +293,16 @@ def test_a_scheduler_that_is_lost_in_the_middle_ends_the_run_with_one_line(
     summary = predict_folder(settings, tmp_path)
     assert summary.resumed >= 1500
     assert summary.found == 160 * NUM_FILES
+
+
+def test_a_scheduler_that_is_lost_before_a_result_has_come_is_told() -> None:
+    from distributed.comm import CommClosedError
+
+    def result() -> None:
+        raise CommClosedError("Connection reset by peer")
+
+    with pytest.raises(ServerError, match="the Dask scheduler was lost in the middle"):
+        shards._fetch_state(SimpleNamespace(result=result))
 
 
 def test_an_address_where_no_scheduler_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
