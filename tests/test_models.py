@@ -58,6 +58,16 @@ def test_fast_sees_patches_that_are_uncorrelated_and_of_bounded_variance(digits:
     assert not whitening.trainable_weights
 
 
+def test_accurate_has_one_more_convolution_in_each_block_and_sums_where_fast_replaces() -> None:
+    kinds = {}
+    for preset in ("fast", "accurate"):
+        model = build_network(preset, (32, 32), 10, measure_input(noise((32, 32))))
+        kinds[preset] = [type(layer).__name__ for layer in model.layers]
+
+    assert (kinds["fast"].count("Conv2D"), kinds["fast"].count("Add")) == (1 + 3 * 2, 0)
+    assert (kinds["accurate"].count("Conv2D"), kinds["accurate"].count("Add")) == (1 + 3 * 3, 3 * 2)
+
+
 def test_fast_takes_images_of_one_colour() -> None:
     images = np.full((20, 32, 32, 3), 128, np.uint8)
     probabilities = keras.ops.convert_to_numpy(build_network("fast", (32, 32), 3, measure_input(images))(images))

@@ -22,8 +22,23 @@ __all__ = ["WHITENING_NAME", "InputStatistics", "PartialIdentity", "average_flip
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
-_WIDTHS: Final = {"fast": (64, 128, 256), "accurate": (96, 192, 384)}
-"""Channels of each block."""
+
+@dataclass(frozen=True)
+class _Shape:
+    """What sets `fast` and `accurate` apart."""
+
+    widths: tuple[int, ...]
+    """Channels of each block."""
+    convolutions: int
+    """Of a block."""
+    residual: bool
+    """All but the first of them add to what they get. Source: He et al. 2015, arXiv:1512.03385."""
+
+
+_SHAPES: Final = {
+    "fast": _Shape((64, 128, 256), 2, residual=False),
+    "accurate": _Shape((64, 128, 256), 3, residual=True),
+}
 
 WHITENING_NAME: Final = "whitening"
 """Of the layer that whitens, and part of its name in exported models."""
@@ -140,7 +155,7 @@ def _build_fast(
     any_size: bool,
     temperature: float,
 ) -> keras.Model:
-    """A small network that learns in few epochs: a whitened first layer, then blocks of two convolutions.
+    """A small network that learns in few epochs: a whitened first layer, then blocks of convolutions.
 
     Larger images are brought to 32-63 pixels by averages first, so that every size costs about the same.
 
@@ -160,13 +175,16 @@ def _build_fast(
     side = min(image_size) // reduction - _PATCH + 1
     # Colours that no image has are whitened to nothing, which batch normalisation would blow up: the first one mixes.
     initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
-    for width in _WIDTHS[preset]:
+    shape = _SHAPES[preset]
+    for width in shape.widths:
         x = _convolution(width, initializer)(x)
         initializer = PartialIdentity()
         if side > 1:
             x, side = layers.MaxPooling2D(2)(x), side // 2
         x = layers.ReLU()(_normalization()(x))
-        x = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
+        for _ in range(shape.convolutions - 1):
+            y = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
+            x = layers.Add()([x, y]) if shape.residual else y
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE / temperature)(x)
