@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 _stderr = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_UNTIL_SENT_AGAIN = 0.05
 
 DEBUG_VARIABLE = "CNNPIPE_DEBUG"
 """Set in the environment while a command runs with `--debug`."""
@@ -62,7 +64,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, debug: bool = False, **options: Any) -> None:
         as_json = bool(options.get("as_json"))
         try:
-            with _log_to_stderr(debug), _ended_by_sigterm():
+            with _log_to_stderr(debug), _ended_by_sigterm(), _lost_signals_sent_again():
                 function(**options)
         except _TerminatedError:
             raise _failed("ended by SIGTERM; what was finished is kept", "interrupted", TERMINATED, as_json) from None
@@ -106,6 +108,8 @@ def _describe(error: Exception) -> str:
 class _TerminatedError(BaseException):
     """SIGTERM has come; like KeyboardInterrupt no Exception, so that nobody takes it for an error of theirs."""
 
+    signal = signal.SIGTERM
+
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
@@ -122,6 +126,33 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _lost_signals_sent_again() -> Iterator[None]:
+    """Send Ctrl-C and SIGTERM once more where they came up in a finaliser, which Python lets no exception out of.
+
+    Of a few hundred interrupts in the middle of a training with TensorFlow, one came up in the callback of a weak
+    reference: the training went on as if nothing had happened.
+    """
+    before = sys.unraisablehook
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        error = lost.exc_value
+        # Prefect's exception for SIGTERM, which takes the place of ours within a flow, has such an attribute too.
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signal", None)
+        if number is None:
+            before(lost)
+            return
+        timer = threading.Timer(_SECONDS_UNTIL_SENT_AGAIN, os.kill, (os.getpid(), number))  # the finaliser is done then
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:

@@ -1,8 +1,12 @@
-"""Progress: one clock for the terminal and the flows, and a line that tells rate, share and time left."""
+"""Progress: one clock for the terminal and the flows, a line that tells rate, share and time left; signals."""
 
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from rich.console import Console
@@ -106,3 +110,61 @@ def test_a_terminal_shows_a_total_that_becomes_known_and_none_of_the_stage_befor
     last = text.getvalue().split("\r")
     assert any("200/2,400 images (8 %)" in frame for frame in last)
     assert "200/10" not in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; what was finished is kept\n"),
+        (signal.SIGTERM, 143, "ended by SIGTERM; what was finished is kept\n"),
+    ],
+)
+def test_a_signal_that_comes_within_a_finaliser_ends_the_command_too(
+    number: signal.Signals, status: int, said: str
+) -> None:
+    script = f"""
+        import signal, time
+        import typer
+        from cnnpipe.console import command
+
+        class Finalised:
+            def __del__(self):
+                signal.raise_signal({number})
+
+        @command
+        def work() -> None:
+            Finalised()
+            print("went on", flush=True)
+            time.sleep(30)
+            print("was not ended")
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is off in what a shell has in the background
+        typer.run(work)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "went on\n", said)
+
+
+def test_other_errors_in_a_finaliser_are_told_as_python_tells_them() -> None:
+    script = """
+        import typer
+        from cnnpipe.console import command
+
+        class Finalised:
+            def __del__(self):
+                raise ValueError("left behind")
+
+        @command
+        def work() -> None:
+            Finalised()
+            print("went on")
+
+        typer.run(work)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "went on\n")
+    assert "ValueError: left behind" in ended.stderr
