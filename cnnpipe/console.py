@@ -138,9 +138,11 @@ def _lost_signals_sent_again() -> Iterator[None]:
     before = sys.unraisablehook
 
     def send_again(lost: sys.UnraisableHookArgs) -> None:
-        error = lost.exc_value
-        # Prefect's exception for SIGTERM, which takes the place of ours within a flow, has such an attribute too.
-        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signal", None)
+        error, number = lost.exc_value, None
+        if isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif not isinstance(error, Exception):  # ours, or Prefect's, which takes its place within a flow
+            number = getattr(error, "signal", None)
         if number is None:
             before(lost)
             return

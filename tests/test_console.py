@@ -112,6 +112,11 @@ def test_a_terminal_shows_a_total_that_becomes_known_and_none_of_the_stage_befor
     assert "200/10" not in text.getvalue()
 
 
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [
@@ -141,30 +146,31 @@ def test_a_signal_that_comes_within_a_finaliser_ends_the_command_too(
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which is off in what a shell has in the background
         typer.run(work)
     """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = run_script(script)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "went on\n", said)
 
 
-def test_other_errors_in_a_finaliser_are_told_as_python_tells_them() -> None:
-    script = """
+@pytest.mark.parametrize("signal_of_error", [None, 15])
+def test_other_errors_in_a_finaliser_are_told_as_python_tells_them(signal_of_error: int | None) -> None:
+    script = f"""
+        import time
         import typer
         from cnnpipe.console import command
 
         class Finalised:
             def __del__(self):
-                raise ValueError("left behind")
+                error = ValueError("left behind")
+                error.signal = {signal_of_error}
+                raise error
 
         @command
         def work() -> None:
             Finalised()
+            time.sleep(0.5)
             print("went on")
 
         typer.run(work)
     """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = run_script(script)
     assert (ended.returncode, ended.stdout) == (0, "went on\n")
     assert "ValueError: left behind" in ended.stderr

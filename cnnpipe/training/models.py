@@ -22,23 +22,20 @@ __all__ = ["WHITENING_NAME", "InputStatistics", "PartialIdentity", "average_flip
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
+_WIDTHS: Final = (64, 128, 256)
+"""Channels of each block."""
+
 
 @dataclass(frozen=True)
-class _Shape:
+class _Block:
     """What sets `fast` and `accurate` apart."""
 
-    widths: tuple[int, ...]
-    """Channels of each block."""
     convolutions: int
-    """Of a block."""
     residual: bool
     """All but the first of them add to what they get. Source: He et al. 2015, arXiv:1512.03385."""
 
 
-_SHAPES: Final = {
-    "fast": _Shape((64, 128, 256), 2, residual=False),
-    "accurate": _Shape((64, 128, 256), 3, residual=True),
-}
+_BLOCKS: Final = {"fast": _Block(2, residual=False), "accurate": _Block(3, residual=True)}
 
 WHITENING_NAME: Final = "whitening"
 """Of the layer that whitens, and part of its name in exported models."""
@@ -175,16 +172,16 @@ def _build_fast(
     side = min(image_size) // reduction - _PATCH + 1
     # Colours that no image has are whitened to nothing, which batch normalisation would blow up: the first one mixes.
     initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
-    shape = _SHAPES[preset]
-    for width in shape.widths:
+    block = _BLOCKS[preset]
+    for width in _WIDTHS:
         x = _convolution(width, initializer)(x)
         initializer = PartialIdentity()
         if side > 1:
             x, side = layers.MaxPooling2D(2)(x), side // 2
         x = layers.ReLU()(_normalization()(x))
-        for _ in range(shape.convolutions - 1):
+        for _ in range(block.convolutions - 1):
             y = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
-            x = layers.Add()([x, y]) if shape.residual else y
+            x = layers.Add()([x, y]) if block.residual else y
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE / temperature)(x)
