@@ -82,6 +82,5 @@ def describe_environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": find_processor().model,
         "cores": usable_cores(),
-        "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
         "versions": package_versions(),
     }

@@ -1,26 +1,35 @@
-"""What training does to images: shifts and smaller sizes."""
+"""What training does to images: mirror images, shifts and smaller sizes."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 
-from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink
+from cnnpipe.training.augmentation import Augmentation, ResidentImages, draw_views, shrink
 from cnnpipe.training.backend import keras
 from cnnpipe.training.checkpoints import training_state
 from cnnpipe.training.datasets import PreparedDataset
 
+Images = npt.NDArray[np.uint8]
 
-def test_augmentation_changes_nothing_outside_training(digits: PreparedDataset) -> None:
+
+def views(images: Images, mirrored: bool, seed: int = 3) -> Images:
+    """Return what training sees of images."""
+    rows, columns = draw_views(
+        len(images), images.shape[1:3], np.full(len(images), mirrored), np.random.default_rng(seed)
+    )
+    return np.asarray(Augmentation()([images, rows, columns]))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_augmentation_only_mirrors_and_shifts(mirrored: bool, digits: PreparedDataset) -> None:
     images = np.asarray(digits.images("val")[:16])
-    np.testing.assert_array_equal(Augmentation()(images, training=False), images)
 
+    changed = views(images, mirrored)
 
-def test_augmentation_only_shifts(digits: PreparedDataset) -> None:
-    images = np.asarray(digits.images("val")[:16])
-
-    changed = np.asarray(Augmentation(max_shift=1 / 16, seed=3)(images, training=True))
-
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    originals = images[:, :, ::-1] if mirrored else images
+    padded = np.pad(originals, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
     for index, image in enumerate(changed):
         shifts = [padded[index, dy : dy + 32, dx : dx + 32] for dy in range(5) for dx in range(5)]
         assert any(np.array_equal(image, each) for each in shifts)
@@ -29,45 +38,53 @@ def test_augmentation_only_shifts(digits: PreparedDataset) -> None:
 def test_augmentation_gives_each_image_its_own_change_and_repeats_by_seed(digits: PreparedDataset) -> None:
     images = np.repeat(np.asarray(digits.images("val")[:1]), 64, axis=0)
 
-    first = np.asarray(Augmentation(seed=5)(images, training=True))
-    again = np.asarray(Augmentation(seed=5)(images, training=True))
-    other = np.asarray(Augmentation(seed=6)(images, training=True))
+    first, again, other = (views(images, False, seed) for seed in (5, 5, 6))
 
     assert len(np.unique(first, axis=0)) > 10
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_resident_images_come_by_their_places_and_as_mirror_images(digits: PreparedDataset) -> None:
+def test_images_that_are_not_square_keep_their_sides() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), dtype=np.uint8)
+    assert views(images, True).shape == images.shape
+
+
+def test_resident_images_are_fetched_by_index_and_augmented_as_those_of_a_batch(digits: PreparedDataset) -> None:
     images = np.asarray(digits.images("val")[:9])
-    batch = ResidentImages(digits.images("val"))(np.array([16, 3, 0, 17], np.int32))
-    np.testing.assert_array_equal(np.asarray(batch), [images[8], images[1, :, ::-1], images[0], images[8, :, ::-1]])
-
-
-def test_resident_images_are_no_part_of_what_a_training_goes_on_from(digits: PreparedDataset) -> None:
-    places = keras.Input((), dtype="int32")
     resident = ResidentImages(digits.images("val"))
-    model = keras.Model(places, keras.layers.Dense(2)(keras.layers.Flatten()(resident(places))))
+    indices = np.array([8, 1, 0, 8], np.int32)
+    mirrored = np.array([False, True, False, True])
+    rows, columns = draw_views(4, (32, 32), mirrored, np.random.default_rng(1))
+
+    np.testing.assert_array_equal(np.asarray(resident(indices)), images[indices])
+    np.testing.assert_array_equal(
+        np.asarray(Augmentation(resident)([indices, rows, columns])),
+        np.asarray(Augmentation()([images[indices], rows, columns])),
+    )
+
+
+def test_resident_images_are_not_part_of_what_a_training_goes_on_from(digits: PreparedDataset) -> None:
+    indices = keras.Input((), dtype="int32")
+    resident = ResidentImages(digits.images("val"))
+    model = keras.Model(indices, keras.layers.Dense(2)(keras.layers.Flatten()(resident(indices))))
     model.compile("sgd")
     names = [variable.name for variable in training_state(model, keras.Sequential())]
     assert names == ["kernel", "bias", "iteration", "learning_rate"]
 
 
-def test_shrink_averages_what_a_pixel_covers() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+@pytest.mark.parametrize(("image_size", "size"), [((32, 32), (24, 24)), ((17, 40), (12, 30))])
+def test_shrink_is_the_antialiased_resizing_of_keras(image_size: tuple[int, int], size: tuple[int, int]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 
-    smaller = keras.ops.convert_to_numpy(shrink(keras.ops.convert_to_tensor(images), (24, 24)))
+    smaller = keras.ops.convert_to_numpy(shrink(keras.ops.convert_to_tensor(images), size))
 
-    assert (smaller.shape, smaller.dtype) == ((3, 24, 24, 3), np.uint8)
-    # Of pixels without neighbours in common the mean stays, and what averages of noise lose is their spread.
-    np.testing.assert_allclose(smaller.mean(axis=(1, 2)), images.mean(axis=(1, 2)), atol=2.0)
-    assert smaller.std() < 0.8 * images.std()
+    assert (smaller.shape, smaller.dtype) == ((3, *size, 3), np.uint8)
+    expected = keras.ops.convert_to_numpy(keras.ops.image.resize(images.astype(np.float32), size, antialias=True))
+    np.testing.assert_allclose(smaller, expected, atol=0.51)
 
 
 def test_shrink_leaves_one_colour_as_it_is() -> None:
     images = np.full((2, 16, 16, 3), (0, 128, 255), np.uint8)
-    assert np.unique(keras.ops.convert_to_numpy(shrink(keras.ops.convert_to_tensor(images), (12, 12)))).tolist() == [
-        0,
-        128,
-        255,
-    ]
+    smaller = keras.ops.convert_to_numpy(shrink(keras.ops.convert_to_tensor(images), (12, 12)))
+    assert np.unique(smaller).tolist() == [0, 128, 255]

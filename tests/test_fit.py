@@ -116,7 +116,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
     for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0)):
         batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=seed)
         batches.shuffle(epoch)
-        orders.append(np.concatenate([batches[index][0].ravel() for index in range(len(batches))]).tolist())
+        orders.append(np.concatenate([batches[index][0][0].ravel() for index in range(len(batches))]).tolist())
 
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert orders[0] == orders[3]
@@ -125,20 +125,32 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
 
 
 def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
-    images = np.zeros((100, 1, 2, 1), np.uint8)
-    images[:, 0, 0, 0] = np.arange(100)
-    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, mirrored=True)
-    original, mirrored = [], []
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(2, axis=2)
+    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, augment=True)
+    mirrored = []
     for epoch in (0, 1, 2, 0):
         batches.shuffle(epoch)
-        seen = np.concatenate([batches[index][0] for index in range(len(batches))])[:, 0, :, 0]  # (100, 2)
-        original.append(set(seen[:, 0].tolist()) - {0})
-        mirrored.append(set(seen[:, 1].tolist()) - {0})
+        seen = [batches[index][0] for index in range(len(batches))]
+        given, columns = (np.concatenate([each[part] for each in seen]) for part in (0, 2))
+        assert sorted(given[:, 0, 0, 0].tolist()) == list(range(100))
+        mirrored.append(set(given[columns[:, 0] > columns[:, 1], 0, 0, 0].tolist()))
 
-    assert original[0] | mirrored[0] == original[0] | original[1] == mirrored[0] | mirrored[1] == set(range(1, 100))
+    assert mirrored[0] | mirrored[1] == set(range(100))
+    assert not mirrored[0] & mirrored[1]
     assert 30 < len(mirrored[0]) < 70
     assert mirrored[0] == mirrored[2] == mirrored[3]
-    assert images[:, 0, 1, 0].max() == 0  # the dataset itself stays as it is
+
+
+def test_equal_batches_leave_out_other_images_in_every_epoch() -> None:
+    images = np.arange(99, dtype=np.uint8).reshape(99, 1, 1, 1)
+    batches = Batches(images, np.zeros((99, 2), np.float32), batch_size=50, seed=5, equal=True)
+    left_out = set()
+    for epoch in range(2):
+        batches.shuffle(epoch)
+        seen = [batches[index][0][0].ravel() for index in range(len(batches))]
+        assert [len(each) for each in seen] == [49, 49]
+        left_out |= set(range(99)) - set(np.concatenate(seen).tolist())
+    assert len(left_out) == 2
 
 
 def test_what_is_read_ahead_of_one_epoch_does_not_get_into_the_next() -> None:
@@ -149,7 +161,7 @@ def test_what_is_read_ahead_of_one_epoch_does_not_get_into_the_next() -> None:
     for epoch in range(3):
         next(iter(source))  # Keras does so too, and drops the rest
         batches.shuffle(epoch)
-        orders.append(np.concatenate([np.array(part).ravel() for part, _ in source]).tolist())
+        orders.append(np.concatenate([np.array(part).ravel() for (part,), _ in source]).tolist())
 
     assert orders == [np.random.default_rng([5, epoch]).permutation(200).tolist() for epoch in range(3)]
     assert not source.options().autotune.enabled  # it would hold up the end
@@ -313,7 +325,7 @@ def test_a_diverging_loss_stops_with_one_line(digits: PreparedDataset, tmp_path:
 def test_cuda_without_a_gpu_is_refused(digits: PreparedDataset, tmp_path: Path) -> None:
     if keras.distribution.list_devices("gpu"):
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ProviderError, match="'cuda' was asked for, but tensorflow sees 0 GPUs"):
+    with pytest.raises(ProviderError, match="'cuda' was asked for, but TensorFlow sees 0 GPUs"):
         train_model(RetrainSettings(train=TrainSettings(device="cuda")), digits, create_run(tmp_path, "digits"))
 
 

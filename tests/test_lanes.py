@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from cnnpipe.environment import usable_cores
 from cnnpipe.training.backend import keras
+from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.lanes import count_lanes, spread
 from cnnpipe.training.models import build_network, measure_input
 
@@ -16,7 +20,7 @@ ONE_HOT = np.eye(3, dtype=np.float32)[np.arange(37) % 3]
 
 def in_lanes(network: keras.Model, number: int) -> keras.Model:
     images = keras.Input((16, 16, 3), dtype="uint8")
-    return keras.Model(images, spread(network, number)(images))
+    return keras.Model([images], spread(network, number)([images]))
 
 
 @pytest.mark.parametrize("preset", ["baseline", "fast"])
@@ -43,10 +47,33 @@ def test_a_step_in_lanes_is_a_step_of_the_whole_batch() -> None:
         assert np.abs(whole - before).max() > 1e-5
 
 
-def test_every_core_gets_a_lane_while_the_batch_has_sixteen_images_for_it() -> None:
-    assert count_lanes(15, "cpu") == count_lanes(16, "cpu") == 1
-    assert count_lanes(16 * usable_cores(), "cpu") == count_lanes(10_000, "cpu") == usable_cores()
-    assert count_lanes(32, "cpu") == min(2, usable_cores())
+def test_a_batch_has_two_lanes_while_each_has_sixteen_images() -> None:
+    assert count_lanes(15, "cpu") == count_lanes(31, "cpu") == 1
+    assert count_lanes(32, "cpu") == count_lanes(10_000, "cpu") == 2
+
+
+def test_the_number_of_cores_does_not_decide_over_the_weights(digits: PreparedDataset, tmp_path: Path) -> None:
+    script = """
+import hashlib, sys
+from pathlib import Path
+import cnnpipe.environment
+cnnpipe.environment.usable_cores = lambda: int(sys.argv[1])  # threads; of real cores there are no more than there are
+from cnnpipe.config import RetrainSettings, TrainSettings
+from cnnpipe.training.datasets import load_prepared
+from cnnpipe.training.fit import train_model
+run = Path(sys.argv[3]) / sys.argv[1]
+run.mkdir()
+train = TrainSettings(preset="fast", epochs=1, batch_size=512, precision="float32")
+train_model(RetrainSettings(train=train), load_prepared(Path(sys.argv[2])), run)
+print((run / "history.csv").read_text().splitlines()[1].rsplit(",", 1)[0])
+"""
+    command = [sys.executable, "-c", script]
+    histories = [
+        subprocess.run([*command, cores, str(digits.path), str(tmp_path)], capture_output=True, text=True, check=True)
+        for cores in ("2", "32")
+    ]
+    two, many = ([float(value) for value in each.stdout.splitlines()[-1].split(",")] for each in histories)
+    assert many == pytest.approx(two, rel=1e-3)
 
 
 def test_a_gpu_takes_the_whole_batch() -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from cnnpipe.config import RetrainSettings, TrainSettings
-from cnnpipe.training.augmentation import Augmentation
 from cnnpipe.training.backend import keras, replicated
 from cnnpipe.training.datasets import load_prepared
 from cnnpipe.training.fit import train_model
@@ -38,14 +37,8 @@ weights = np.concatenate([each.ravel() for each in model.get_weights()])
 np.save(run / "weights.npy", weights)
 
 with replicated() as replicas:
-    strategy, augmentation = tf.distribute.get_strategy(), Augmentation(seed=1)
-if replicas > 1:
-    images = tf.constant(np.repeat(dataset.images("val")[:1], 32, axis=0))
-    drawn = strategy.run(tf.function(lambda: augmentation(images, training=True)))
-    alike = [bool(np.array_equal(one, other)) for one, other in zip(*(np.asarray(each) for each in drawn.values))]
-else:
-    alike = []
-print(json.dumps({"replicas": replicas, "kept": result.val_accuracy, "accuracy": accuracy, "alike": alike}))
+    pass
+print(json.dumps({"replicas": replicas, "kept": result.val_accuracy, "accuracy": accuracy}))
 """
 
 
@@ -70,12 +63,11 @@ def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Pa
     assert two["kept"] == pytest.approx(two["accuracy"], abs=1e-6)
 
 
-def test_devices_share_batches_of_fast_and_augment_each_in_its_own_way(digits: PreparedDataset, tmp_path: Path) -> None:
+def test_devices_share_batches_of_fast(digits: PreparedDataset, tmp_path: Path) -> None:
     result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=2, batch_size=64, precision="float32")
 
     assert result["replicas"] == 2
     assert result["kept"] == pytest.approx(result["accuracy"], abs=1e-6)
-    assert sum(result["alike"]) < 8
 
 
 BROKEN_OFF = """

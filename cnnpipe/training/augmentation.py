@@ -1,62 +1,53 @@
-"""What training does to a batch of images before the network sees it; backend-neutral, and on the device."""
+"""What training does to a batch of images before the network sees it: fetch, mirror, shift and shrink, on the device.
+
+What is random is drawn by `batches.Batches` on the host. Here it is one gather, whatever is done to an image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.training.backend import keras, replica_number
+from cnnpipe.training.backend import keras
 
-__all__ = ["RESIDENT_NAME", "Augmentation", "ResidentImages", "shrink", "stay_on_device"]
+__all__ = ["RESIDENT_NAME", "Augmentation", "ResidentImages", "draw_views", "shrink", "stay_on_device"]
 
 RESIDENT_NAME: Final = "resident_images"
 
 _RESIDENT_BYTES: Final = 2 << 30
-"""Of training images, up to which they stay in a GPU's memory: 690,000 images of 32x32 pixels, or 14,000 of 224x224."""
+"""Largest training split that stays in a GPU's memory: 690,000 images of 32x32 pixels, or 14,000 of 224x224."""
+
+_MAX_SHIFT: Final = 1 / 16
+"""Largest shift, as a fraction of each side."""
+
+Indices = npt.NDArray[np.int32]
 
 
-class _ReplicaSeeds(keras.random.SeedGenerator):  # type: ignore[misc]
-    """Seeds that differ between the devices that share a batch, which all have the same state."""
+def draw_views(
+    number: int, image_size: tuple[int, int], mirrored: npt.NDArray[np.bool_], generator: np.random.Generator
+) -> tuple[Indices, Indices]:
+    """Draw how each image is seen: shifted at random in both directions, and mirrored where that is asked for.
 
-    def next(self, ordered: bool = True) -> keras.KerasTensor:
-        """Return the next seed, (2,)."""
-        ops = keras.ops
-        seed = super().next(ordered)
-        own = ops.cast(replica_number(), seed.dtype) * 1_000_003  # a prime: far from the next seeds of the others
-        return seed + ops.stack([own, ops.zeros((), seed.dtype)])
+    The uncovered edge is filled by the nearest pixels.
 
-
-class Augmentation(keras.layers.Layer):  # type: ignore[misc]
-    """Random shifts of a batch of images, in training only; `Batches` mirrors them.
-
-    Every image draws its own, of up to `max_shift` of each side, the uncovered edge filled by the nearest pixels. Works
-    on uint8, so it moves a quarter of float32's bytes.
+    Args:
+        number: of images.
+        image_size: (height, width), pixels.
+        mirrored: (number,), whether an image becomes its mirror image.
+    Returns:
+        For each image the row, (number, height), and the column, (number, width), that each pixel is taken from.
     """
-
-    def __init__(self, max_shift: float = 1 / 16, seed: int = 0) -> None:
-        super().__init__(trainable=False, name="augmentation", dtype="uint8")
-        self.max_shift = max_shift
-        self.seed_generator = _ReplicaSeeds(seed)
-
-    def call(self, images: keras.KerasTensor, training: bool = False) -> keras.KerasTensor:  # (N, H, W, C) -> same
-        """Return the images, changed if `training`."""
-        if not training:
-            return images
-        ops = keras.ops
-        number, (height, width, channels) = ops.shape(images)[0], images.shape[1:]
-        rows = self._source_indices(number, height)  # (N, H)
-        columns = self._source_indices(number, width)  # (N, W)
-        image_starts = ops.arange(number, dtype="int32")[:, None, None] * (height * width)
-        pixels = image_starts + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W), into the flattened batch
-        return ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)
-
-    def _source_indices(self, number: int, length: int) -> keras.KerasTensor:
-        """Return, for each image, the index along one side that each place takes its pixel from, (N, length)."""
-        reach = round(self.max_shift * length)
-        shift = keras.random.randint((number, 1), -reach, reach + 1, dtype="int32", seed=self.seed_generator)
-        return keras.ops.clip(keras.ops.arange(length, dtype="int32")[None, :] + shift, 0, length - 1)
+    indices = []
+    for length in image_size:
+        reach = round(_MAX_SHIFT * length)
+        shifts = generator.integers(-reach, reach + 1, (number, 1), np.int32)
+        indices.append(np.clip(np.arange(length, dtype=np.int32) + shifts, 0, length - 1))
+    rows, columns = indices
+    columns[mirrored] = columns[mirrored, ::-1]
+    return rows, columns
 
 
 def stay_on_device(images: npt.NDArray[np.uint8], device: str) -> bool:
@@ -69,7 +60,7 @@ def stay_on_device(images: npt.NDArray[np.uint8], device: str) -> bool:
 
 
 class ResidentImages(keras.layers.Layer):  # type: ignore[misc]
-    """All images of a split, in the memory of the device: a batch is told by places of which each is four bytes.
+    """All images of a split in the memory of the device: a batch is told by indices of four bytes each.
 
     Args:
         images: uint8 (N, H, W, 3), read once.
@@ -81,21 +72,72 @@ class ResidentImages(keras.layers.Layer):  # type: ignore[misc]
         def take_over(shape: tuple[int, ...], dtype: str) -> Any:  # noqa: ARG001
             return keras.ops.convert_to_tensor(np.asarray(images), dtype)
 
-        self._images = self.add_weight(images.shape, take_over, "uint8", trainable=False, name=RESIDENT_NAME)
+        self.images = self.add_weight(images.shape, take_over, "uint8", trainable=False, name=RESIDENT_NAME)
 
-    def call(self, places: keras.KerasTensor) -> keras.KerasTensor:  # int32 (B,) -> uint8 (B, H, W, 3)
-        """Return the images of places: twice their index, and one more for the mirror image."""
+    def call(self, indices: keras.KerasTensor) -> keras.KerasTensor:  # int32 (B,) -> uint8 (B, H, W, 3)
+        """Return the images of a batch."""
+        return keras.ops.take(self.images, indices, axis=0)
+
+
+class Augmentation(keras.layers.Layer):  # type: ignore[misc]
+    """The images of a batch as `draw_views` has drawn them; works on uint8, a quarter of the bytes of float32.
+
+    Args:
+        resident: where the images are; None takes them from the batch.
+    """
+
+    def __init__(self, resident: ResidentImages | None = None) -> None:
+        super().__init__(trainable=False, name="augmentation", dtype="uint8")
+        self._resident = resident
+
+    def call(self, inputs: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
+        """Return the views of a batch, uint8 (B, H, W, 3).
+
+        Args:
+            inputs: images, uint8 (B, H, W, 3), or int32 (B,) of those that are resident; rows, int32 (B, H); and
+                columns, int32 (B, W).
+        """
         ops = keras.ops
-        images = ops.take(self._images, places // 2, axis=0)
-        return ops.where((places % 2 == 1)[:, None, None, None], ops.flip(images, axis=2), images)
+        given, rows, columns = inputs
+        images = given if self._resident is None else self._resident.images
+        starts = ops.arange(ops.shape(given)[0], dtype="int32") if self._resident is None else given
+        _, height, width, channels = images.shape
+        pixels = (starts[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, H, W)
+        return ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)
+
+    def build(self, input_shape: Any) -> None:
+        """Make no weights."""
+
+    def compute_output_spec(self, inputs: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
+        """Return the shape and dtype of what comes out."""
+        _, rows, columns = inputs
+        return keras.KerasTensor((rows.shape[0], rows.shape[1], columns.shape[1], 3), dtype="uint8")
 
 
 def shrink(images: keras.KerasTensor, size: tuple[int, int]) -> keras.KerasTensor:  # uint8 (N, H, W, C) -> same
-    """Return smaller images, each pixel from all that it covers.
+    """Return smaller images, each pixel the average of those that it covers, nearer ones weighing more.
+
+    Two matrix products, which every device and XLA have; `ops.image.resize` with `antialias` is not compiled by XLA.
 
     Args:
         size: (height, width), pixels.
     """
     ops = keras.ops
-    smaller = ops.image.resize(ops.cast(images, "float32"), size, antialias=True)
-    return ops.cast(ops.clip(ops.round(smaller), 0, 255), "uint8")
+    x = ops.cast(images, "float32")
+    for shorter in size:  # the height becomes the width and the other way round, twice
+        _, length, other, channels = x.shape
+        x = ops.matmul(_shrinking(length, shorter), ops.reshape(x, (-1, length, other * channels)))
+        x = ops.transpose(ops.reshape(x, (-1, shorter, other, channels)), (0, 2, 1, 3))
+    return ops.cast(ops.round(x), "uint8")
+
+
+def _shrinking(length: int, shorter: int) -> npt.NDArray[np.float32]:
+    """Return the matrix that shrinks a side by a triangle of twice the new pixel's width, (shorter, length).
+
+    Source: antialiased bilinear resizing as in Pillow and TensorFlow; every row sums to 1.
+    """
+    scale = length / shorter
+    centres = (np.arange(shorter) + 0.5) * scale - 0.5
+    weights = np.maximum(0.0, 1.0 - np.abs(np.arange(length) - centres[:, None]) / scale)
+    rows: npt.NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return rows

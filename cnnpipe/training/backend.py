@@ -1,6 +1,6 @@
-"""Keras and the device it computes on: the only module that knows which backend does the arithmetic.
+"""Keras, TensorFlow and the device they compute on.
 
-The others take `keras` from here, because TensorFlow prints several lines on every import that tell a user nothing.
+Other modules take `keras` from here: the backend is chosen before the import, and TensorFlow's chatter is held back.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from cnnpipe.environment import find_processor, usable_cores
 from cnnpipe.errors import ProviderError
 
 __all__ = [
+    "LANES",
     "BatchNormalization",
+    "compiles_with_xla",
     "computing_in",
     "full_float32",
     "keras",
     "make_repeatable",
     "pipeline",
-    "replica_number",
     "replicated",
     "select_device",
     "select_precision",
 ]
+
+LANES: Final = 2
+"""Parts of a batch that a CPU computes side by side, however many cores it has: see `cnnpipe.training.lanes`."""
 
 _CHATTER: Final = re.compile(r"I0000 |WARNING: All log messages before absl::|E0000 .* failed call to cuInit")
 """Lines of TensorFlow's C++, written whatever its log level: remarks, and that a machine without a GPU has none."""
@@ -55,27 +59,27 @@ def _without_chatter() -> Iterator[None]:
                     sys.stderr.write(line)
 
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Only what ends the process: a compiled step that is loaded is reported as an error, and errors are raised anyway.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json or the environment says
 with _without_chatter():
     import keras
+    import tensorflow as tf
 
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # Operations run side by side where they can, in one thread each: see `cnnpipe.training.lanes`. Said here,
-        # because it holds for the whole process, and decides over the last bits of the weights.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(usable_cores())
-        # Here it reports its search for a driver, else at the first operation. Listing them sets none of them up, after
-        # which `select_device` could no longer hide any.
-        tf.config.list_physical_devices()
+    # Lanes run side by side, and each operation takes its part of the cores. Said here, because it holds for the whole
+    # process, and decides over the last bits of the weights.
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, usable_cores() // LANES))
+    tf.config.threading.set_inter_op_parallelism_threads(usable_cores())
+    # Here it reports its search for a driver, else at the first operation. Listing them sets none of them up, after
+    # which `select_device` could no longer hide any.
+    tf.config.list_physical_devices()
 
 
 @keras.saving.register_keras_serializable("cnnpipe")
 class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
-    """Keras' layer without a scale of its own; with TensorFlow, training takes one operation for a dozen of Keras'.
+    """Keras' layer without a scale of its own, whose training takes one operation for a dozen of Keras'.
 
-    That has whole training steps 1.1 times as fast on a CPU. The variance that is kept for inference is that of N - 1.
+    Whole training steps are 1.1 times as fast with it on a CPU. The variance kept for inference is that of N - 1.
     """
 
     def __init__(self, momentum: float = 0.6, **options: Any) -> None:
@@ -83,15 +87,15 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def call(self, inputs: Any, training: bool = False, mask: Any = None) -> Any:  # (N, H, W, C) -> same
         """Return the images with mean 0 and variance 1 in each channel, and the learned shift."""
-        if not training or keras.backend.backend() != "tensorflow":
+        if not training:
             return super().call(inputs, training=training, mask=mask)
-        import tensorflow as tf
-
         outputs, mean, variance, *_ = tf.compat.v1.nn.fused_batch_norm(
-            inputs, tf.ones_like(self.beta), self.beta, epsilon=self.epsilon, is_training=True
+            *(inputs, tf.ones_like(self.beta), self.beta, self.moving_mean, self.moving_variance),
+            epsilon=self.epsilon,
+            exponential_avg_factor=1.0 - self.momentum,
         )
-        for kept, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            kept.assign(kept * self.momentum + new * (1.0 - self.momentum))
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
         return outputs
 
 
@@ -105,17 +109,15 @@ def select_device(device: str) -> str:
     Raises:
         ProviderError: there is no such device, or this process already uses another.
     """
-    gpus = _visible_gpus()
+    gpus = tf.config.list_physical_devices("GPU")
     if device == "cpu" or (device == "auto" and not gpus):
         _use_only([])
         return "cpu"
-    if device == "cuda:all" and keras.backend.backend() != "tensorflow":
-        raise ProviderError("device cuda:all needs the TensorFlow backend; unset KERAS_BACKEND, or use one GPU")
     number = device.partition(":")[2]
     index = int(number) if number.isdecimal() else 0
     if index >= len(gpus):
         raise ProviderError(
-            f"device {device!r} was asked for, but {keras.backend.backend()} sees {len(gpus)} GPUs: "
+            f"device {device!r} was asked for, but TensorFlow sees {len(gpus)} GPUs: "
             f"{ask_driver().problem or 'the libraries of CUDA are missing, see `make setup CUDA=1`'}; "
             "mend that, or use --device cpu"
         )
@@ -130,11 +132,6 @@ def replicated() -> Iterator[int]:
 
     Each takes its share of every batch, with batch normalisation of its own.
     """
-    if keras.backend.backend() != "tensorflow":
-        yield 1
-        return
-    import tensorflow as tf
-
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) == 1:
         yield 1
@@ -143,14 +140,16 @@ def replicated() -> Iterator[int]:
         yield len(devices)
 
 
-def replica_number() -> Any:
-    """Return which of the devices computes this part of a batch, 0 for the first; inside a training step."""
-    if keras.backend.backend() != "tensorflow":
-        return 0
-    import tensorflow as tf
+def compiles_with_xla(device: str) -> bool:
+    """Return whether training steps are compiled by XLA.
 
-    context = tf.distribute.get_replica_context()
-    return context.replica_id_in_sync_group if context is not None else 0
+    On one H100 an epoch of `fast` takes 0.5 s with XLA and 3 s without; one of `baseline` 2 s. Compiling takes a minute
+    and more there, once: see `stages.train_run`. A CPU trains faster without it, and several GPUs are not supported.
+
+    Args:
+        device: what `select_device` returned.
+    """
+    return device not in ("cpu", "cuda:all")
 
 
 def select_precision(asked: str, device: str) -> str:
@@ -187,7 +186,7 @@ def computing_in(precision: str) -> Iterator[None]:
 
 
 def make_repeatable(seed: int, device: str) -> None:
-    """Make training depend on the seed, as far as the backend lets it.
+    """Make training depend on the seed, as far as the device lets it.
 
     Seeds Keras, NumPy and Python. On a CPU, TensorFlow is also told to use its deterministic operations, for the rest
     of the process; the baseline trains as fast with them. On a GPU, where they cost speed, that is left alone.
@@ -196,28 +195,22 @@ def make_repeatable(seed: int, device: str) -> None:
         device: what `select_device` returned.
     """
     keras.utils.set_random_seed(seed)
-    if device == "cpu" and keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
+    if device == "cpu":
         tf.config.experimental.enable_op_determinism()
 
 
-def pipeline(batches: keras.utils.PyDataset) -> Any:
+def pipeline(batches: keras.utils.PyDataset) -> tf.data.Dataset:
     """Return what Keras' `fit` and `evaluate` should be given for batches, which are read ahead by a thread.
 
-    With TensorFlow, the pipeline that Keras itself makes is tuned while it runs, and its end waits until the tuning
-    looks up: after 5 s at the latest at first, after minutes once a minute (TensorFlow 2.21, Keras 3.15).
+    The pipeline that Keras itself makes is tuned while it runs, and its end waits until the tuning looks up: after 5 s
+    at the latest at first, after minutes once a minute (TensorFlow 2.21, Keras 3.15).
 
     Args:
-        batches: each (B, …) of any size B, as `batches[0]` is otherwise; read in order, anew for each epoch.
+        batches: nested tuples of arrays (B, …) of any size B; read in order, again for each epoch.
     """
-    if keras.backend.backend() != "tensorflow":
-        return batches
-    import tensorflow as tf
-
-    signature = tuple(tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in batches[0])
+    signature = keras.tree.map_structure(lambda part: tf.TensorSpec((None, *part.shape[1:]), part.dtype), batches[0])
     dataset = tf.data.Dataset.from_generator(
-        lambda: (batches[place] for place in range(len(batches))), output_signature=signature
+        lambda: (batches[index] for index in range(len(batches))), output_signature=signature
     )
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -227,30 +220,12 @@ def pipeline(batches: keras.utils.PyDataset) -> Any:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Compute in whole float32 meanwhile: on newer GPUs TensorFlow drops 13 bits of every factor (TF32) by default."""
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
-
     allowed = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(allowed)
-
-
-def _visible_gpus() -> list[Any]:
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return list(tf.config.list_physical_devices("GPU"))
-    if backend == "jax":
-        import jax
-
-        return [each for each in jax.devices() if each.platform == "gpu"]
-    raise ProviderError(f"KERAS_BACKEND must be tensorflow or jax, received {backend!r}; set one of them")
 
 
 def _processor_is_made_for_bfloat16() -> bool:
@@ -261,35 +236,20 @@ def _processor_is_made_for_bfloat16() -> bool:
     always be the same.
     """
     processor = find_processor()
-    made_for_it = processor.vendor == "AuthenticAMD" and "avx512_bf16" in processor.flags
-    return made_for_it and keras.backend.backend() == "tensorflow"
+    return processor.vendor == "AuthenticAMD" and "avx512_bf16" in processor.flags
 
 
 def _compute_capability() -> tuple[int, int]:
     """Return the lowest of the GPUs in use."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.get_visible_devices("GPU")]
-        return min(tuple(each["compute_capability"]) for each in details)
-    import jax
-
-    major, _, minor = jax.config.jax_default_device.compute_capability.partition(".")
-    return int(major), int(minor)
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.get_visible_devices("GPU")]
+    return min(tuple(each["compute_capability"]) for each in details)
 
 
 def _use_only(gpus: list[Any]) -> None:
     """Hide the other GPUs; with none, all of them."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        if tf.config.get_visible_devices("GPU") == gpus:
-            return
-        try:
-            tf.config.set_visible_devices(gpus, "GPU")
-        except RuntimeError as error:
-            raise ProviderError(f"TensorFlow already uses another device: {error}; start a new process") from error
-    else:
-        import jax
-
-        jax.config.update("jax_default_device", gpus[0] if gpus else jax.devices("cpu")[0])
+    if tf.config.get_visible_devices("GPU") == gpus:
+        return
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError as error:
+        raise ProviderError(f"TensorFlow already uses another device: {error}; start a new process") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cnnpipe.training.augmentation import draw_views
 from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset
 
@@ -15,20 +16,26 @@ __all__ = ["Batches", "open_batches"]
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of a split, straight from its memory-mapped bytes, of equal sizes or one less; every image once an epoch,
-    of which a piece may be taken.
+    """Batches of a split, straight from its memory-mapped bytes; a segment of an epoch may be taken.
+
+    Every image comes once an epoch, in batches of equal sizes or one less. With `multiple` or `equal`, the few images
+    that would be left over are left out, other ones in every epoch.
 
     Their order is not that of the file, which goes by class: a part of a batch would tell the classes of its images.
 
-    With several replicas, which take equal parts of each batch, sizes are multiples of their number, and the few images
-    of an epoch that would be left over, each time others, are left out.
+    With `augment`, each image is shifted at random, and a random half of the images comes mirrored in the first epoch,
+    the other half in the second, and so on: two epochs show both sides of every image, where a draw for each epoch
+    shows only one side of every second image. Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
 
-    Mirrored, a random half of the images comes as mirror images in the first epoch, the other half in the second, and
-    so on: two epochs show both sides of every image, where a draw for each epoch shows only one side of every second.
-    Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
-
-    With `places`, images stay where they are, and their places in the split are given, as `augmentation.ResidentImages`
-    takes them.
+    Args:
+        images: uint8 (N, H, W, 3).
+        one_hot: float32 (N, classes).
+        batch_size: at most; a few more where `multiple` asks for it.
+        seed: decides the order and what is drawn; None keeps the order of the file.
+        multiple: every batch has a multiple of this many images, so that this many devices share it equally.
+        equal: all batches have the same size, because each size is compiled anew.
+        augment: give, beside the images, the rows and columns that `augmentation.draw_views` has drawn.
+        resident: give the indices of images in place of the images, see `augmentation.ResidentImages`.
     """
 
     def __init__(
@@ -37,54 +44,55 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         one_hot: npt.NDArray[np.float32],
         batch_size: int,
         seed: int | None,
-        replicas: int = 1,
+        multiple: int = 1,
         *,
-        mirrored: bool = False,
-        places: bool = False,
+        equal: bool = False,
+        augment: bool = False,
+        resident: bool = False,
     ) -> None:
         super().__init__(workers=1)
-        self._images, self._one_hot, self._places = images, one_hot, places
+        self._images, self._one_hot, self._augment, self._resident = images, one_hot, augment, resident
         self.number = math.ceil(len(images) / batch_size)
         """Batches of a whole epoch."""
-        self._seed, self._replicas = seed, replicas
+        self._seed, self._multiple, self._equal = seed, multiple, equal
         self._order = np.arange(len(images))
-        self._mirrored: npt.NDArray[np.bool_] | None = None
-        if mirrored and seed is not None:
-            # The third number tells these draws from those of the order.
-            self._mirrored = np.random.default_rng([seed, 0, 1]).random(len(images)) < 0.5
+        # The third number tells these draws from those of the order.
+        self._mirrored = np.random.default_rng([seed or 0, 0, 1]).random(len(images)) < 0.5
         self._epoch = 0
         self._first, self._last = 0, self.number
 
     @property
     def smallest(self) -> int:
         """Images in the smallest batch."""
-        return len(self._order) // self._replicas // self.number * self._replicas
+        return len(self._order) // self._multiple // self.number * self._multiple
 
     def num_images(self, number: int) -> int:
-        """Return how many images the first so many batches of an epoch have."""
-        return number * (len(self._order) // self._replicas) // self.number * self._replicas
+        """Return how many images the first `number` batches of an epoch have."""
+        if self._equal:
+            return number * self.smallest
+        return number * (len(self._order) // self._multiple) // self.number * self._multiple
 
     def __len__(self) -> int:
         return self._last - self._first
 
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    def __getitem__(self, index: int) -> tuple[tuple[npt.NDArray[Any], ...], npt.NDArray[np.float32]]:
         number = self._first + index
         chosen = self._order[self.num_images(number) : self.num_images(number + 1)]
-        mirrored = np.zeros(len(chosen), np.bool_)
-        if self._mirrored is not None:
-            mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
-        if self._places:
-            return (2 * chosen + mirrored).astype(np.int32), self._one_hot[chosen]  # (B,), (B, classes) float32
-        images = self._images[chosen]
-        images[mirrored] = images[mirrored, :, ::-1]
-        return images, self._one_hot[chosen]  # (B, H, W, 3) uint8, (B, classes) float32
+        given = chosen.astype(np.int32) if self._resident else self._images[chosen]  # (B,) or (B, H, W, 3) uint8
+        if not self._augment:
+            return (given,), self._one_hot[chosen]  # (B, classes) float32
+        mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
+        generator = np.random.default_rng([self._seed or 0, self._epoch, 2, number])
+        rows, columns = draw_views(len(chosen), self._images.shape[1:3], mirrored, generator)
+        return (given, rows, columns), self._one_hot[chosen]
 
     def shuffle(self, epoch: int, first: int = 0, last: int | None = None) -> None:
-        """Take the order of an epoch, 0 for the first, and its mirror images; both follow from the seed and it.
+        """Take the order of an epoch, and what is drawn in it; both follow from the seed and the epoch.
 
         Args:
-            first: batch of the epoch to give, 0 for its first.
-            last: the batch after those to give; None is all.
+            epoch: index, 0 for the first.
+            first: index of the first batch to give.
+            last: index after the last batch to give; None is the end of the epoch.
         """
         self._epoch = epoch
         self._first, self._last = first, self.number if last is None else last
@@ -93,23 +101,12 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def open_batches(
-    dataset: PreparedDataset,
-    split: str,
-    batch_size: int,
-    seed: int | None = None,
-    replicas: int = 1,
-    *,
-    mirrored: bool = False,
-    places: bool = False,
+    dataset: PreparedDataset, split: str, batch_size: int, seed: int | None = None, **options: Any
 ) -> Batches:
     """Return a split's batches.
 
     Args:
-        batch_size: at most; with several replicas, of which each gets as many images, a few more now and then.
-        seed: of the order, which `Batches.shuffle` makes anew for each epoch; None keeps that of the file.
-        replicas: devices that share each batch.
-        mirrored: every other time an image comes, as its mirror image; only with a seed.
-        places: give no images, but where they are in the split.
+        batch_size, seed, options: see `Batches`.
     """
     one_hot = np.eye(len(dataset.class_names), dtype=np.float32)[dataset.labels(split)]
-    return Batches(dataset.images(split), one_hot, batch_size, seed, replicas, mirrored=mirrored, places=places)
+    return Batches(dataset.images(split), one_hot, batch_size, seed, **options)

@@ -40,7 +40,7 @@ class Candidate:
         self.model, self._network = model, network
         self._trained, self._batches, self._average = trained, pipeline(batches), recipe.average_weights
         images = keras.Input(network.input_shape[1:], dtype="uint8")
-        self._validated = keras.Model(images, spread(network, lanes)(images))
+        self._validated = keras.Model([images], spread(network, lanes)([images]))
         compile_model(self._validated, recipe)
 
     def take_weights(self, epoch: int) -> None:

@@ -45,7 +45,7 @@ _CHECKPOINT_FILE: Final = "checkpoint.npz"
 _HALF_WRITTEN: Final = re.compile(r"\.(model|history|config|environment|job|checkpoint)\.[0-9a-f]{16}\.[a-z]+")
 """Temporary names of `cnnpipe.storage`, of the files that training writes."""
 
-_PACKAGES: Final = ("tensorflow", "keras", "jax", "jaxlib", "numpy")
+_PACKAGES: Final = ("tensorflow", "keras", "numpy")
 """The distributions that decide over weights."""
 
 
@@ -61,7 +61,6 @@ class TrainingJob:
     """`cpu`, `cuda:N` or `cuda:all`, as really used."""
     precision: str
     """The one that is really used too."""
-    backend: str
     versions: dict[str, str]
 
     @classmethod
@@ -74,8 +73,7 @@ class TrainingJob:
         """
         values = settings.model_dump(mode="json")
         del values["train"]["resume"]
-        backend, versions = keras.backend.backend(), package_versions(_PACKAGES)
-        return cls(values, dataset.fingerprint, device, precision, backend, versions)
+        return cls(values, dataset.fingerprint, device, precision, package_versions(_PACKAGES))
 
 
 @dataclass(frozen=True)

@@ -123,14 +123,7 @@ def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -
     Args:
         image_size: (height, width) of its input.
         opset: version of the ONNX operator set.
-    Raises:
-        ModelError: Keras does not run on TensorFlow, from which alone can be converted.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise ModelError(
-            f"ONNX export needs the tensorflow backend, received {keras.backend.backend()!r}; "
-            "unset KERAS_BACKEND and export the run again"
-        )
     import tensorflow as tf
     import tf2onnx
 

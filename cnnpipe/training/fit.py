@@ -1,7 +1,4 @@
-"""Train a network on a prepared dataset: seeded, checkpointed after every epoch, its history on the disk.
-
-Backend-neutral: nothing here knows whether TensorFlow or JAX does the arithmetic.
-"""
+"""Train a network on a prepared dataset: seeded, checkpointed after every epoch, its history on the disk."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink, stay_on_device
 from cnnpipe.training.backend import (
+    compiles_with_xla,
     computing_in,
     keras,
     make_repeatable,
@@ -103,8 +101,8 @@ def train_model(
         StorageError: the run folder cannot be written.
     """
     train = settings.train
-    recipe = resolve_recipe(train, dataset.num_images["train"])
     device = select_device(train.device)
+    recipe = resolve_recipe(train, dataset.num_images["train"], device)
     precision = select_precision(train.precision, device)
     write_text(run / "config.toml", dump_toml(settings))
     environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
@@ -115,10 +113,10 @@ def train_model(
     with computing_in(precision), replicated() as replicas:
         trained = _assemble(like, recipe, dataset, train.seed, device, precision, replicas)
     trained.network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
-    backend = keras.backend.backend()
     logger.info(
-        "training on %s%s in %s with the %s backend: %s",
-        *(device, f" ({replicas} devices)" if replicas > 1 else "", precision, backend, asdict(recipe)),
+        "training on %s%s in %s%s: %s",
+        *(device, f" ({replicas} devices)" if replicas > 1 else "", precision),
+        *(" compiled by XLA" if compiles_with_xla(device) else "", asdict(recipe)),
     )
 
     kept = build_network(*like)
@@ -186,15 +184,14 @@ def _assemble(
     Raises:
         TrainingError: there are more devices than images in a batch.
     """
-    resident = stay_on_device(dataset.images("train"), device)
-    batches = open_batches(
-        dataset, "train", recipe.batch_size, seed, replicas, mirrored=recipe.augment, places=resident
-    )
+    images, whole, xla = dataset.images("train"), dataset.image_size, compiles_with_xla(device)
+    resident = ResidentImages(images) if stay_on_device(images, device) else None
+    kind = {"equal": xla, "augment": recipe.augment, "resident": resident is not None}
+    batches = open_batches(dataset, "train", recipe.batch_size, seed, multiple=replicas, **kind)
     if batches.smallest < replicas:
         raise TrainingError(
             f"batches of {batches.smallest} images cannot be shared by {replicas} devices; use --device cuda"
         )
-    whole = dataset.image_size
     sizes = [small_size(whole), whole] if recipe.small_until(whole) else [whole]
     network = build_network(*like, any_size=len(sizes) > 1)
     _draw_weights(network, seed)
@@ -202,17 +199,19 @@ def _assemble(
     if precision == "float16":  # whose smallest number is too large for many a gradient
         optimizer = keras.optimizers.LossScaleOptimizer(own)
     lanes = count_lanes(batches.smallest // replicas, device)
-    lookup = ResidentImages(dataset.images("train")) if resident else None
-    augmentation = Augmentation(seed=seed)
+    given = [keras.Input(part.shape[1:], dtype=part.dtype.name) for part in batches[0][0]]
+    if recipe.augment:
+        pixels = Augmentation(resident)(given)
+    elif resident is not None:
+        pixels = resident(given[0])
+    else:
+        pixels = given[0]
     models = {}
     for size in sizes:
-        given = keras.Input((*whole, 3), dtype="uint8") if lookup is None else keras.Input((), dtype="int32")
-        x = given if lookup is None else lookup(given)
-        x = augmentation(x) if recipe.augment else x
-        x = shrink(x, size) if size != whole else x
+        x = shrink(pixels, size) if size != whole else pixels
         part = keras.Model(given, network(x), name=f"trained_{network.name}")
         models[size] = keras.Model(given, spread(part, lanes)(given), name=part.name)
-        compile_model(models[size], recipe, optimizer)
+        compile_model(models[size], recipe, optimizer, xla=xla)
     optimizer.build(network.trainable_variables)
     return _Trained(network, models, own, batches)
 

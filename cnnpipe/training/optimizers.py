@@ -1,9 +1,11 @@
-"""How weights follow from gradients, where Keras has no such optimizer or rate; backend-neutral."""
+"""How weights follow from gradients, where Keras has no such optimizer or rate."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from cnnpipe.training.backend import keras
 
@@ -14,6 +16,9 @@ _WARM_UP: Final = 0.1
 
 _FIRST_SHARE: Final = 0.1
 """Of the highest rate, at the first step."""
+
+_TINY: Final = 1e-14
+"""Added to sums of squares, so that nothing is divided by 0."""
 
 _ITERATIONS: Final = 3
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
@@ -29,13 +34,13 @@ class Muon(keras.optimizers.SGD):  # type: ignore[misc]
     A convolution's kernel is a matrix here, (height · width · channels in, channels out). Its step has the singular
     vectors of SGD's, and singular values of about the rate times `share`. Before it, the kernel is scaled to a sum of
     squares of 1 for each channel out, on average, so that a rate means the same for all of them and at all times; the
-    scale of what comes out is for the batch normalisation that follows. All other weights take the steps of SGD.
-    Keras' own optimizer of this name leaves convolutions to AdamW.
+    scale of what comes out is for the batch normalisation that follows. All other weights take the steps of SGD, and
+    only matrices decay. Keras' own optimizer of this name leaves convolutions to AdamW.
 
     Source: Jordan et al. 2024 (see above); scaled kernels as in github.com/KellerJordan/cifar10-airbench.
 
     Args:
-        share: of the rate, for convolutions.
+        share: fraction of the rate that convolutions take.
     """
 
     def __init__(self, learning_rate: Any = 0.8, momentum: float = 0.8, share: float = 1 / 8, **options: Any) -> None:
@@ -55,38 +60,89 @@ class Muon(keras.optimizers.SGD):  # type: ignore[misc]
         step = float(keras.ops.convert_to_numpy(self.iterations.value))
         self._rate.course.assign([step, start, (end - start) / steps])
 
+    def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
+        """Leave it to `update_step`, which has the rate already: kernels are scaled, and vectors do not decay."""
+
+    def _backend_update_step(
+        self, grads: list[keras.KerasTensor], trainable_variables: list[keras.Variable], learning_rate: Any
+    ) -> None:
+        """Change all variables, the kernels of convolutions together; with several replicas each alone."""
+        pairs = list(zip(grads, trainable_variables, strict=True))
+        together = self._distribution_strategy.num_replicas_in_sync == 1
+        kernels = [pair for pair in pairs if together and len(pair[1].shape) == 4]
+        others = [pair for pair in pairs if not (together and len(pair[1].shape) == 4)]
+        if kernels:
+            self._step_convolutions(kernels, learning_rate)
+        if others:
+            super()._backend_update_step([each for each, _ in others], [each for _, each in others], learning_rate)
+
     def update_step(
         self, gradient: keras.KerasTensor, variable: keras.Variable, learning_rate: keras.KerasTensor
     ) -> None:
         """Change one variable, and its momentum."""
-        if len(variable.shape) != 4:
-            super().update_step(gradient, variable, learning_rate)
+        if len(variable.shape) == 4:
+            self._step_convolutions([(gradient, variable)], learning_rate)
             return
+        if len(variable.shape) == 2 and self.weight_decay is not None:
+            self.assign_sub(variable, (self.weight_decay * learning_rate) * variable)
+        super().update_step(gradient, variable, learning_rate)
+
+    def _step_convolutions(
+        self, pairs: Sequence[tuple[keras.KerasTensor, keras.Variable]], learning_rate: keras.KerasTensor
+    ) -> None:
+        """Change kernels, and their momentum.
+
+        Args:
+            pairs: gradient and kernel, each (height, width, channels in, channels out).
+        """
         ops = keras.ops
-        velocity = self.momentums[self._get_variable_index(variable)]
-        self.assign(velocity, self.momentum * velocity + gradient)
-        matrix = ops.reshape(self.momentum * velocity + gradient, (-1, variable.shape[-1]))
-        step = ops.reshape(_orthogonalised(matrix), variable.shape)
-        scaled = variable * (math.sqrt(variable.shape[-1]) / _norm(variable))
-        self.assign(variable, scaled - self.share * learning_rate * step)
+        matrices = []
+        for gradient, kernel in pairs:
+            momentum = self.momentums[self._get_variable_index(kernel)]
+            velocity = self.momentum * momentum + gradient
+            self.assign(momentum, velocity)
+            matrices.append(ops.reshape(self.momentum * velocity + gradient, (-1, kernel.shape[-1])))
+        values = [ops.convert_to_tensor(kernel) for _, kernel in pairs]
+        widths = np.array([kernel.shape[-1] for kernel in values], np.float32)
+        norms = ops.stack([ops.sum(ops.square(kernel)) for kernel in values])
+        scales = ops.unstack(np.sqrt(widths) * ops.rsqrt(norms + _TINY), len(values))
+        steps = _orthogonalise(matrices, self.share * learning_rate)
+        for (_, kernel), value, scale, step in zip(pairs, values, scales, steps, strict=True):
+            self.assign(kernel, scale * value - ops.reshape(step, kernel.shape))
 
 
-def _orthogonalised(matrix: keras.KerasTensor) -> keras.KerasTensor:  # (rows, columns) -> same
-    """Return a matrix of the same singular vectors, with all singular values near 1."""
+def _orthogonalise(matrices: Sequence[keras.KerasTensor], length: Any = 1.0) -> list[keras.KerasTensor]:
+    """Return matrices of the same singular vectors, with all singular values near `length`.
+
+    The polynomial is one of XᵀX, a small matrix, so it is computed for all matrices at once: X·p(XᵀX) has the singular
+    vectors of X, and its product with its own transpose is XᵀX·p(XᵀX)². What pads the smaller ones stays apart.
+
+    Args:
+        matrices: (rows, columns) each; those of fewer rows than columns are turned over meanwhile.
+    """
     ops = keras.ops
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = ops.transpose(matrix) if tall else matrix
-    x = x / _norm(x)
+    tall = [each if each.shape[0] >= each.shape[1] else ops.transpose(each) for each in matrices]
+    widths = [each.shape[1] for each in tall]
+    pads = [max(widths) - width for width in widths]
+    products = [ops.matmul(ops.transpose(each), each) for each in tall]
+    squares = ops.stack([ops.pad(each, ((0, pad), (0, pad))) for each, pad in zip(products, pads, strict=True)])
+    total = ops.trace(squares, axis1=1, axis2=2)[:, None, None] + _TINY
+    squares = squares / total
     first, second, third = _COEFFICIENTS
-    for _ in range(_ITERATIONS):
-        squares = ops.matmul(x, ops.transpose(x))  # the smaller of the two products
-        x = first * x + ops.matmul(second * squares + third * ops.matmul(squares, squares), x)
-    return ops.transpose(x) if tall else x
-
-
-def _norm(values: keras.KerasTensor) -> keras.KerasTensor:
-    """Return the square root of the sum of squares, a little more than 0."""
-    return keras.ops.sqrt(keras.ops.sum(keras.ops.square(values)) + 1e-14)
+    identity = np.eye(max(widths), dtype=np.float32)
+    factors = identity * (ops.rsqrt(total) * length)
+    for iteration in range(_ITERATIONS):
+        polynomial = ops.matmul(third * squares + second * identity, squares) + first * identity
+        factors = ops.matmul(factors, polynomial)
+        if iteration < _ITERATIONS - 1:
+            squares = ops.matmul(ops.matmul(squares, polynomial), polynomial)
+    turned = [
+        ops.matmul(each, factor[:width, :width])
+        for each, factor, width in zip(tall, ops.unstack(factors, len(tall)), widths, strict=True)
+    ]
+    return [
+        each if each.shape == given.shape else ops.transpose(each) for each, given in zip(turned, matrices, strict=True)
+    ]
 
 
 class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
@@ -107,7 +163,7 @@ class TriangularRate(keras.optimizers.schedules.LearningRateSchedule):  # type: 
     def __call__(self, step: Any) -> Any:
         """Return the rate of a step."""
         ops = keras.ops
-        first, start, change = (self.course[index] for index in range(3))
+        first, start, change = ops.unstack(self.course.value, 3)
         place = start + change * (ops.cast(step, "float32") - first)
         rising = _FIRST_SHARE + (1.0 - _FIRST_SHARE) * place / _WARM_UP
         falling = (1.0 - place) / (1.0 - _WARM_UP)

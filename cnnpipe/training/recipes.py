@@ -94,13 +94,16 @@ _CHOSEN: Final = ("epochs", "batch_size", "learning_rate", "augment", "label_smo
 """Fields of a recipe that a user may set."""
 
 
-def resolve_recipe(settings: TrainSettings, num_images: int) -> Recipe:
-    """Return the preset's recipe for a dataset, with what the user set in its place.
+def resolve_recipe(settings: TrainSettings, num_images: int, device: str = "cpu") -> Recipe:
+    """Return the preset's recipe for a dataset and a device, with what the user set in its place.
 
     Args:
-        num_images: to train on.
+        num_images: number of images to train on.
+        device: what `backend.select_device` returned.
     """
     recipe = _fit_to(PRESETS[settings.preset], num_images)
+    if device != "cpu":  # compiling for a second size costs more than small images save: tens of seconds, to save one
+        recipe = replace(recipe, small_share=0.0)
     chosen = {name: getattr(settings, name) for name in _CHOSEN}
     recipe = replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
     # Without augmentation a mirror image may mean something else.
@@ -123,17 +126,22 @@ def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     """Make the optimizer of a recipe, with its rate; `muon` must be told the course of that."""
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
-    optimizer = Muon(TriangularRate(recipe.learning_rate), _MOMENTUM, weight_decay=recipe.weight_decay)
-    # What shifts and scales has no need of it: it costs accuracy there.
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
+    return Muon(TriangularRate(recipe.learning_rate), _MOMENTUM, weight_decay=recipe.weight_decay)
 
 
-def compile_model(model: keras.Model, recipe: Recipe, optimizer: keras.optimizers.Optimizer | None = None) -> None:
-    """Compile a network with the loss of a recipe and the metric `accuracy`, for validation alone without optimizer."""
+def compile_model(
+    model: keras.Model, recipe: Recipe, optimizer: keras.optimizers.Optimizer | None = None, *, xla: bool = False
+) -> None:
+    """Compile a network with the loss of a recipe and the metric `accuracy`.
+
+    Args:
+        optimizer: None compiles for validation alone.
+        xla: whether XLA compiles the steps; Keras would decide by itself.
+    """
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
         auto_scale_loss=False,  # the optimizer is one that does, where it must
+        jit_compile=xla,
     )

@@ -128,6 +128,7 @@ def predict_keras(model: Any, images: Images, batch_size: int = 256) -> Probabil
         ModelError: the file is no model.
     """
     network = load_keras_model(model) if isinstance(model, Path) else model
+    network.jit_compile = False  # on a GPU, Keras would have XLA compile for each batch size
     size = max(1, min(batch_size, len(images)))
 
     def run(batch: Images) -> Probabilities:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cnnpipe.config import (
     COMMAND_LINE,
@@ -22,10 +24,13 @@ from cnnpipe.config import (
     load_toml,
     validate_settings,
 )
+from cnnpipe.devices import ask_driver
+from cnnpipe.environment import package_versions
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import resolve_model_file, resolve_run
+from cnnpipe.storage import make_folder, storage_errors
 from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
 
 if TYPE_CHECKING:
@@ -34,9 +39,24 @@ if TYPE_CHECKING:
     from cnnpipe.training.gate import Decision
     from cnnpipe.training.parity import Parity
 
-__all__ = ["conclude_run", "evaluate_any", "evaluate_run", "export_run", "load_run", "plot_run", "train_run"]
+__all__ = [
+    "conclude_run",
+    "evaluate_any",
+    "evaluate_run",
+    "export_run",
+    "keep_compiled_code",
+    "load_run",
+    "plot_run",
+    "train_run",
+]
 
 logger = logging.getLogger(__name__)
+
+_COMPILED_FOLDER: Final = ".compiled"
+"""Folder in the artifacts that keeps what XLA has compiled for a GPU, so that the next night does not compile again."""
+
+_MAX_COMPILED_BYTES: Final = 512 << 20
+"""Size up to which compiled code is kept; a training step takes a few megabytes."""
 
 
 def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
@@ -76,6 +96,9 @@ def train_run(
 
     See `fit.train_model` and `checkpoints.open_training`.
     """
+    driver = ask_driver()
+    if driver.gpus:
+        keep_compiled_code(make_folder(artifacts / _COMPILED_FOLDER), *driver.gpus, driver.cuda)
     from cnnpipe.training.backend import select_device, select_precision
     from cnnpipe.training.checkpoints import TrainingJob, open_training
     from cnnpipe.training.fit import train_model
@@ -86,6 +109,31 @@ def train_run(
     job = TrainingJob.describe(settings, dataset, device, precision)
     with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
+
+
+def keep_compiled_code(folder: Path, *machine: str) -> None:
+    """Let XLA keep what it compiles, and take what it finds; remove the oldest files beyond 512 MiB.
+
+    Has an effect only before TensorFlow is imported, which reads its flags then.
+
+    Args:
+        folder: existing.
+        machine: what compiled code depends on besides the version of TensorFlow, such as the names of GPUs.
+    Raises:
+        StorageError: the folder cannot be changed.
+    """
+    left = _MAX_COMPILED_BYTES
+    with storage_errors(folder):
+        files = [(file.stat(), file) for file in folder.rglob("*") if file.is_file()]
+        for status, file in sorted(files, key=lambda each: each[0].st_mtime, reverse=True):
+            left -= status.st_size
+            if left < 0:
+                file.unlink(missing_ok=True)
+    key = "-".join((*package_versions(("tensorflow",)).values(), *machine))
+    own = folder.resolve() / re.sub(r"[^A-Za-z0-9.]+", "-", key)
+    quote = '"' if "'" in str(own) else "'"
+    flag = f"--tf_xla_persistent_cache_directory={quote}{own}{quote}"
+    os.environ["TF_XLA_FLAGS"] = f"{os.environ.get('TF_XLA_FLAGS', '')} {flag}".strip()
 
 
 def evaluate_run(run: Path, chosen: EvaluateSettings | None = None) -> Evaluation:

@@ -1,0 +1,48 @@
+"""What a training step is made of where a GPU runs it, counted on any machine: `python -m benchmarks.steps PREPARED`.
+
+Prints for each preset the nodes of the step's graph, the instructions of the code that XLA makes of it, and the seconds
+that XLA takes to compile it, on this machine's CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from benchmarks.tables import markdown_lines
+from cnnpipe.config import TrainSettings
+from cnnpipe.training import fit
+from cnnpipe.training.backend import computing_in, pipeline
+from cnnpipe.training.datasets import PreparedDataset, load_prepared
+from cnnpipe.training.models import measure_input
+from cnnpipe.training.recipes import PRESETS, resolve_recipe
+
+
+def count_step(dataset: PreparedDataset, preset: str) -> tuple[str, ...]:
+    """Return one row for each image size that a preset trains on."""
+    recipe = resolve_recipe(TrainSettings.model_validate({"preset": preset}), dataset.num_images["train"], "cuda:0")
+    like = (preset, dataset.image_size, len(dataset.class_names), measure_input(dataset.images("train")))
+    with computing_in("bfloat16"):
+        trained = fit._assemble(like, recipe, dataset, 0, "cuda:0", "bfloat16", 1)
+    ((size, model),) = trained.models.items()
+    batch = next(iter(pipeline(trained.batches)))
+    step: Any = tf.function(model.train_step, jit_compile=True)
+    graph = step.get_concrete_function(batch).graph.as_graph_def()
+    nodes = len(graph.node) + sum(len(each.node_def) for each in graph.library.function)
+    began = time.perf_counter()
+    step(batch)
+    seconds = time.perf_counter() - began
+    code = step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
+    instructions = sum(" = " in line for line in code.splitlines())
+    return (preset, f"{size[0]}x{size[1]}", f"{nodes:,}", f"{instructions:,}", f"{seconds:.1f}")
+
+
+if __name__ == "__main__":
+    prepared = load_prepared(Path(sys.argv[1]))
+    header = ("preset", "images", "nodes", "instructions", "s to compile, and one step")
+    for line in markdown_lines([header, *(count_step(prepared, preset) for preset in sys.argv[2:] or PRESETS)]):
+        print(line)

@@ -1,0 +1,142 @@
+"""Training as on a GPU, compiled by XLA: on a CPU here, whose XLA lacks the same operations.
+
+In processes of their own: TensorFlow reads its flags once, and in a process that has trained on a CPU it is told to be
+deterministic, for which Keras does without XLA. So the files of compiled code are counted, which only XLA writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cnnpipe.config import PrepareSettings
+from cnnpipe.training.datasets import prepare_dataset
+from cnnpipe.training.stages import keep_compiled_code
+
+CASES: Final[dict[str, dict[str, Any]]] = {
+    "baseline": {"precision": "float32"},
+    "baseline, augmented, images sent": {"augment": True, "precision": "float32", "resident": False},
+    "fast": {"preset": "fast", "precision": "bfloat16"},
+    "fast, as it is, float16": {"preset": "fast", "augment": False, "precision": "float16"},
+    "accurate": {"preset": "accurate", "precision": "bfloat16"},
+}
+
+TRAIN: Final = """
+import json, sys
+from pathlib import Path
+from cnnpipe.training.stages import keep_compiled_code
+
+folder, prepared, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+keep_compiled_code(folder / "compiled", "GPU of a test")
+from cnnpipe.config import RetrainSettings, TrainSettings
+from cnnpipe.training import fit
+from cnnpipe.training.datasets import load_prepared
+
+fit.select_device = lambda device: "cuda:0"  # what the device is taken for; a CPU does the arithmetic
+outcomes = {}
+for name, values in cases.items():
+    resident = values.pop("resident", True)
+    fit.stay_on_device = lambda images, device: resident
+    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=400, **values))
+    run = folder / name
+    run.mkdir(parents=True)
+    before = set((folder / "compiled").rglob("xla*"))
+    try:
+        fit.train_model(settings, load_prepared(prepared), run)
+        outcomes[name] = f"{len(set((folder / 'compiled').rglob('xla*')) - before)} compiled"
+    except Exception as error:
+        outcomes[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(outcomes))
+"""
+
+OPERATIONS: Final = """
+import json
+import numpy as np
+from cnnpipe.training.augmentation import shrink
+from cnnpipe.training.backend import keras
+import tensorflow as tf
+
+def outcome(function):
+    try:
+        return list(tf.function(function, jit_compile=True)(tf.zeros((4, 32, 32, 3), tf.uint8)).shape)
+    except Exception as error:
+        return str(error)
+
+print(json.dumps({
+    "ours": outcome(lambda images: shrink(images, (24, 24))),
+    "keras": outcome(lambda images: keras.ops.image.resize(tf.cast(images, tf.float32), (24, 24), antialias=True)),
+}))
+"""
+
+
+def run_script(script: str, *arguments: object) -> dict[str, Any]:
+    # Without optimising, compiling takes half the time, and refuses the same operations.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-2000:]
+    outcome: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def prepared(data: Path) -> Path:
+    """The digits at 16x16 pixels."""
+    return prepare_dataset(PrepareSettings(image_size=(16, 16)), data).path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="module")
+def outcomes(prepared: Path, folder: Path) -> dict[str, Any]:
+    """What became of each case, all trained by one process."""
+    return run_script(TRAIN, folder / "first", prepared, json.dumps(CASES))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_xla_compiles_the_training_step_of_every_preset_and_for_one_shape_only(
+    case: str, outcomes: dict[str, Any], folder: Path
+) -> None:
+    assert outcomes[case] == "1 compiled"
+    assert (folder / "first" / case / "model.keras").is_file()
+
+
+@pytest.mark.usefixtures("outcomes")
+def test_the_next_process_takes_the_compiled_code_that_is_there(prepared: Path, folder: Path) -> None:
+    (folder / "second").mkdir()
+    (folder / "second" / "compiled").symlink_to(folder / "first" / "compiled")
+    again = run_script(TRAIN, folder / "second", prepared, json.dumps({"baseline": CASES["baseline"]}))
+    assert again == {"baseline": "0 compiled"}
+
+
+def test_xla_compiles_our_shrinking_where_it_refuses_that_of_keras() -> None:
+    outcome = run_script(OPERATIONS)
+    assert outcome["ours"] == [4, 24, 24, 3]
+    assert "ScaleAndTranslate" in outcome["keras"]
+
+
+def test_compiled_code_is_bounded_and_the_oldest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_max_cluster_size=7")
+    for age in range(5):
+        file = tmp_path / "earlier" / f"{age}.pb"
+        file.parent.mkdir(exist_ok=True)
+        with file.open("wb") as opened:
+            opened.truncate(200 << 20)
+        os.utime(file, (1e9 - age, 1e9 - age))
+
+    keep_compiled_code(tmp_path, "NVIDIA H100 80GB HBM3", "12.8")
+
+    assert sorted(file.name for file in tmp_path.rglob("*.pb")) == ["0.pb", "1.pb"]
+    first, flag = os.environ["TF_XLA_FLAGS"].split(" ", 1)
+    assert first == "--tf_xla_max_cluster_size=7"
+    assert flag.startswith(f"--tf_xla_persistent_cache_directory='{tmp_path}/")
+    assert flag.endswith("-NVIDIA-H100-80GB-HBM3-12.8'")
