@@ -54,10 +54,11 @@ def flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> floa
     total = 0.0
     statistics = measure_input(dataset.images("train")[:1])  # no matter which: the work is the same
     whole = dataset.image_size
-    small = resolve_recipe(train, dataset.num_images["train"]).small_until(whole)
+    recipe = resolve_recipe(train, dataset.num_images["train"])
+    small = recipe.small_until(whole)
     for image_size, share in ((small_size(whole), small), (whole, 1.0 - small)):
         if share:
-            like = (train.preset, whole, len(dataset.class_names), statistics)
+            like = (recipe.network, whole, len(dataset.class_names), statistics)
             network = build_network(*like, any_size=image_size != whole)
             given = keras.Input((*image_size, 3), dtype="uint8")
             total += share * count_flops(keras.models.clone_model(network, given))

@@ -25,7 +25,7 @@ from cnnpipe.training.recipes import PRESETS, resolve_recipe
 def count_step(dataset: PreparedDataset, preset: str) -> tuple[str, ...]:
     """Return one row for each image size that a preset trains on."""
     recipe = resolve_recipe(TrainSettings.model_validate({"preset": preset}), dataset.num_images["train"], "cuda:0")
-    like = (preset, dataset.image_size, len(dataset.class_names), measure_input(dataset.images("train")))
+    like = (recipe.network, dataset.image_size, len(dataset.class_names), measure_input(dataset.images("train")))
     with computing_in("bfloat16"):
         trained = fit._assemble(like, recipe, dataset, 0, "cuda:0", "bfloat16", 1)
     ((size, model),) = trained.models.items()

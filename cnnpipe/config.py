@@ -106,7 +106,7 @@ class TrainSettings(Settings):
     preset: Literal["baseline", "fast", "accurate"] = Field(
         "baseline",
         description="`baseline`: the classic tutorial's CNN and settings; `fast`: a network that learns in few epochs; "
-        "`accurate`: a deeper one, for longer",
+        "`accurate`: a deeper one, for longer; on a GPU both are trained longer or wider",
     )
     epochs: int | None = Field(None, ge=1, le=100_000, description="passes over the training images")
     batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step")

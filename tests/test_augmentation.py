@@ -16,10 +16,8 @@ Images = npt.NDArray[np.uint8]
 
 def views(images: Images, mirrored: bool, seed: int = 3) -> Images:
     """Return what training sees of images."""
-    rows, columns = draw_views(
-        len(images), images.shape[1:3], np.full(len(images), mirrored), np.random.default_rng(seed)
-    )
-    return np.asarray(Augmentation()([images, rows, columns]))
+    drawn = draw_views(images.shape[1:3], np.full(len(images), mirrored), np.random.default_rng(seed))
+    return np.asarray(Augmentation()([images, *drawn]))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -45,6 +43,19 @@ def test_augmentation_gives_each_image_its_own_change_and_repeats_by_seed(digits
     assert not np.array_equal(first, other)
 
 
+def test_cutout_hides_a_square_of_each_image_at_a_place_of_its_own() -> None:
+    images = np.full((40, 16, 24, 3), 200, np.uint8)
+    drawn = draw_views((16, 24), np.zeros(40, np.bool_), np.random.default_rng(2), cutout=3 / 8)
+    hidden = np.asarray(Augmentation(fill=(1.4, 2.0, 3.0))([images, *drawn])) != 200
+
+    np.testing.assert_array_equal(hidden.sum(axis=(1, 2, 3)), 6 * 9 * 3)
+    places = {tuple(np.argwhere(each)[0]) for each in hidden}
+    assert len(places) > 20
+    for each in hidden:
+        top, left, _ = np.argwhere(each)[0]
+        assert each[top : top + 6, left : left + 9].all()
+
+
 def test_images_that_are_not_square_keep_their_sides() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), dtype=np.uint8)
     assert views(images, True).shape == images.shape
@@ -55,12 +66,12 @@ def test_resident_images_are_fetched_by_index_and_augmented_as_those_of_a_batch(
     resident = ResidentImages(digits.images("val"))
     indices = np.array([8, 1, 0, 8], np.int32)
     mirrored = np.array([False, True, False, True])
-    rows, columns = draw_views(4, (32, 32), mirrored, np.random.default_rng(1))
+    drawn = draw_views((32, 32), mirrored, np.random.default_rng(1))
 
     np.testing.assert_array_equal(np.asarray(resident(indices)), images[indices])
     np.testing.assert_array_equal(
-        np.asarray(Augmentation(resident)([indices, rows, columns])),
-        np.asarray(Augmentation()([images[indices], rows, columns])),
+        np.asarray(Augmentation(resident)([indices, *drawn])),
+        np.asarray(Augmentation()([images[indices], *drawn])),
     )
 
 

@@ -126,7 +126,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
 
 def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(2, axis=2)
-    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, augment=True)
+    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, augment=(0.0, 0.0))
     mirrored = []
     for epoch in (0, 1, 2, 0):
         batches.shuffle(epoch)

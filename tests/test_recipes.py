@@ -9,7 +9,7 @@ import pytest
 
 from cnnpipe.config import TrainSettings
 from cnnpipe.training.backend import keras
-from cnnpipe.training.recipes import compile_model, make_optimizer, resolve_recipe, small_size
+from cnnpipe.training.recipes import PRESETS, compile_model, make_optimizer, resolve_recipe, small_size
 
 
 def test_baseline_trains_as_the_tutorial_does_unless_told_otherwise() -> None:
@@ -53,6 +53,19 @@ def test_fast_begins_with_small_images_and_ends_with_whole_ones() -> None:
     assert (recipe.small_until((32, 40)), small_size((32, 40))) == (2 / 3, (24, 30))
     assert recipe.small_until((15, 40)) == 0.0
     assert resolve_recipe(TrainSettings(), 40_000).small_until((32, 32)) == 0.0
+
+
+def test_a_gpu_trains_longer_or_wider_on_whole_images_and_a_user_still_decides() -> None:
+    for preset in PRESETS:
+        on_a_cpu, on_a_gpu = (
+            resolve_recipe(TrainSettings.model_validate({"preset": preset}), 40_000, each) for each in ("cpu", "cuda:0")
+        )
+        assert on_a_gpu.small_until((32, 32)) == 0.0
+        assert on_a_gpu.epochs >= on_a_cpu.epochs
+        assert on_a_cpu.cutout == 0.0
+    wide = resolve_recipe(TrainSettings(preset="accurate"), 40_000, "cuda:0")
+    assert (wide.network, wide.cutout, wide.max_shift) == ("wide", 12 / 32, 4 / 32)
+    assert resolve_recipe(TrainSettings(preset="fast", epochs=3), 40_000, "cuda:1").epochs == 3
 
 
 def test_flips_are_averaged_only_where_they_are_trained() -> None:

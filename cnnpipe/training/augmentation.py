@@ -20,34 +20,40 @@ RESIDENT_NAME: Final = "resident_images"
 _RESIDENT_BYTES: Final = 2 << 30
 """Largest training split that stays in a GPU's memory: 690,000 images of 32x32 pixels, or 14,000 of 224x224."""
 
-_MAX_SHIFT: Final = 1 / 16
-"""Largest shift, as a fraction of each side."""
-
-Indices = npt.NDArray[np.int32]
+Views = tuple[npt.NDArray[Any], ...]
+"""Rows, int32 (N, H), and columns, int32 (N, W), that pixels are taken from; with cutout also which of the new rows and
+columns are hidden, bool (N, H) and (N, W)."""
 
 
 def draw_views(
-    number: int, image_size: tuple[int, int], mirrored: npt.NDArray[np.bool_], generator: np.random.Generator
-) -> tuple[Indices, Indices]:
-    """Draw how each image is seen: shifted at random in both directions, and mirrored where that is asked for.
+    image_size: tuple[int, int],
+    mirrored: npt.NDArray[np.bool_],
+    generator: np.random.Generator,
+    max_shift: float = 1 / 16,
+    cutout: float = 0.0,
+) -> Views:
+    """Draw how each image is seen: shifted at random in both directions, mirrored where asked for, partly hidden.
 
     The uncovered edge is filled by the nearest pixels.
 
     Args:
-        number: of images.
         image_size: (height, width), pixels.
-        mirrored: (number,), whether an image becomes its mirror image.
-    Returns:
-        For each image the row, (number, height), and the column, (number, width), that each pixel is taken from.
+        mirrored: (N,), whether an image becomes its mirror image.
+        max_shift: largest shift, as a fraction of each side.
+        cutout: side of the hidden square, as a fraction of each side; 0 hides nothing.
     """
-    indices = []
+    number = (len(mirrored), 1)
+    indices, hidden = [], []
     for length in image_size:
-        reach = round(_MAX_SHIFT * length)
-        shifts = generator.integers(-reach, reach + 1, (number, 1), np.int32)
-        indices.append(np.clip(np.arange(length, dtype=np.int32) + shifts, 0, length - 1))
+        index = np.arange(length, dtype=np.int32)
+        reach, hole = round(max_shift * length), round(cutout * length)
+        indices.append(np.clip(index + generator.integers(-reach, reach + 1, number, np.int32), 0, length - 1))
+        if cutout:
+            start = generator.integers(0, length - hole + 1, number)
+            hidden.append((index >= start) & (index < start + hole))
     rows, columns = indices
     columns[mirrored] = columns[mirrored, ::-1]
-    return rows, columns
+    return (rows, columns, *hidden)
 
 
 def stay_on_device(images: npt.NDArray[np.uint8], device: str) -> bool:
@@ -84,33 +90,37 @@ class Augmentation(keras.layers.Layer):  # type: ignore[misc]
 
     Args:
         resident: where the images are; None takes them from the batch.
+        fill: colour of what is hidden, RGB, 0-255.
     """
 
-    def __init__(self, resident: ResidentImages | None = None) -> None:
+    def __init__(self, resident: ResidentImages | None = None, fill: Sequence[float] = (0, 0, 0)) -> None:
         super().__init__(trainable=False, name="augmentation", dtype="uint8")
         self._resident = resident
+        self._fill = np.round(fill).astype(np.uint8)
 
     def call(self, inputs: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
         """Return the views of a batch, uint8 (B, H, W, 3).
 
         Args:
-            inputs: images, uint8 (B, H, W, 3), or int32 (B,) of those that are resident; rows, int32 (B, H); and
-                columns, int32 (B, W).
+            inputs: images, uint8 (B, H, W, 3), or int32 (B,) of those that are resident; then their `Views`.
         """
         ops = keras.ops
-        given, rows, columns = inputs
+        given, rows, columns, *hidden = inputs
         images = given if self._resident is None else self._resident.images
         starts = ops.arange(ops.shape(given)[0], dtype="int32") if self._resident is None else given
         _, height, width, channels = images.shape
         pixels = (starts[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, H, W)
-        return ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)
+        views = ops.take(ops.reshape(images, (-1, channels)), pixels, axis=0)
+        if hidden:
+            views = ops.where((hidden[0][:, :, None] & hidden[1][:, None, :])[..., None], self._fill, views)
+        return views
 
     def build(self, input_shape: Any) -> None:
         """Make no weights."""
 
     def compute_output_spec(self, inputs: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
         """Return the shape and dtype of what comes out."""
-        _, rows, columns = inputs
+        _, rows, columns, *_ = inputs
         return keras.KerasTensor((rows.shape[0], rows.shape[1], columns.shape[1], 3), dtype="uint8")
 
 

@@ -61,6 +61,8 @@ def _without_chatter() -> Iterator[None]:
 
 # Only what ends the process: a compiled step that is loaded is reported as an error, and errors are raised anyway.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Else TensorFlow takes all memory of a GPU, and the export that follows in the same process gets none.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json or the environment says
 with _without_chatter():
     import keras

@@ -23,9 +23,9 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
     Their order is not that of the file, which goes by class: a part of a batch would tell the classes of its images.
 
-    With `augment`, each image is shifted at random, and a random half of the images comes mirrored in the first epoch,
-    the other half in the second, and so on: two epochs show both sides of every image, where a draw for each epoch
-    shows only one side of every second image. Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
+    With `augment`, each image is seen as `augmentation.draw_views` draws it. A random half of the images comes mirrored
+    in the first epoch, the other half in the second, and so on: two epochs show both sides of every image, where a draw
+    for each epoch shows only one side of every second image. Source: Jordan 2024, arXiv:2404.00498, "alternating flip".
 
     Args:
         images: uint8 (N, H, W, 3).
@@ -34,7 +34,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         seed: decides the order and what is drawn; None keeps the order of the file.
         multiple: every batch has a multiple of this many images, so that this many devices share it equally.
         equal: all batches have the same size, because each size is compiled anew.
-        augment: give, beside the images, the rows and columns that `augmentation.draw_views` has drawn.
+        augment: (max_shift, cutout) of `augmentation.draw_views`, whose `Views` are given beside the images; None gives
+            the images as they are.
         resident: give the indices of images in place of the images, see `augmentation.ResidentImages`.
     """
 
@@ -47,7 +48,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         multiple: int = 1,
         *,
         equal: bool = False,
-        augment: bool = False,
+        augment: tuple[float, float] | None = None,
         resident: bool = False,
     ) -> None:
         super().__init__(workers=1)
@@ -79,12 +80,12 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         number = self._first + index
         chosen = self._order[self.num_images(number) : self.num_images(number + 1)]
         given = chosen.astype(np.int32) if self._resident else self._images[chosen]  # (B,) or (B, H, W, 3) uint8
-        if not self._augment:
+        if self._augment is None:
             return (given,), self._one_hot[chosen]  # (B, classes) float32
         mirrored = self._mirrored[chosen] ^ (self._epoch % 2 == 1)
         generator = np.random.default_rng([self._seed or 0, self._epoch, 2, number])
-        rows, columns = draw_views(len(chosen), self._images.shape[1:3], mirrored, generator)
-        return (given, rows, columns), self._one_hot[chosen]
+        views = draw_views(self._images.shape[1:3], mirrored, generator, *self._augment)
+        return (given, *views), self._one_hot[chosen]
 
     def shuffle(self, epoch: int, first: int = 0, last: int | None = None) -> None:
         """Take the order of an epoch, and what is drawn in it; both follow from the seed and the epoch.

@@ -109,7 +109,7 @@ def train_model(
     write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
     statistics = measure_input(dataset.images("train"))
-    like = (train.preset, dataset.image_size, len(dataset.class_names), statistics)
+    like = (recipe.network, dataset.image_size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
         trained = _assemble(like, recipe, dataset, train.seed, device, precision, replicas)
     trained.network.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
@@ -186,7 +186,8 @@ def _assemble(
     """
     images, whole, xla = dataset.images("train"), dataset.image_size, compiles_with_xla(device)
     resident = ResidentImages(images) if stay_on_device(images, device) else None
-    kind = {"equal": xla, "augment": recipe.augment, "resident": resident is not None}
+    augment = (recipe.max_shift, recipe.cutout) if recipe.augment else None
+    kind = {"equal": xla, "augment": augment, "resident": resident is not None}
     batches = open_batches(dataset, "train", recipe.batch_size, seed, multiple=replicas, **kind)
     if batches.smallest < replicas:
         raise TrainingError(
@@ -201,7 +202,7 @@ def _assemble(
     lanes = count_lanes(batches.smallest // replicas, device)
     given = [keras.Input(part.shape[1:], dtype=part.dtype.name) for part in batches[0][0]]
     if recipe.augment:
-        pixels = Augmentation(resident)(given)
+        pixels = Augmentation(resident, like[3].mean)(given)
     elif resident is not None:
         pixels = resident(given[0])
     else:

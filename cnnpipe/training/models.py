@@ -1,4 +1,4 @@
-"""The networks, by preset: pixels in, probabilities out, preprocessing inside.
+"""The networks: pixels in, probabilities out, preprocessing inside.
 
 Every network takes the decoder's bytes as they are, uint8 (batch, height, width, 3) RGB, and does its own scaling:
 so the saved model, the exported one and every client see the same preprocessing. Where the layers compute in less than
@@ -22,20 +22,25 @@ __all__ = ["WHITENING_NAME", "InputStatistics", "PartialIdentity", "average_flip
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
-_WIDTHS: Final = (64, 128, 256)
-"""Channels of each block."""
-
 
 @dataclass(frozen=True)
-class _Block:
-    """What sets `fast` and `accurate` apart."""
+class _Blocks:
+    """The three blocks of a network: what sets `fast`, `accurate` and `wide` apart."""
 
     convolutions: int
+    """Convolutions in each block."""
     residual: bool
-    """All but the first of them add to what they get. Source: He et al. 2015, arXiv:1512.03385."""
+    """Whether all but the first of them add to what they get. Source: He et al. 2015, arXiv:1512.03385."""
+    widths: tuple[int, int, int] = (64, 128, 256)
+    """Channels of each block."""
 
 
-_BLOCKS: Final = {"fast": _Block(2, residual=False), "accurate": _Block(3, residual=True)}
+_BLOCKS: Final = {
+    "fast": _Blocks(2, residual=False),
+    "accurate": _Blocks(3, residual=True),
+    # The widths of airbench96, github.com/KellerJordan/cifar10-airbench: seven times the arithmetic of `accurate`.
+    "wide": _Blocks(3, residual=True, widths=(128, 384, 512)),
+}
 
 WHITENING_NAME: Final = "whitening"
 """Of the layer that whitens, and part of its name in exported models."""
@@ -85,7 +90,7 @@ def measure_input(images: Images) -> InputStatistics:
 
 
 def build_network(
-    preset: str,
+    network: str,
     image_size: tuple[int, int],
     num_classes: int,
     statistics: InputStatistics,
@@ -93,10 +98,10 @@ def build_network(
     any_size: bool = False,
     temperature: float = 1.0,
 ) -> keras.Model:
-    """Build a preset's network with fresh weights.
+    """Build a network with fresh weights.
 
     Args:
-        preset: a key of `cnnpipe.training.recipes.PRESETS`.
+        network: `baseline`, `fast`, `accurate` or `wide`, as a `cnnpipe.training.recipes.Recipe` names it.
         image_size: (height, width) in pixels.
         num_classes: length of the output.
         statistics: of the images for training; `baseline` needs none of them.
@@ -109,9 +114,9 @@ def build_network(
     """
     if min(image_size) < 8:
         raise TrainingError(f"the images must be at least 8x8 pixels, received image_size {image_size}; enlarge it")
-    if preset == "baseline":
+    if network == "baseline":
         return _build_baseline(image_size, num_classes)
-    return _build_fast(preset, image_size, num_classes, statistics, any_size=any_size, temperature=temperature)
+    return _build_fast(network, image_size, num_classes, statistics, any_size=any_size, temperature=temperature)
 
 
 def average_flips(network: keras.Model) -> keras.Model:
@@ -144,7 +149,7 @@ def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Mode
 
 
 def _build_fast(
-    preset: str,
+    network: str,
     image_size: tuple[int, int],
     num_classes: int,
     statistics: InputStatistics,
@@ -172,20 +177,20 @@ def _build_fast(
     side = min(image_size) // reduction - _PATCH + 1
     # Colours that no image has are whitened to nothing, which batch normalisation would blow up: the first one mixes.
     initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
-    block = _BLOCKS[preset]
-    for width in _WIDTHS:
+    blocks = _BLOCKS[network]
+    for width in blocks.widths:
         x = _convolution(width, initializer)(x)
         initializer = PartialIdentity()
         if side > 1:
             x, side = layers.MaxPooling2D(2)(x), side // 2
         x = layers.ReLU()(_normalization()(x))
-        for _ in range(block.convolutions - 1):
+        for _ in range(blocks.convolutions - 1):
             y = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
-            x = layers.Add()([x, y]) if block.residual else y
+            x = layers.Add()([x, y]) if blocks.residual else y
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
     x = layers.Rescaling(_LOGIT_SCALE / temperature)(x)
-    model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=preset)
+    model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=network)
     whitening.set_weights([statistics.filters])
     return model
 
