@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
+from cnnpipe.environment import usable_cores
 from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 
@@ -312,7 +312,7 @@ def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
 
     assert report["artifacts"]["champions"] == {"digits": champion_run(artifacts, "digits").name}  # type: ignore[union-attr]
     assert report["versions"]["keras"].startswith("3.")
-    assert report["cores"] == len(os.sched_getaffinity(0))
+    assert report["cores"] == usable_cores()
     assert "devices" in report
 
 
