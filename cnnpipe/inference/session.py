@@ -20,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from cnnpipe.devices import ask_driver
 from cnnpipe.environment import usable_cores
-from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError
+from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.inference.cuda import (
     CUDA,
     CUDA_OPTIONS,
@@ -291,6 +291,5 @@ def _not_a_model(path: Path, error: Exception) -> ModelError:
 
 def _one_line(error: Exception) -> str:
     """Return what onnxruntime says, without its codes and C++ signatures."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"^.*failed:(/\S+ .*\) )?", "", text)[:200] or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    return one_line(re.sub(r"^.*failed:(/\S+ .*\) )?", "", text)) or type(error).__name__
