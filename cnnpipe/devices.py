@@ -78,5 +78,5 @@ def free_gpu_memory(number: int) -> int:
             driver.cuCtxPopCurrent_v2(ctypes.byref(context))
         driver.cuDevicePrimaryCtxRelease_v2(device)
     if status:
-        raise ProviderError(f"cuda:{number} does not tell its free memory: error {status}; choose the batch size")
+        raise ProviderError(f"cuda:{number} does not tell its free memory: error {status}; give --batch-size")
     return free.value

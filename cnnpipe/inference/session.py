@@ -225,7 +225,9 @@ def _open_cuda(wanted: _Wanted, number: int) -> ClassifierSession:
     # onnxruntime would print a paragraph for each library that it does not find; the reason is in our own line.
     onnxruntime.set_default_logger_severity(4)
     try:
-        session = _create(content, wanted.threads, [(CUDA, cuda_options(number, content)), CPU])
+        # Where cuDNN has no plan without TF32 for a convolution with its Relu, onnxruntime 1.26 takes one with TF32.
+        providers = [(CUDA, cuda_options(number, content)), CPU]
+        session = _create(content, wanted.threads, providers, ["ConvActivationFusion"])
     except _NOT_A_MODEL as error:
         raise _not_a_model(chosen.path, error) from error
     except _SESSION_ERRORS as error:
@@ -244,13 +246,15 @@ def _read_model(path: Path) -> bytes:
         raise ModelError(f"cannot read the model {path}: {error.strerror or error}; check the path") from error
 
 
-def _create(content: bytes, threads: int, providers: list[Any]) -> Any:
+def _create(content: bytes, threads: int, providers: list[Any], disabled: list[str] | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
     options.intra_op_num_threads = threads
     # A spinning thread answers faster, but takes its core from the processes that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+    return onnxruntime.InferenceSession(
+        content, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
+    )
 
 
 def _check_model(session: Any, chosen: ChosenFile, content: bytes, device: str, wanted: _Wanted) -> ClassifierSession:
