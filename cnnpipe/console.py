@@ -7,10 +7,13 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any
@@ -20,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from cnnpipe.errors import CnnpipeError, FailureBudgetError
+from cnnpipe.environment import package_versions
+from cnnpipe.errors import CnnpipeError, FailureBudgetError, one_line
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
 __all__ = [
@@ -43,6 +47,9 @@ TERMINATED = 143
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")]
+
+_LINE_LENGTH = 300
+"""Characters of the line about an unexpected error; a longer path of the file with the rest is never cut."""
 
 _stderr = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 10.0
@@ -76,8 +83,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 _stderr.print_exception()
-            expected = isinstance(error, CnnpipeError)
-            message = str(error) if expected else f"unexpected {_describe(error)}; --debug shows where"
+            message = str(error) if isinstance(error, CnnpipeError) else _unexpected(error)
             status = error.exit_status if isinstance(error, CnnpipeError) else 1
             # Past the failure budget the work is done, and its result has been printed as the last line already.
             as_json = as_json and not isinstance(error, FailureBudgetError)
@@ -99,10 +105,27 @@ def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
     return typer.Exit(status)
 
 
-def _describe(error: Exception) -> str:
+def _unexpected(error: Exception) -> str:
+    """Return an error that nobody foresaw on one line that names the file with all of it."""
+    try:
+        rest = f"the whole error is in {_write_whole(error)}"
+    except OSError as failure:
+        rest = f"the whole error could not be written ({failure.strerror}); --debug shows it"
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{type(error).__name__}: {error.strerror}" + (f", {error.filename!r}"[:300] if error.filename else "")
-    return f"{type(error).__name__}: {error}"
+        text = error.strerror + (f", {error.filename!r}" if error.filename else "")
+    start, end = f"unexpected {type(error).__name__}: ", f"; {rest}"
+    return start + one_line(text, max(_LINE_LENGTH - len(f"error: {start}{end}"), 3)) + end
+
+
+def _write_whole(error: Exception) -> str:
+    """Write an error with its traceback, the command line and the versions to a temporary file; return its path."""
+    number, path = tempfile.mkstemp(".txt", f"cnnpipe-error-{time.strftime('%Y%m%dT%H%M%S')}-")
+    with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        file.write(f"{shlex.join(sys.argv)}\nPython {sys.version.split()[0]}, {versions}\n\n")
+        file.writelines(traceback.format_exception(error))
+    return path
 
 
 class _TerminatedError(BaseException):

@@ -1,12 +1,17 @@
-"""Which GPUs the NVIDIA driver shows, asked without any library of CUDA."""
+"""What the NVIDIA driver says of its GPUs, asked without any library of CUDA."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["Driver", "ask_driver"]
+from cnnpipe.errors import ProviderError
+
+__all__ = ["Driver", "ask_driver", "free_gpu_memory"]
+
+_DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ def ask_driver() -> Driver:
     if sys.platform == "darwin":
         return Driver(problem="macOS has no CUDA")
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = ctypes.CDLL(_DRIVER)
     except OSError:
         return Driver(problem="no NVIDIA driver (libcuda.so.1)")
     version, count = ctypes.c_int(), ctypes.c_int()
@@ -48,3 +53,30 @@ def ask_driver() -> Driver:
         driver.cuDeviceGetName(name, len(name), device)
         names.append(name.value.decode("utf-8", "replace"))
     return Driver(cuda, tuple(names))
+
+
+def free_gpu_memory(number: int) -> int:
+    """Return how much memory of a GPU is free, in bytes.
+
+    Asks within the context that the libraries of CUDA share in this process, and leaves it as it was.
+
+    Args:
+        number: CUDA's, of a GPU that `ask_driver` shows.
+    Raises:
+        ProviderError: the driver does not tell.
+    Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__PRIMARY__CTX.html
+    """
+    driver = ctypes.CDLL(_DRIVER)
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number)
+    status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    if not status:
+        status = driver.cuCtxPushCurrent_v2(context)
+        if not status:
+            status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    if status:
+        raise ProviderError(f"cuda:{number} does not tell its free memory: error {status}; give --batch-size")
+    return free.value

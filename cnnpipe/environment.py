@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,11 +42,37 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return versions
 
 
-def usable_cores() -> int:
-    """Return the number of cores this process may use, which a container or taskset may have lowered."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the number of cores that this process may use: its affinity, or what its container grants if that is less.
+
+    A part of a core counts as a whole one. Source: Linux' Documentation/admin-guide/cgroup-v2.rst, "CPU", and
+    Documentation/scheduler/sched-bwc.rst for version 1; cgroups(7) for `own`.
+
+    Args:
+        cgroups: where the control groups are mounted.
+        own: file that names the groups of this process.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        groups = [line.split(":", 2)[1:] for line in own.read_text(errors="replace").splitlines()]
+        granted = [limit for controllers, group in groups for limit in _granted_cores(cgroups, controllers, group)]
+    except (OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented: no limit is known
+        granted = []
+    return max(1, min([cores, *granted]))
+
+
+def _granted_cores(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
+    """Yield the limits, in cores, of a control group and of all groups that it is in, as far as they have one."""
+    if controllers and "cpu" not in controllers.split(","):
+        return
+    root = cgroups / "cpu" if controllers else cgroups  # version 2 names no controllers
+    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+    folder = root / group.lstrip("/")
+    for each in (folder, *folder.parents):
+        if each.is_relative_to(root) and all((each / name).is_file() for name in files):
+            quota, period = " ".join((each / name).read_text() for name in files).split()
+            if quota not in ("max", "-1"):
+                yield math.ceil(float(quota) / float(period))
 
 
 @dataclass(frozen=True)

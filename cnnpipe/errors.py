@@ -41,7 +41,21 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "UsageError",
+    "one_line",
 ]
+
+
+def one_line(text: object, max_length: int = 200) -> str:
+    """Return what another library says, such as an exception, on one line.
+
+    What is too long loses its middle: some libraries begin with the reason, others end with it.
+
+    Args:
+        max_length: of the line, characters; at least 3.
+    """
+    line = " ".join(str(text).split())
+    start = (max_length - 2) // 2
+    return line if len(line) <= max_length else f"{line[:start]} …{line[len(line) - (max_length - 2 - start) :]}"
 
 
 class CnnpipeError(Exception):

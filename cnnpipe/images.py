@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from cnnpipe.errors import ImageError
+from cnnpipe.errors import ImageError, one_line
 
 __all__ = [
     "ERROR_KINDS",
@@ -299,5 +299,4 @@ def _lay_over_white(image: Image.Image) -> Image.Image:
 
 def _one_line(error: Exception) -> str:
     """Return an exception's text as one short line."""
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:200]
+    return one_line(error) or type(error).__name__

@@ -383,4 +383,4 @@ def _only_champion(artifacts: Path) -> str:
 
 def resolve_model_file(model: str | None, artifacts: Path) -> Path:
     """Return the model file that a user means: of a run, the fp32 one; arguments and errors as for `resolve_model`."""
-    return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32")
+    return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32").path

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cnnpipe.errors import AlreadyThereError, StorageError
+from cnnpipe.errors import AlreadyThereError, StorageError, one_line
 
 __all__ = [
     "make_folder",
@@ -44,8 +44,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "check the folder, its permissions and the disk"
-        reason = " ".join(str(error.strerror or error).split())
-        raise StorageError(f"cannot write {path}: {reason}; {remedy}") from error
+        raise StorageError(f"cannot write {path}: {one_line(error.strerror or error)}; {remedy}") from error
 
 
 def make_folder(path: Path) -> Path:

@@ -11,13 +11,14 @@ Whoever opens a run folder gets the file that is fastest on the device, unless h
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from cnnpipe.errors import ModelError
 from cnnpipe.manifest import MANIFEST_FILE
 
-__all__ = ["MODEL_FILES", "PARITY_FILE", "PRECISIONS", "Precision", "choose_model_file", "read_parity"]
+__all__ = ["MODEL_FILES", "PARITY_FILE", "PRECISIONS", "ChosenFile", "Precision", "choose_model_file", "read_parity"]
 
 Precision = Literal["fp32", "int8", "fp16"]
 """The numbers that a model file computes with."""
@@ -34,23 +35,34 @@ MODEL_FILES: Final[dict[Precision, str]] = {
 PARITY_FILE: Final = "parity.json"
 
 
-def choose_model_file(model: Path, device: Literal["cpu", "cuda"], precision: Precision | Literal["auto"]) -> Path:
+@dataclass(frozen=True)
+class ChosenFile:
+    """Which file to open."""
+
+    path: Path
+    reason: str
+    """Why its precision, in a few words."""
+
+
+def choose_model_file(
+    model: Path, device: Literal["cpu", "cuda"], precision: Precision | Literal["auto"]
+) -> ChosenFile:
     """Return the file to open.
 
     Args:
         model: a run folder, or an .onnx file, which is taken as it is.
         device: where it will run; only `auto` minds it.
-        precision: `auto` is int8 on the CPU if it was kept and measured faster there, fp16 on CUDA if it was kept,
-            and else fp32.
+        precision: `auto` is int8 on the CPU and fp16 on CUDA, if it was kept and measured faster on such a device, and
+            else fp32.
     Raises:
         ModelError: the run has no such file, or its `parity.json` is damaged.
     """
     if not model.is_dir():
-        return model
-    chosen = _fastest(model, device) if precision == "auto" else precision
+        return ChosenFile(model, "that of the file given" if precision == "auto" else "asked for")
+    chosen, reason = _fastest(model, device) if precision == "auto" else (precision, "asked for")
     file = model / MODEL_FILES[chosen]
     if file.is_file():
-        return file
+        return ChosenFile(file, reason)
     if chosen == "fp32":
         raise ModelError(f"the run {model} has no {file.name}; finish it with `cnnpipe export {model}`")
     there = ", ".join(each for each, name in MODEL_FILES.items() if (model / name).is_file()) or "none"
@@ -61,14 +73,18 @@ def choose_model_file(model: Path, device: Literal["cpu", "cuda"], precision: Pr
     raise ModelError(f"the run {model} has no {chosen} model ({reason}), only {there}; use one of these, or {remedy}")
 
 
-def _fastest(run: Path, device: Literal["cpu", "cuda"]) -> Precision:
+def _fastest(run: Path, device: Literal["cpu", "cuda"]) -> tuple[Precision, str]:
+    """Return the precision that was seen to be the fastest on such a device, and how it was seen."""
     precision: Precision = "fp16" if device == "cuda" else "int8"
-    if not (run / MODEL_FILES[precision]).is_file():
-        return "fp32"
-    record = read_parity(run).get(precision, {})
-    # No figure for fp16: what a GPU gains by it cannot be measured where most models are exported.
-    faster = precision == "fp16" or (record.get("relative_speed") or 0.0) > 1.0
-    return precision if record.get("kept") and faster else "fp32"
+    record = read_parity(run).get(precision, {}) if (run / MODEL_FILES[precision]).is_file() else {}
+    if not record.get("kept"):
+        return "fp32", f"there is no {precision} model"
+    speed = record.get("relative_speed")
+    if speed is None:
+        return "fp32", f"the gain of {precision} was not measured on a {'GPU' if device == 'cuda' else 'CPU'}"
+    place = f" on {record['measured_on']}" if record.get("measured_on") else ""
+    seen = f"{precision} was {speed:.2f} times as fast as fp32{place} at export"
+    return precision if speed > 1.0 else "fp32", seen
 
 
 def read_parity(run: Path) -> dict[Precision, dict[str, Any]]:

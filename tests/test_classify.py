@@ -77,6 +77,8 @@ def test_summary_says_what_was_done(images: Path, model: Path, tmp_path: Path) -
     assert summary.first_errors[0].path == "0.txt"
     assert (summary.device, summary.provider) == ("cpu", "CPUExecutionProvider")
     assert (summary.batch_size, summary.workers, summary.top_k) == (16, 1, 3)
+    assert (summary.precision, summary.precision_reason) == ("fp32", "that of the file given")
+    assert "precision fp32: that of the file given" in summary.lines()
     assert (summary.model.name, summary.model.run_id) == ("tiny", "20260101T000000Z")
     assert summary.model.sha256 == sha256_file(model)
     assert {"cnnpipe", "numpy", "pillow"} <= set(summary.versions)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typer.testing import CliRunner, Result
 
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
+from cnnpipe.environment import usable_cores
 from cnnpipe.registry import champion_run, list_runs
+from cnnpipe.training.backend import keras
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
@@ -312,7 +314,7 @@ def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
 
     assert report["artifacts"]["champions"] == {"digits": champion_run(artifacts, "digits").name}  # type: ignore[union-attr]
     assert report["versions"]["keras"].startswith("3.")
-    assert report["cores"] == len(os.sched_getaffinity(0))
+    assert report["cores"] == usable_cores()
     assert "devices" in report
 
 
@@ -371,6 +373,36 @@ class TestBadInput:
 
     def test_what_nobody_foresaw_is_one_line_too(self) -> None:
         assert_one_line_error(run("classify", "x" * 300), 1, "File name too long")
+
+    @pytest.mark.parametrize("folder", ["t", "long " * 40])
+    def test_an_error_deep_in_keras_is_one_line_that_names_the_file_with_all_of_it(
+        self, folder: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pixels = keras.Input((32, 32, 3), dtype="uint8")
+        values = keras.layers.Flatten()(keras.layers.Embedding(10, 2)(pixels))  # which pixels above 9 are not in
+        keras.Model(pixels, keras.layers.Dense(10)(values)).save(tmp_path / "model.keras")
+        temporary = tmp_path / folder.strip()
+        temporary.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+        result = run("evaluate", tmp_path / "model.keras", "--dataset", "digits", "--data", data, "--json")
+
+        (file,) = temporary.iterdir()
+        assert_one_line_error(result, 1, "error: unexpected InvalidArgumentError: ", f"; the whole error is in {file}")
+        (line,) = [each for each in result.stderr.splitlines() if each.startswith("error: ")]
+        assert last_json(result)["error"] == line.removeprefix("error: ")
+        assert len(line) <= max(300, len(str(file)) + 100)
+        whole = file.read_text()
+        assert "in predict_on_batch" in whole
+        assert "is not in [0, 10)" in whole
+        assert f"keras {keras.__version__}" in whole
+        assert whole.splitlines()[0].startswith(sys.argv[0])
+
+    def test_a_long_value_is_cut_where_an_error_repeats_it(self, tmp_path: Path) -> None:
+        (tmp_path / "settings.toml").write_text(f"[train]\nepochs = '{'9' * 5000}'\n")
+        result = run("train", "--config", tmp_path / "settings.toml")
+        assert_one_line_error(result, 1, "train.epochs", "settings.toml")
+        assert len(result.stderr) < 500
 
     def test_a_folder_without_a_usable_name_needs_one(self, tmp_path: Path) -> None:
         make_classes(tmp_path / "写真", {"cat": 20, "dog": 20})

@@ -92,7 +92,7 @@ def test_missing_file_is_a_config_error(tmp_path: Path) -> None:
 
 def test_file_that_is_no_toml_is_a_config_error_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[train]\nepochs = \n")
-    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .*line 2.*; mend that line"):
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .*line 2.*; fix that line"):
         load_toml(RetrainSettings, tmp_path / "bad.toml")
     (tmp_path / "latin.toml").write_bytes(b'name = "gr\xf6sse"')
     with pytest.raises(ConfigError, match=r"cannot read settings from .*latin\.toml: .*utf-8"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -148,6 +149,50 @@ def test_a_signal_that_comes_within_a_finaliser_ends_the_command_too(
     """
     ended = run_script(script)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "went on\n", said)
+
+
+def test_an_error_within_fit_is_one_line_that_begins_with_what_and_ends_with_the_file(tmp_path: Path) -> None:
+    script = f"""
+        import tempfile, typer
+        import numpy as np
+        from cnnpipe.console import command
+        from cnnpipe.training.backend import keras
+
+        @command
+        def learn() -> None:
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(10, 2), keras.layers.Flatten()])
+            model.compile("sgd", "mse")
+            model.fit(np.full((8, 4), 99), np.zeros((8, 8)), verbose=0)
+
+        tempfile.tempdir = {str(tmp_path)!r}
+        typer.run(learn)
+    """
+    ended = run_script(script)
+    (file,) = tmp_path.iterdir()
+    *_, line = ended.stderr.splitlines()
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert line.startswith("error: unexpected InvalidArgumentError: Graph execution error")
+    assert line.endswith(f"; the whole error is in {file}")
+    assert len(line) <= 300
+    assert len(file.read_text()) > 3000
+
+
+def test_an_error_that_cannot_be_written_down_is_one_line_too(tmp_path: Path) -> None:
+    script = f"""
+        import tempfile, typer
+        from cnnpipe.console import command
+
+        @command
+        def work() -> None:
+            raise ValueError("first " + "x" * 5000 + " last")
+
+        tempfile.tempdir = {str(tmp_path / "gone")!r}
+        typer.run(work)
+    """
+    (line,) = run_script(script).stderr.splitlines()
+    assert line.startswith("error: unexpected ValueError: first xxx")
+    assert line.endswith("xxx last; the whole error could not be written (No such file or directory); --debug shows it")
+    assert len(line) == 300
 
 
 @pytest.mark.parametrize("signal_of_error", [None, 15])

@@ -65,6 +65,7 @@ def summarize(rows: Sequence[Prediction], folder: str = "/photos/summer", **chan
         device="cpu",
         provider="CPUExecutionProvider",
         precision="fp32",
+        precision_reason="asked for",
         batch_size=32,
         workers=2,
         threads=2,

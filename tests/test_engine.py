@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -352,6 +353,37 @@ def test_batches_end_at_the_same_files_whatever_the_chunks(
         sizes.clear()
     assert [row.path for row in results[0]] == paths
     assert results[1:] == results[:1] * 3
+
+
+class NumberedPool(FakePool):
+    """Gives images whose first pixel is the number of their file."""
+
+    def decode(self, *arguments: Any, **options: Any) -> Iterator[DecodedChunk]:
+        for chunk in super().decode(*arguments, **options):
+            numbers = [int(Path(file.path).stem) for file in chunk.files if file.has_image]
+            for image, number in zip(chunk.images, numbers, strict=True):
+                image[0, 0] = (*divmod(number, 256), 0)
+            yield chunk
+
+
+@pytest.mark.parametrize("chunk_files", [1, 7, 300])
+def test_images_of_any_chunks_come_into_large_batches_whole_and_in_order(
+    chunk_files: int, session: ClassifierSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[npt.NDArray[np.uint8]] = []
+    run = session.run
+
+    def run_and_keep(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        batches.append(images.copy())
+        return run(images)
+
+    monkeypatch.setattr(session, "run", run_and_keep)
+    paths = [f"{number}.{'txt' if number % 5 == 3 else 'png'}" for number in range(1000)]
+    shards = iter([Shard(0, paths)])
+    list(classify_shards(Path(), shards, session, NumberedPool(chunk_files), EngineOptions(256), StageSeconds()))
+    assert [len(batch) for batch in batches] == [256, 256, 256, 32]
+    numbers = np.concatenate(batches)[:, 0, 0, :2].astype(int) @ [256, 1]
+    assert numbers.tolist() == [number for number in range(1000) if number % 5 != 3]
 
 
 def rows_of(parts: Iterator[ShardRows]) -> dict[int, list[Prediction]]:

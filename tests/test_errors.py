@@ -7,7 +7,7 @@ import pickle
 import re
 
 from cnnpipe import errors
-from cnnpipe.errors import CnnpipeError, ImageError
+from cnnpipe.errors import CnnpipeError, ImageError, one_line
 
 
 def _drawn_parents() -> dict[str, str]:
@@ -36,7 +36,7 @@ def test_tree_in_the_docstring_is_the_real_tree() -> None:
 
 
 def test_every_error_is_exported() -> None:
-    assert sorted(errors.__all__) == sorted(_real_classes())
+    assert sorted(errors.__all__) == sorted([*_real_classes(), "one_line"])
 
 
 def test_exit_status_is_1_but_for_usage_and_the_failure_budget() -> None:
@@ -54,3 +54,9 @@ def test_every_other_error_keeps_its_message_through_pickle() -> None:
         if error is not ImageError:
             copy = pickle.loads(pickle.dumps(error("what, received, how to mend")))
             assert (type(copy), str(copy)) == (error, "what, received, how to mend")
+
+
+def test_text_of_a_library_becomes_one_line_that_keeps_its_start_and_its_end() -> None:
+    assert one_line(ValueError("as it\n  is")) == "as it is"
+    assert one_line("first " + "x" * 5000 + " last", 20) == "first xxx …xxxx last"
+    assert [len(one_line("x" * 50, length)) for length in (3, 4, 49, 50, 51)] == [3, 4, 49, 50, 50]

@@ -14,7 +14,9 @@ import pytest
 
 from cnnpipe import __version__
 from cnnpipe.config import ExportSettings
+from cnnpipe.environment import find_processor
 from cnnpipe.errors import ModelError, ParityError
+from cnnpipe.inference.session import device_report
 from cnnpipe.manifest import ModelInfo
 from cnnpipe.storage import sha256_file
 from cnnpipe.training.backend import keras
@@ -98,7 +100,10 @@ def test_variants_are_recorded_with_their_own_figures_and_digests(finished_run: 
         assert variant["accuracy"] >= record["fp32"]["accuracy"] - ExportSettings().max_accuracy_loss
         assert 0 < variant["max_difference"] < 0.5
     assert record["int8"]["relative_speed"] > 0
-    assert record["fp16"]["relative_speed"] is None  # no GPU was asked
+    assert record["int8"]["measured_on"] == find_processor().model
+    problem = device_report()["problem"]
+    assert (record["fp16"]["relative_speed"] is not None) == (not problem) == bool(record["fp16"]["measured_on"])
+    assert not problem or f"speed not measured: {problem}" in record["fp16"]["reason"]
 
 
 def test_variants_are_among_the_files_that_the_manifest_lists(finished_run: Path) -> None:

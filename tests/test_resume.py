@@ -22,6 +22,7 @@ from cnnpipe.errors import ConfigError, DatasetError, PredictionsError, StorageE
 from cnnpipe.inference import classify
 from cnnpipe.inference.classify import open_classification, predict_folder
 from cnnpipe.inference.running import run_planned_shard
+from cnnpipe.inference.session import ClassifierSession
 from cnnpipe.inference.shards import ShardFolder
 from cnnpipe.inference.summary import RowCounts
 
@@ -252,7 +253,7 @@ def test_without_an_output_a_half_done_table_of_other_settings_is_mentioned_and_
     [
         ({"top_k": 2}, "with top_k 1; now it is 2"),
         ({"shard_size": 8}, "with shard_size 16; now it is 8"),
-        ({"batch_size": 7}, "with batch_size 32; now it is 7"),
+        ({"batch_size": 7}, "with batch_size 16; now it is 7"),
         ({"include": ["*.png"]}, r"with include \(\); now it is \('\*\.png',\)"),
         ({"safe_csv": True}, "with safe_csv False; now it is True"),
     ],
@@ -266,6 +267,19 @@ def test_other_settings_are_never_mixed_into_a_half_done_table(
     with pytest.raises(PredictionsError, match=rf"t\.csv\.shards holds a classification that was broken off, {told}"):
         predict_folder(other, tmp_path)
     assert predict_folder(settings_for(images, model, table), tmp_path).resumed > 0
+
+
+@pytest.mark.parametrize("name", ["t.csv", None])
+def test_a_job_keeps_the_batch_size_that_it_began_with_where_none_is_asked_for(
+    images: Path, model: Path, tmp_path: Path, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(images, model, tmp_path / name if name else None)
+    stop_after(settings, tmp_path, 3 * SHARD_SIZE)
+    monkeypatch.setattr(ClassifierSession, "default_batch_size", 5)  # as when less memory of a GPU is free than before
+    summary = predict_folder(settings, tmp_path)
+    assert summary.resumed > 0
+    assert summary.batch_size == SHARD_SIZE  # all that a batch of 32 can have
+    assert predict_folder(settings_for(images, model, tmp_path / "new.csv"), tmp_path).batch_size == 5
 
 
 def test_another_model_is_never_mixed_in_and_overwrite_starts_over(

@@ -15,9 +15,9 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_info, write_model
 
-from cnnpipe.devices import ask_driver
+from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
-from cnnpipe.inference.cuda import BoundBuffers, is_out_of_memory
+from cnnpipe.inference.cuda import BoundBuffers, cuda_batch_size, cuda_options, is_out_of_memory
 from cnnpipe.inference.session import device_report, open_session
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
@@ -194,7 +194,9 @@ def test_auto_device_takes_the_precision_of_the_cpu_where_there_is_no_gpu(artifa
         parity = json.loads((run / PARITY_FILE).read_text())
         parity["int8"]["relative_speed"] = relative_speed
         (run / PARITY_FILE).write_text(json.dumps(parity))
-        assert open_session(run).precision == precision
+        session = open_session(run)
+        assert session.precision == precision
+        assert session.precision_reason.startswith(f"int8 was {relative_speed:.2f} times as fast as fp32")
 
 
 def test_file_given_by_its_path_is_taken_as_it_is(finished_run: Path) -> None:
@@ -232,6 +234,79 @@ def test_bound_buffers_give_what_a_plain_run_gives_for_every_batch(model: Path) 
         np.testing.assert_allclose(result, expected_probabilities(batch), atol=1e-5)
 
 
+def test_tf32_is_off_but_for_fp16_which_needs_the_tensor_cores(finished_run: Path) -> None:
+    options = {each: cuda_options(1, (finished_run / name).read_bytes()) for each, name in MODEL_FILES.items()}
+    assert {each: values["use_tf32"] for each, values in options.items()} == {"fp32": "0", "int8": "0", "fp16": "1"}
+    assert {values["device_id"] for values in options.values()} == {"1"}
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("image_size", "free_bytes", "batch_size"),
+    [
+        ((32, 32), 80 * GIB, 2048),
+        ((8, 8), 80 * GIB, 2048),
+        ((64, 64), 80 * GIB, 512),
+        ((48, 40), 80 * GIB, 1024),
+        ((224, 224), 80 * GIB, 256),
+        ((224, 224), 8 * GIB, 64),
+        ((32, 32), 3 * GIB, 1024),
+        ((32, 32), 100_000_000, 32),
+        ((1024, 1024), GIB, 1),
+        ((32, 32), 0, 1),
+    ],
+)
+def test_batch_of_a_gpu_suits_its_free_memory_and_divides_a_shard(
+    image_size: tuple[int, int], free_bytes: int, batch_size: int
+) -> None:
+    assert cuda_batch_size(image_size, free_bytes) == batch_size
+    assert 4096 % batch_size == 0
+
+
+def test_batch_of_a_cpu_has_32_images_of_any_size(model: Path) -> None:
+    assert open_session(model, "cpu").default_batch_size == 32
+
+
+class _FakeDriver:
+    """Answers as libcuda does with 5 GB free of 8; notes what is called."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.calls: list[str] = []
+        self._failing = failing
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == "cuMemGetInfo_v2":
+                arguments[0]._obj.value, arguments[1]._obj.value = 5_000_000_000, 8_000_000_000
+            return 201 if name == self._failing else 0
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "failing", ["", "cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuMemGetInfo_v2"]
+)
+def test_free_memory_is_the_drivers_and_every_context_is_given_back(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = _FakeDriver(failing)
+    monkeypatch.setattr("cnnpipe.devices.ctypes.CDLL", lambda _: driver)
+    if failing:
+        with pytest.raises(ProviderError, match="cuda:1 does not tell its free memory: error 201"):
+            free_gpu_memory(1)
+    else:
+        assert free_gpu_memory(1) == 5_000_000_000
+    given_back = [
+        ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2"),
+        ("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"),
+    ]
+    for taken, given in given_back:
+        assert (taken in driver.calls and taken != failing) == (given in driver.calls)
+
+
 @pytest.mark.parametrize("message", OUT_OF_MEMORY)
 def test_lack_of_gpu_memory_is_told_from_the_message(message: str) -> None:
     assert is_out_of_memory(message)
@@ -267,6 +342,7 @@ def test_cuda_agrees_with_the_cpu(model: Path) -> None:
     images = rgb_digits(300)
     session = open_session(model, "cuda")
     assert (session.device, session.provider) == ("cuda:0", "CUDAExecutionProvider")
-    np.testing.assert_allclose(session.run(images), open_session(model, "cpu").run(images), atol=1e-3)
+    np.testing.assert_allclose(session.run(images), open_session(model, "cpu").run(images), atol=1e-4)
+    assert session.default_batch_size in (256, 512, 1024, 2048)
     with pytest.raises(ProviderError, match="there is no GPU 99, only cuda:0"):
         open_session(model, "cuda:99")

@@ -185,7 +185,9 @@ def _describe_job(
         model_sha256=session.model_sha256,
         precision=session.precision,
         device=session.device,
-        batch_size=settings.batch_size or session.default_batch_size,
+        # No batch spans two shards, and one that is not full costs a GPU as much as one that is.
+        batch_size=settings.batch_size or min(session.default_batch_size, settings.shard_size),
+        batch_size_asked=settings.batch_size is not None,
         top_k=settings.top_k,
         shard_size=settings.shard_size,
         safe_csv=settings.safe_csv,
@@ -352,6 +354,7 @@ class Classification:
             device=session.device,
             provider=session.provider,
             precision=job.precision,
+            precision_reason=session.precision_reason,
             batch_size=job.batch_size,
             workers=self._pool.workers,
             threads=threads,

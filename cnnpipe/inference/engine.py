@@ -143,19 +143,42 @@ def classify_shards(
     rows = _Rows(session, options.top_k, known)
     batches = _Batches(options.batch_size or session.default_batch_size, open_shards.lengths)
     runner = BatchRunner(session.run, batches.size, fixed_shape=session.wants_fixed_batch)
-    images = np.empty((0, *session.info.image_size, 3), np.uint8)  # of the files that wait for their batch to end
+    images = _WaitingImages()
     digest = known.digest if known else None
     with _Inference(runner, options.runners, len(session.info.class_names), seconds) as inference:
         for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
             seconds.decode += chunk.seconds
             rows.waiting.extend(chunk.files)
-            images = np.concatenate([images, chunk.images]) if len(images) else chunk.images
+            images.add(chunk.images)
             for size in batches.add(chunk.files):
-                inference.begin(images[:size])
-                images = images[size:]
+                inference.begin(images.take(size))
             too_many = len(rows.waiting) > 2 * _MAX_WAITING_FILES
-            yield from open_shards.split(rows.take(inference.take_finished(wait=too_many)))
-        yield from open_shards.split(rows.take(inference.take_finished(wait=True)))
+            # One at a time: a GPU that is waited for until it has nothing left to do has a pause.
+            yield from open_shards.split(rows.take(inference.take_finished(1 if too_many else 0)))
+        yield from open_shards.split(rows.take(inference.take_finished(inference.num_begun)))
+
+
+class _WaitingImages:
+    """Images of the files that wait for their batch to end; each is copied once at most, however small the chunks."""
+
+    def __init__(self) -> None:
+        self._parts: deque[npt.NDArray[np.uint8]] = deque()
+
+    def add(self, images: npt.NDArray[np.uint8]) -> None:
+        """Append images, (N, H, W, 3); N may be 0."""
+        if len(images):
+            self._parts.append(images)
+
+    def take(self, number: int) -> npt.NDArray[np.uint8]:
+        """Take the first images, at least one; there must be so many."""
+        taken: list[npt.NDArray[np.uint8]] = []
+        while number:
+            part = self._parts.popleft()
+            taken.append(part[:number])
+            if len(part) > number:
+                self._parts.appendleft(part[number:])
+            number -= len(taken[-1])
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
 
 class _Inference:
@@ -188,14 +211,21 @@ class _Inference:
         began = time.perf_counter()
         return self._runner.run(images), time.perf_counter() - began
 
-    def take_finished(self, *, wait: bool) -> npt.NDArray[np.float32]:
+    @property
+    def num_begun(self) -> int:
+        """Batches whose probabilities were not taken yet."""
+        return len(self._begun)
+
+    def take_finished(self, num_awaited: int) -> npt.NDArray[np.float32]:
         """Return the probabilities of the first batches, as far as they are there; wait for them if too many are not.
 
         Args:
-            wait: for all that were begun.
+            num_awaited: batches to wait for in any case.
         """
         results = [self._none]
-        while self._begun and (wait or self._begun[0].done() or len(self._begun) > self._max_begun):
+        while self._begun and (
+            len(results) <= num_awaited or self._begun[0].done() or len(self._begun) > self._max_begun
+        ):
             probabilities, seconds = self._begun.popleft().result()
             self._seconds.inference += seconds
             results.append(probabilities)

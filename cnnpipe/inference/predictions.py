@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from cnnpipe.errors import PredictionsError, StorageError
+from cnnpipe.errors import PredictionsError, StorageError, one_line
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.storage import storage_errors, write_file
@@ -112,7 +112,7 @@ def read_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator
         for values in _READERS[form.suffix](path, form, part):
             yield _prediction(values, form.top_k)
     except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise PredictionsError(
             f"{path} cannot be read as a table of {form.top_k} classes a row: {reason}; make it anew with --overwrite"
         ) from error

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -18,28 +19,28 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from cnnpipe.devices import ask_driver
+from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.environment import usable_cores
-from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError
+from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.inference.cuda import (
     CUDA,
-    CUDA_OPTIONS,
     BoundBuffers,
     built_for_cuda,
+    cuda_batch_size,
+    cuda_options,
     cuda_problem,
     is_out_of_memory,
     missing_libraries,
 )
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.variants import PRECISIONS, Precision, choose_model_file
+from cnnpipe.variants import PRECISIONS, ChosenFile, Precision, choose_model_file
 
 __all__ = ["ClassifierSession", "device_report", "open_session"]
 
 CPU: Final = "CPUExecutionProvider"
 
-# On a CPU 32 small images stay in its cache: 17,900 images/s against 13,500 at 256. A GPU wants more at once.
 _CPU_BATCH_SIZE: Final = 32
-_CUDA_BATCH_SIZE: Final = 256
+"""So many small images stay in a CPU's cache: 17,900 images/s against 13,500 at 256."""
 
 # The exceptions of onnxruntime have no common base but Exception.
 _NOT_A_MODEL = (_ort.InvalidProtobuf, _ort.InvalidGraph, _ort.NoModel, _ort.NotImplemented, _ort.InvalidArgument)
@@ -55,6 +56,7 @@ class ClassifierSession:
     Attributes:
         info: what the model says of itself.
         precision: of the file that was opened.
+        precision_reason: why this one, in a few words.
         provider: `CPUExecutionProvider` or `CUDAExecutionProvider`, as the session itself reports it.
         device: `cpu` or `cuda:N`.
         path: the model's file.
@@ -62,22 +64,25 @@ class ClassifierSession:
     """
 
     def __init__(
-        self, session: Any, info: ModelInfo, precision: Precision, path: Path, sha256: str, device: str
+        self, session: Any, info: ModelInfo, precision: Precision, chosen: ChosenFile, sha256: str, device: str
     ) -> None:
         self._session = session
         self.info = info
         self.precision = precision
-        self.path = path
+        self.precision_reason = chosen.reason
+        self.path = chosen.path
         self.model_sha256 = sha256
         self.device = device
         self.provider: str = session.get_providers()[0]
         on_gpu = self.provider == CUDA
         self._buffers = BoundBuffers(session, len(info.class_names), device) if on_gpu else None
 
-    @property
+    @cached_property
     def default_batch_size(self) -> int:
-        """The batch size that suits the device."""
-        return _CUDA_BATCH_SIZE if self.provider == CUDA else _CPU_BATCH_SIZE
+        """The batch size that suits the device: on CUDA also by the memory that is free when it is first asked for."""
+        if self.provider != CUDA:
+            return _CPU_BATCH_SIZE
+        return cuda_batch_size(self.info.image_size, free_gpu_memory(int(self.device.removeprefix("cuda:"))))
 
     @property
     def wants_fixed_batch(self) -> bool:
@@ -190,13 +195,13 @@ class _Wanted:
 
 
 def _open_cpu(wanted: _Wanted) -> ClassifierSession:
-    path = choose_model_file(wanted.model, "cpu", wanted.precision)
-    content = _read_model(path)
+    chosen = choose_model_file(wanted.model, "cpu", wanted.precision)
+    content = _read_model(chosen.path)
     try:
         session = _create(content, wanted.threads, [CPU])
     except _SESSION_ERRORS as error:
-        raise _not_a_model(path, error) from error
-    return _check_model(session, path, content, "cpu", wanted)
+        raise _not_a_model(chosen.path, error) from error
+    return _check_model(session, chosen, content, "cpu", wanted)
 
 
 def _open_cuda_if_possible(wanted: _Wanted) -> ClassifierSession | None:
@@ -214,22 +219,24 @@ def _open_cuda_if_possible(wanted: _Wanted) -> ClassifierSession | None:
 
 
 def _open_cuda(wanted: _Wanted, number: int) -> ClassifierSession:
-    path = choose_model_file(wanted.model, "cuda", wanted.precision)
-    content = _read_model(path)
+    chosen = choose_model_file(wanted.model, "cuda", wanted.precision)
+    content = _read_model(chosen.path)
     missing = missing_libraries()
     # onnxruntime would print a paragraph for each library that it does not find; the reason is in our own line.
     onnxruntime.set_default_logger_severity(4)
     try:
-        session = _create(content, wanted.threads, [(CUDA, {"device_id": str(number), **CUDA_OPTIONS}), CPU])
+        # Where cuDNN has no plan without TF32 for a convolution with its Relu, onnxruntime 1.26 takes one with TF32.
+        providers = [(CUDA, cuda_options(number, content)), CPU]
+        session = _create(content, wanted.threads, providers, ["ConvActivationFusion"])
     except _NOT_A_MODEL as error:
-        raise _not_a_model(path, error) from error
+        raise _not_a_model(chosen.path, error) from error
     except _SESSION_ERRORS as error:
         raise ProviderError(f"cuda:{number} cannot be used: {missing or _one_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(3)
     if session.get_providers()[0] != CUDA:
         raise ProviderError(f"cuda:{number} cannot be used: {missing or 'onnxruntime refused it without a reason'}")
-    return _check_model(session, path, content, f"cuda:{number}", wanted)
+    return _check_model(session, chosen, content, f"cuda:{number}", wanted)
 
 
 def _read_model(path: Path) -> bytes:
@@ -239,16 +246,19 @@ def _read_model(path: Path) -> bytes:
         raise ModelError(f"cannot read the model {path}: {error.strerror or error}; check the path") from error
 
 
-def _create(content: bytes, threads: int, providers: list[Any]) -> Any:
+def _create(content: bytes, threads: int, providers: list[Any], disabled: list[str] | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
     options.intra_op_num_threads = threads
     # A spinning thread answers faster, but takes its core from the processes that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+    return onnxruntime.InferenceSession(
+        content, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
+    )
 
 
-def _check_model(session: Any, path: Path, content: bytes, device: str, wanted: _Wanted) -> ClassifierSession:
+def _check_model(session: Any, chosen: ChosenFile, content: bytes, device: str, wanted: _Wanted) -> ClassifierSession:
+    path = chosen.path
     metadata = session.get_modelmeta().custom_metadata_map
     info = ModelInfo.from_metadata(metadata, path)
     _check_tensors(session, info, path)
@@ -262,7 +272,7 @@ def _check_model(session: Any, path: Path, content: bytes, device: str, wanted: 
             f"{path} is {precision}, not {wanted.precision}; name the run folder to have its {wanted.precision} model, "
             "or leave --precision at auto"
         )
-    return ClassifierSession(session, info, precision, path, hashlib.sha256(content).hexdigest(), device)
+    return ClassifierSession(session, info, precision, chosen, hashlib.sha256(content).hexdigest(), device)
 
 
 def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
@@ -291,6 +301,5 @@ def _not_a_model(path: Path, error: Exception) -> ModelError:
 
 def _one_line(error: Exception) -> str:
     """Return what onnxruntime says, without its codes and C++ signatures."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"^.*failed:(/\S+ .*\) )?", "", text)[:200] or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    return one_line(re.sub(r"^.*failed:(/\S+ .*\) )?", "", text)) or type(error).__name__

@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
@@ -51,7 +51,7 @@ _HALF_WRITTEN: Final = re.compile(r"\..+\.[0-9a-f]{16}\.[a-z]+")
 
 _OURS: Final = re.compile(rf"(\d{{6,}}-[0-9a-f]{{8}}|job|listing|finished|table)\.[a-z]+|{_HALF_WRITTEN.pattern}")
 
-_HOW: Final = ("table", "model_path", "workers")
+_HOW: Final = ("table", "model_path", "workers", "batch_size_asked")
 """Fields of a job that have no say in its rows."""
 
 
@@ -88,6 +88,8 @@ class Job:
     """Seconds that decoding one file may take."""
     workers: int
     versions: dict[str, str]
+    batch_size_asked: bool = False
+    """Whether it was asked for; else a job that is gone on with keeps the one that it began with."""
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -114,10 +116,11 @@ class Job:
         deciding = {name: value for name, value in asdict(self).items() if name not in _HOW}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
 
-    def differences(self, other: Job) -> list[str]:
-        """Return the names of the fields that decide over rows and are not the same."""
-        names = (field.name for field in fields(self) if field.name not in _HOW)
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+    def differences(self, begun: Job) -> list[str]:
+        """Return the names of the fields that decide over rows and are not as they were in a job begun earlier."""
+        free = _HOW if self.batch_size_asked else (*_HOW, "batch_size")
+        names = (field.name for field in fields(self) if field.name not in free)
+        return [name for name in names if getattr(self, name) != getattr(begun, name)]
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,7 @@ class ShardFolder:
                 _remove_files(path, _OURS)
                 _write_json(path / _JOB_FILE, asdict(job))
             else:
+                job = replace(job, batch_size=begun.batch_size)
                 _remove_files(path, _HALF_WRITTEN)
             try:
                 yield cls(path, job)

@@ -111,6 +111,8 @@ class ClassificationSummary:
     """onnxruntime's name for it."""
     precision: str
     """Of the model that was used: `fp32`, `int8` or `fp16`."""
+    precision_reason: str
+    """Why this one, in a few words."""
     batch_size: int
     workers: int
     """Decoding processes, at most."""
@@ -144,6 +146,7 @@ class ClassificationSummary:
             f"{self.found:,} files: {self.ok:,} classified, {self.error:,} failed ({self.failure_rate:.1%})",
             f"{self.images_per_second:,.0f} images/s on {self.device} in {self.precision}, {self.seconds.total:.1f} s "
             f"with {self.seconds.start_up:.1f} s of start-up; slowest stage: {self.slowest_stage}",
+            f"precision {self.precision}: {self.precision_reason}",
             "classes: " + (_list_counts(self.classes) or "none"),
         ]
         if self.error:

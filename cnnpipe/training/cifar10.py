@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.errors import DatasetError
+from cnnpipe.errors import DatasetError, one_line
 from cnnpipe.training.download import Archive
 
 __all__ = ["CIFAR10_ARCHIVE", "Cifar10", "read_cifar10"]
@@ -136,7 +136,7 @@ def _unpickle(data: bytes, path: Path, name: str) -> dict[bytes, Any]:
     try:
         content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
     except _PICKLE_ERRORS as error:
-        raise DatasetError(f"{path}: the pickle {name} is refused: {error}; delete the archive") from error
+        raise DatasetError(f"{path}: the pickle {name} is refused: {one_line(error)}; delete the archive") from error
     if not isinstance(content, dict):
         raise DatasetError(f"{path}: the pickle {name} must be a dict, received {type(content).__name__}")
     return content

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from filelock import FileLock
 
-from cnnpipe.errors import DatasetError, DownloadError
+from cnnpipe.errors import DatasetError, DownloadError, one_line
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import make_folder, move_file, sha256_file, storage_errors, write_text
 
@@ -135,12 +135,12 @@ class _Download:
                     self._fetch_once(client)
                     return
                 except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects) as error:
-                    raise self._failure(str(error)) from error
+                    raise self._failure(one_line(error)) from error
                 except (httpx.TransportError, _TryAgainError) as error:
                     if self._received() >= best + _PROGRESS_BYTES:
                         failures, best = 0, self._received()
                     failures += 1
-                    reason = str(error) or type(error).__name__
+                    reason = one_line(error) or type(error).__name__
                     if failures >= self._policy.attempts:
                         raise self._failure(f"{reason}, after {failures} attempts") from error
                     self._wait(failures, reason, error)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cnnpipe.config import EvaluateSettings
-from cnnpipe.errors import DatasetError, ModelError, RegistryError
+from cnnpipe.errors import DatasetError, ModelError, RegistryError, one_line
 from cnnpipe.files import display_path
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.storage import write_json, write_text
@@ -312,4 +312,4 @@ def read_evaluation(run: Path) -> Evaluation:
     except FileNotFoundError as error:
         raise RegistryError(f"{run} has no {METRICS_FILE}: evaluate it with `cnnpipe evaluate {run}`") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RegistryError(f"{path} is damaged: {error!r}; evaluate the run again") from error
+        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error

@@ -12,7 +12,7 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.config import ExportSettings
-from cnnpipe.errors import ModelError, ParityError
+from cnnpipe.errors import ModelError, ParityError, one_line
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
 from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
@@ -93,7 +93,7 @@ def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"the exported graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"the exported graph is not valid ONNX: {one_line(error)}") from error
     return model
 
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from cnnpipe.errors import DatasetError, RegistryError
+from cnnpipe.errors import DatasetError, RegistryError, one_line
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import PREDICTIONS_FILE, read_evaluation
 from cnnpipe.training.figures import save_figure, shorten_name, text_style
@@ -120,7 +120,8 @@ def read_predictions(run: Path, class_names: Sequence[str], labels: npt.NDArray[
             predicted.append(index[row["predicted"]])
             probability.append(float(row["probability"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise RegistryError(f"{run / PREDICTIONS_FILE} is damaged: {error!r}; evaluate the run again") from error
+            reason = one_line(repr(error))
+            raise RegistryError(f"{run / PREDICTIONS_FILE} is damaged: {reason}; evaluate the run again") from error
     if not np.array_equal(actual, labels):
         raise DatasetError(f"{run / PREDICTIONS_FILE} is about another test split; evaluate the run again")
     return Predictions(np.array(predicted, np.int64), np.array(probability, np.float64))
@@ -140,7 +141,7 @@ def read_history(run: Path) -> dict[str, npt.NDArray[np.float64]]:
     try:
         return {column: np.array([float(row[column]) for row in rows]) for column in columns}
     except (KeyError, TypeError, ValueError) as error:
-        raise RegistryError(f"{path} is damaged: {error!r}; train again") from error
+        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; train again") from error
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, str]]:

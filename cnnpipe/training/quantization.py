@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from cnnpipe.errors import ModelError
+from cnnpipe.errors import ModelError, one_line
 from cnnpipe.manifest import INPUT_NAME
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.datasets import PreparedDataset
@@ -150,8 +150,7 @@ def _model_errors(precision: str) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"no {precision} model can be made of this one: {reason}; leave it out") from error
+        raise ModelError(f"no {precision} model can be made of this one: {one_line(error)}; leave it out") from error
 
 
 @contextlib.contextmanager

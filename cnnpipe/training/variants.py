@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 
 from cnnpipe.config import ExportSettings
-from cnnpipe.errors import ModelError
-from cnnpipe.inference.session import ClassifierSession, open_session
+from cnnpipe.environment import find_processor
+from cnnpipe.errors import ModelError, ProviderError
+from cnnpipe.inference.session import ClassifierSession, device_report, open_session
 from cnnpipe.manifest import ModelInfo
 from cnnpipe.storage import storage_errors, write_bytes
 from cnnpipe.training.datasets import PreparedDataset
@@ -61,7 +62,9 @@ class Variant:
     accuracy: float | None = None
     """On the test images, 0-1; None if it could not be made."""
     relative_speed: float | None = None
-    """Images a second on the CPU, as a multiple of the fp32 model's; None where it was not measured."""
+    """Images a second, as a multiple of the fp32 model's: of int8 on the CPU, of fp16 on CUDA; None if not measured."""
+    measured_on: str = ""
+    """Processor or GPU of that measurement."""
     parity: Parity | None = None
     """Held against the trained model."""
     sha256: str = ""
@@ -129,11 +132,32 @@ def _export(
         reason = f"loses {100 * lost:.2f} points of accuracy, at most {100 * settings.max_accuracy_loss:.2f}"
         return Variant(precision, kept=False, reason=reason, accuracy=accuracy, parity=parity)
     reason = f"accuracy {accuracy:.4f} (fp32 {reference.accuracy:.4f}), "
-    speed = measure_relative_speed(session, reference.session, images) if precision == "int8" else None
-    reason += "for CUDA, speed not measured" if speed is None else f"{speed:.1f} times as fast"
+    try:
+        speed, place = _measure(precision, candidate, run, session, reference, images)
+        reason += f"{speed:.1f} times as fast on {place or 'this CPU'}"
+    except ProviderError as error:
+        speed, place = None, ""
+        reason += f"speed not measured: {error}"
     content = _with_metadata(model, precision, reference.info.model_copy(update={"test_accuracy": accuracy}))
     write_bytes(run / candidate.name, content)
-    return Variant(precision, True, reason, accuracy, speed, parity, hashlib.sha256(content).hexdigest())
+    return Variant(precision, True, reason, accuracy, speed, place, parity, hashlib.sha256(content).hexdigest())
+
+
+def _measure(
+    precision: Precision, candidate: Path, run: Path, session: ClassifierSession, reference: Reference, images: Images
+) -> tuple[float, str]:
+    """Return how many times as fast as fp32 a variant is on its own kind of device, and the device's name.
+
+    Raises:
+        ProviderError: CUDA cannot be used here.
+    """
+    if precision == "int8":
+        return measure_relative_speed(session, reference.session, images), find_processor().model
+    report = device_report()
+    if report["problem"]:
+        raise ProviderError(report["problem"])
+    variant, fp32 = (open_session(file, "cuda") for file in (candidate, run / MODEL_FILES["fp32"]))
+    return measure_relative_speed(variant, fp32, images), report["gpus"][0]
 
 
 def _with_metadata(model: onnx.ModelProto, precision: Precision, info: ModelInfo) -> bytes:
