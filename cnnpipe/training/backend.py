@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cnnpipe.devices import ask_driver
 from cnnpipe.environment import find_processor, usable_cores
-from cnnpipe.errors import ProviderError
+from cnnpipe.errors import ProviderError, one_line
 
 __all__ = [
     "LANES",
@@ -254,4 +254,5 @@ def _use_only(gpus: list[Any]) -> None:
     try:
         tf.config.set_visible_devices(gpus, "GPU")
     except RuntimeError as error:
-        raise ProviderError(f"TensorFlow already uses another device: {error}; start a new process") from error
+        reason = one_line(error)
+        raise ProviderError(f"TensorFlow already uses another device: {reason}; start a new process") from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.errors import DatasetError, ModelError
+from cnnpipe.errors import DatasetError, ModelError, one_line
 from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.training.datasets import PreparedDataset
 
@@ -104,8 +104,7 @@ def load_keras_model(path: Path) -> Any:
     try:
         model = keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path} is not a Keras model that can be loaded: {reason}; train again") from error
+        raise ModelError(f"{path} is not a Keras model that can be loaded: {one_line(error)}; train again") from error
     shapes = [getattr(model, name, None) for name in ("input_shape", "output_shape")]
     if [len(shape) if isinstance(shape, tuple) else None for shape in shapes] != [4, 2]:
         raise ModelError(
