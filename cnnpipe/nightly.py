@@ -21,12 +21,11 @@ __all__ = ["Nightly", "logged_errors", "look_at_nightly", "next_run", "prefect_h
 
 _TIMEOUT_SECONDS: Final = 5.0
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
-_EXCEPTION: Final = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Timeout)\b")
 
 
 @dataclass(frozen=True)
 class Nightly:
-    """What runs in the background for the nightly schedule, and what its server tells."""
+    """State of the nightly schedule: its processes, its next run, and the last error of its server."""
 
     server: str | None
     """Address of the server in a browser; None if it does not run."""
@@ -135,19 +134,21 @@ def next_run(request: Callable[..., Any]) -> str | None:
 def logged_errors(log: Path) -> list[str]:
     """Return each error and each traceback in the log of a server as one line, with its time where the log has one."""
     found: list[list[str]] = []
-    is_error = follows_record = False
-    record = ""
+    is_error = in_traceback = False
+    record = ""  # what is logged just before
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         if match := _RECORD.match(line):
             record = f"{match[1]} {match[3]}"
-            is_error, follows_record = match[2] in ("ERROR", "CRITICAL"), True
+            is_error, in_traceback = match[2] in ("ERROR", "CRITICAL"), False
             if is_error:
                 found.append([record])
             continue
-        if line.startswith("Traceback (most recent call last)") and not is_error:
-            is_error = True
-            found.append([record if follows_record else "traceback"])
-        elif is_error and _EXCEPTION.match(line):
-            found[-1][1:] = [line.strip()]  # of several, the last is what came of the others
-        follows_record = False
+        if line.startswith("Traceback (most recent call last)"):
+            if not is_error:
+                found.append([record or "Traceback"])
+            is_error = in_traceback = True
+        elif in_traceback and line[:1].strip():  # the exception; of several, the last is what came of the others
+            found[-1][1:] = [line]
+            in_traceback = False
+        record = ""
     return [": ".join(each) for each in found]

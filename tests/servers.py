@@ -1,4 +1,4 @@
-"""What the tests that start a server share: a port, an environment of its own, and the look into its log."""
+"""Shared by the tests that start a server: a port, an environment of its own, and the look into its log."""
 
 from __future__ import annotations
 
