@@ -77,7 +77,13 @@ bench: setup ## measure the program against its peers (ARGS='classification FOLD
 compile = $(python) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command 'make lock' --group dev --extra dask pyproject.toml
 
-lock: setup ## renew both lock files after a change of pyproject.toml (ARGS=--upgrade: to the newest of everything)
+lock_log := .venv/lock.log
+
+lock: setup ## renew both lock files, and try what they bring (ARGS=--upgrade: to the newest of everything)
 	@$(compile) $(ARGS) --output-file requirements.lock
 	@$(compile) --extra cuda --constraint requirements.lock --output-file requirements-cuda.lock
-	@echo 'locked; the next make installs what changed'
+	@sh scripts/setup.sh
+	@echo 'trying what is locked; takes 3 minutes'
+	@$(python) -m pytest -m lock >$(lock_log) 2>&1 || { echo "lock: what is locked does not work:" \
+		"$$(grep -m 1 -E '^(FAILED|ERROR)' $(lock_log) || tail -n 1 $(lock_log)); whole log: $(lock_log)" >&2; exit 1; }
+	@echo 'locked and tried: retrain, classify, a scheduled run; commit both lock files'

@@ -18,6 +18,7 @@ from cnnpipe.console import JsonOption, command, field_lines, progress_bar, show
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
+from cnnpipe.nightly import look_at_nightly, prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
 
@@ -152,11 +153,12 @@ def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS
 @app.command()
 @command
 def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Say what this machine has: versions, devices, cores, free disk, champions."""
+    """Say what this machine has: versions, devices, cores, free disk, champions, and the nightly schedule."""
     from cnnpipe.inference.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
     champions = [row for row in summarize_runs(artifacts) if row.champion]
+    nightly = look_at_nightly(prefect_home(artifacts))
     report = {
         **describe_environment(),
         "devices": device_report(),
@@ -167,7 +169,8 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
             "champions": {row.name: row.run_id for row in champions},
         },
     }
-    show_result(report, field_lines(report), as_json=as_json)
+    lines = field_lines({**report, "nightly": nightly.shown()})
+    show_result({**report, "nightly": asdict(nightly)}, lines, as_json=as_json)
 
 
 @models_app.command("list")

@@ -14,10 +14,11 @@ import typer
 from cnnpipe.config import ClassifySettings, RetrainSettings
 from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError
+from cnnpipe.nightly import prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runners import Runner, check_runner
 from flows.runs import close_dead_runs, run_url
-from flows.server import Server, ensure_server, prefect_home
+from flows.server import Server, ensure_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas import State

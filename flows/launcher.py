@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from cnnpipe.errors import ServerError
+from cnnpipe.nightly import server_log, server_pidfile
 from cnnpipe.storage import storage_errors
-from flows.pidfile import PidFile
 from flows.probe import answers_health
 
-__all__ = ["DEFAULT_PORT", "HOST", "QUIET", "START_TIMEOUT_SECONDS", "api_url_at", "server_pidfile", "start_server"]
+__all__ = ["DEFAULT_PORT", "HOST", "QUIET", "START_TIMEOUT_SECONDS", "api_url_at", "start_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
@@ -40,15 +40,13 @@ _SERVER_SETTINGS: Final = {
     "PREFECT_CLI_PROMPT": "false",
     "PREFECT_CLI_COLORS": "false",
     "PREFECT_LOGGING_COLORS": "false",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # the log is kept for longer than a day
+    # How far ahead a run is scheduled: Prefect's own 100 days would leave a yearly schedule without a next run.
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_SCHEDULED_TIME": "P1500D",
     # In memory, the default, leases are lost with the server, and with them the slot of every run then under way:
     # a deployment with a concurrency limit of 1 would never run again.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
-
-
-def server_pidfile(home: Path) -> PidFile:
-    """Return the record of the server whose folder is `home`: its `pid` and its `api_url`."""
-    return PidFile(home, "server")
 
 
 def api_url_at(port: int) -> str:
@@ -83,7 +81,7 @@ def start_server(home: Path, port: int | None) -> tuple[str, int]:
         if exit_status is None:
             return api_url_at(chosen), process.pid
         problem = f"it ended with status {exit_status}"
-    raise ServerError(f"the Prefect server did not come up: {problem}; {_log_tail(_log_path(home))}")
+    raise ServerError(f"the Prefect server did not come up: {problem}; {_log_tail(server_log(home))}")
 
 
 def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
@@ -92,7 +90,7 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
     lock = pidfile.acquire()
     if lock is None:
         raise ServerError(f"another process holds {pidfile.lock_path}; run `make stop` and try again")
-    log = _log_path(home)
+    log = server_log(home)
     arguments = ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     try:
         with storage_errors(log):
@@ -150,10 +148,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], api_url: str) -> int | N
             )
         time.sleep(_POLL_SECONDS)
     return process.returncode
-
-
-def _log_path(home: Path) -> Path:
-    return home / "server.log"
 
 
 def _log_tail(log: Path, num_lines: int = 4) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from cnnpipe.errors import StorageError
-from flows.pidfile import PidFile
-from flows.server import prefect_home
+from cnnpipe.nightly import prefect_home
+from cnnpipe.pidfile import PidFile
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import StateType

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
@@ -24,9 +25,11 @@ from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.console import command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.files import user_path
+from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
+from cnnpipe.storage import make_folder
 from flows.runs import close_dead_runs, unfinished_states
-from flows.server import Server, ensure_server, prefect_home, prepare_environment, serve_pidfile
+from flows.server import Server, ensure_server, prepare_environment
 
 if TYPE_CHECKING:
     from prefect.client.schemas.schedules import CronSchedule
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["build_deployments", "close_left_runs", "local_timezone", "parse_schedule"]
 
 _SECTIONS: Final = tuple(RetrainSettings.model_fields)
+_SECONDS_TO_SCHEDULE: Final = 120.0  # it takes 5 s, and a minute if the server is busy
 
 CronOption = Annotated[str, typer.Option("--cron", help="When to retrain: minute hour day month weekday.")]
 TimezoneOption = Annotated[
@@ -54,6 +58,7 @@ def _serve(
 ) -> None:
     """Retrain every night, and take orders for both flows, until Ctrl-C."""
     home = prefect_home(artifacts)
+    make_folder(home)  # prefect warns of a folder that it cannot make, and is imported before there is a server
     prepare_environment(home)
     schedule = parse_schedule(cron, timezone or local_timezone())
     settings = _with_whole_path(settings)
@@ -67,10 +72,20 @@ def _serve(
     deployments = build_deployments(settings, schedule, data.resolve(), artifacts.resolve())
     for line in _introduction(server, settings, schedule):
         typer.echo(line)
-    _serve_until_stopped(deployments, artifacts.resolve())
+    log = f"at {server.ui_url}" if server.pid is None else str(server_log(home))
+    _serve_until_stopped(deployments, artifacts.resolve(), log)
 
 
-def _serve_until_stopped(deployments: Sequence[RunnerDeployment], artifacts: Path) -> None:
+def _serve_until_stopped(deployments: Sequence[RunnerDeployment], artifacts: Path, log: str) -> None:
+    """Print the next run as soon as the server has scheduled it, and execute runs until Ctrl-C or SIGTERM.
+
+    Args:
+        artifacts: folder of runs and champions, absolute.
+        log: where the log of the server is, for the message.
+    Raises:
+        ServerError: the server schedules no run.
+    """
+    from prefect.client.orchestration import get_client
     from prefect.runner import Runner
 
     class Scheduler(Runner):
@@ -79,11 +94,23 @@ def _serve_until_stopped(deployments: Sequence[RunnerDeployment], artifacts: Pat
         def handle_sigterm(self, *_: Any, **__: Any) -> None:
             signal.raise_signal(signal.SIGINT)
 
+    async def print_next_run() -> None:
+        deadline = time.monotonic() + _SECONDS_TO_SCHEDULE
+        with get_client(sync_client=True) as client:
+            while (upcoming := await asyncio.to_thread(next_run, client.request)) is None:
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"the server has scheduled no run of retrain/nightly in {_SECONDS_TO_SCHEDULE:.0f} s; "
+                        f"look into its log, {log}, and check --cron"
+                    )
+                await asyncio.sleep(1)
+        typer.echo(f"next run:    {upcoming}")
+
     async def run() -> None:
         scheduler = Scheduler()
         for deployment in deployments:
             await scheduler.aadd_deployment(deployment)
-        await scheduler.start()
+        await asyncio.gather(scheduler.start(), print_next_run())
 
     # A shell that starts us in the background has SIGINT ignored, which asyncio would respect.
     signal.signal(signal.SIGINT, signal.default_int_handler)

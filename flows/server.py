@@ -27,20 +27,18 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.console import JsonOption, command, show_result
 from cnnpipe.errors import ServerError
+from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
-from flows.launcher import DEFAULT_PORT, HOST, QUIET, START_TIMEOUT_SECONDS, api_url_at, server_pidfile, start_server
-from flows.pidfile import PidFile
+from flows.launcher import DEFAULT_PORT, HOST, QUIET, START_TIMEOUT_SECONDS, api_url_at, start_server
 from flows.probe import answers_health, check_configured, configured_api_url, is_usable_local
 
 __all__ = [
     "Server",
     "app",
     "ensure_server",
-    "prefect_home",
     "prepare_environment",
     "running_server",
-    "serve_pidfile",
     "stop_server",
 ]
 
@@ -70,17 +68,6 @@ class Server:
     started: bool
     pid: int | None
     how_to_stop: str
-
-
-def prefect_home(artifacts: Path) -> Path:
-    """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
-    configured = os.environ.get("PREFECT_HOME")
-    return (Path(configured).expanduser() if configured else artifacts / ".prefect").resolve()
-
-
-def serve_pidfile(home: Path) -> PidFile:
-    """Return the record of the scheduler, `flows.serve`, that belongs to this project."""
-    return PidFile(home, "serve")
 
 
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
@@ -272,21 +259,14 @@ def stop(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -
 @app.command()
 @command
 def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Tell what this project runs in the background."""
+    """Tell what this project runs in the background, the next run, and the last error of the server."""
     home = prefect_home(artifacts)
-    server = running_server(home)
-    scheduler = serve_pidfile(home).read()
-    healthy = server is not None and answers_health(server.api_url)
-    state = "answers" if healthy else "does not answer"
-    lines = [
-        "server: not running" if server is None else f"server: {server.ui_url}, process {server.pid}, {state}",
-        "scheduler: not running" if scheduler is None else f"scheduler: process {scheduler['pid']}",
-    ]
+    server, nightly = running_server(home), look_at_nightly(home)
     values = {
-        "server": None if server is None else {**asdict(server), "healthy": healthy},
-        "scheduler_pid": None if scheduler is None else scheduler["pid"],
+        "server": None if server is None else {**asdict(server), "healthy": nightly.healthy},
+        **{name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")},
     }
-    show_result(values, lines, as_json=as_json)
+    show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 
 
 if __name__ == "__main__":

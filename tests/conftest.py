@@ -4,13 +4,16 @@ model and images for it, a server, a browser.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
+from servers import assert_quiet
 from tiny_models import write_digits, write_model
 
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
@@ -106,12 +109,31 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server of the tests' own, with an empty database, once a session: starting it takes long."""
     from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     # The library is used without a flow too once a flow has had its logger send to the server.
     quiet = temporary_settings({PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"})
-    with quiet, prefect_test_harness(server_startup_timeout=120):
+    log = tmp_path_factory.mktemp("prefect") / "server.log"
+    with quiet, ExitStack() as stack:
+        with _output_to(log):
+            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
         yield
+    assert_quiet(log)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Let the processes that the block starts write what they print to a file."""
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    with path.open("ab") as file:
+        for stream, _ in kept:
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        for stream, copy in kept:
+            os.dup2(copy, stream)
+            os.close(copy)

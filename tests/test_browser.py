@@ -6,8 +6,6 @@ Needs Debian's packages chromium and chromium-driver; `make test-browser`.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +16,9 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
+from servers import assert_quiet, clean_environment, free_port
+
+from cnnpipe.nightly import server_log
 
 pytestmark = pytest.mark.browser
 
@@ -28,21 +29,18 @@ WAIT_SECONDS = 60
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The result of a retraining by the command a user types, its server still up."""
     artifacts = tmp_path_factory.mktemp("browser") / "artifacts"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
 
     def call(*arguments: str) -> str:
         command = [sys.executable, "-m", *arguments, "--artifacts", str(artifacts)]
-        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        return subprocess.run(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    call("flows.server", "start", "--port", port)
+    call("flows.server", "start", "--port", str(free_port()))
     try:
         output = call("flows.retrain", "digits", "--epochs", "2", "--data", str(artifacts.parent / "data"), "--json")
         yield json.loads(output.splitlines()[-1])
     finally:
         call("flows.server", "stop")
+    assert_quiet(server_log(artifacts / ".prefect"))
 
 
 def wait_for_text(browser: Chrome, *texts: str) -> None:

@@ -318,6 +318,12 @@ def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
     assert "devices" in report
 
 
+def test_doctor_without_a_server_says_so(artifacts: Path) -> None:
+    result = run("doctor", "--artifacts", artifacts)
+    assert re.search(r"^nightly\.server +not running$", result.stdout, re.MULTILINE)
+    assert last_json(run("doctor", "--artifacts", artifacts, "--json"))["nightly"]["next_run"] is None
+
+
 def make_classes(root: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         (root / name).mkdir(parents=True)

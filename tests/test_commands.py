@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,12 @@ from typing import Any, Final
 from urllib.request import urlopen
 
 import pytest
+from servers import assert_quiet, clean_environment, free_port
 
+from cnnpipe.nightly import server_log
 from cnnpipe.training.datasets import PreparedDataset
 
 ROOT: Final = Path(__file__).parent.parent
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def _restore_sigint() -> None:
@@ -49,12 +43,11 @@ class Workplace:
 
     def start(self, module: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start a command in a process group of its own, with SIGINT as in the foreground of a terminal."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "CNNPIPE"))}
-        folders = {"CNNPIPE_ARTIFACTS": str(self.artifacts), "CNNPIPE_DATA": str(self.data), "HOME": "/nonexistent"}
+        folders = {"CNNPIPE_ARTIFACTS": str(self.artifacts), "CNNPIPE_DATA": str(self.data)}
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
-            env={**environment, **folders, **variables},
+            env=clean_environment(**folders, **variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,7 +72,7 @@ class Workplace:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A server for the module, started by the command."""
     folder = tmp_path_factory.mktemp("commands")
-    port = _free_port()
+    port = free_port()
     workplace = Workplace(folder / "artifacts", folder / "data", f"http://127.0.0.1:{port}")
     started = workplace.run("flows.server", "start", "--port", str(port))
     try:
@@ -87,6 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         yield workplace
     finally:
         workplace.run("flows.server", "stop")
+    assert_quiet(server_log(workplace.home))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +110,7 @@ def _wait_for_record(place: Workplace) -> str:
     return record.stem
 
 
+@pytest.mark.lock
 def test_retrain_prints_the_run_its_address_and_how_to_stop_the_server(
     place: Workplace, retrained: subprocess.CompletedProcess[str]
 ) -> None:
@@ -142,6 +137,7 @@ def test_a_failing_flow_is_one_line_and_with_json_an_object(place: Workplace, tm
     assert place.flow_run(_address(result.stderr))["state_type"] == "FAILED"
 
 
+@pytest.mark.lock
 @pytest.mark.usefixtures("retrained")
 def test_too_many_failures_are_exit_status_3_after_the_result(place: Workplace, photos: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cnnpipe.errors import ServerError
-from flows.pidfile import PidFile
+from cnnpipe.pidfile import PidFile
 
 
 def _hold(pidfile: PidFile, program: str) -> subprocess.Popen[str]:

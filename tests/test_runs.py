@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.states import Completed, Pending, Running
 
-from flows.pidfile import PidFile
+from cnnpipe.pidfile import PidFile
 from flows.runs import close_dead_runs, recorded_run
 from flows.serve import close_left_runs
 

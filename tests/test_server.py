@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,15 +12,26 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
+from zoneinfo import ZoneInfo
 
 import pytest
+from servers import assert_quiet, clean_environment, free_port
 
 from cnnpipe.errors import ServerError
+from cnnpipe.nightly import logged_errors, server_log
 from flows.probe import configured_api_url
 
 ROOT: Final = Path(__file__).parent.parent
+NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
+
+NO_DATE: Final = (
+    r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
+    r"\S+\.CroniterBadDateError: failed to find next date"
+)
+"""The error of a server that is given a schedule without a date, as one test does."""
 
 TOY_FLOW: Final = """
 import logging, sys
@@ -53,15 +62,9 @@ toy()
 """
 
 
-def _environment(**variables: str) -> dict[str, str]:
-    """Return this process's environment without any Prefect of the user's, nor of other tests."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "CNNPIPE"))}
-    return {**kept, "HOME": "/nonexistent", **variables}
-
-
 def _run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    environment = _environment(**variables)
+    environment = clean_environment(**variables)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -70,13 +73,6 @@ def _server(action: str, artifacts: Path, *options: str, **variables: str) -> di
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
     return answer
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -104,6 +100,10 @@ class Started:
         return self.artifacts / ".prefect"
 
     @property
+    def data(self) -> Path:
+        return self.artifacts.parent / "data"
+
+    @property
     def api_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/api"
 
@@ -111,7 +111,7 @@ class Started:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """One server for the module, started by two processes at once."""
-    artifacts, port = tmp_path_factory.mktemp("server") / "artifacts", _free_port()
+    artifacts, port = tmp_path_factory.mktemp("server") / "artifacts", free_port()
     command = [
         sys.executable,
         "-m",
@@ -124,19 +124,84 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
         str(artifacts),
     ]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     try:
         answers = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
         yield Started(artifacts, port, answers)
     finally:
         _run("-m", "flows.server", "stop", "--artifacts", str(artifacts))
+    assert_quiet(server_log(artifacts / ".prefect"), NO_DATE)
 
 
 def test_two_starts_at_once_make_one_server(started: Started) -> None:
     assert sorted(answer["started"] for answer in started.answers) == [False, True]
     assert {answer["api_url"] for answer in started.answers} == {started.api_url}
     assert len({answer["pid"] for answer in started.answers}) == 1
+
+
+def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_told(started: Started) -> None:
+    impatient = "import flows.serve; flows.serve._SECONDS_TO_SCHEDULE = 8; flows.serve.main()"
+    folders = ("--artifacts", str(started.artifacts), "--data", str(started.data))
+    result = _run("-c", impatient, "--cron", "0 2 30 2 *", *folders)
+    assert result.returncode == 1
+    log = re.escape(str(server_log(started.home)))
+    assert re.search(
+        rf"^error: the server has scheduled no run .* in 8 s; look into its log, {log}, ", result.stderr, re.M
+    )
+    assert "Traceback" not in result.stderr
+
+    (error,) = logged_errors(server_log(started.home))
+    assert re.fullmatch(NO_DATE, error)
+    assert _server("status", started.artifacts)["last_error"] == error
+    doctor = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts))
+    assert re.search(rf"^nightly\.last error +{re.escape(error)}$", doctor.stdout, re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Serving:
+    process: subprocess.Popen[bytes]
+    printed: Path
+
+    def output(self) -> str:
+        return self.printed.read_text()
+
+    def next_run(self) -> str:
+        """Return what is printed as the next run, as soon as it is."""
+        _wait_for(lambda: "next run:" in self.output(), 60)
+        (found,) = re.findall(r"^next run:    (.*)$", self.output(), re.MULTILINE)
+        return str(found)
+
+
+@pytest.fixture(scope="module")
+def serving(started: Started, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Start `flows.serve` with a short training every minute; the clock goes on while other tests run."""
+    printed = tmp_path_factory.mktemp("serve") / "output"
+    command = [sys.executable, "-m", "flows.serve", "digits", "--epochs", "1", "--cron", "* * * * *"]
+    folders = ["--artifacts", str(started.artifacts), "--data", str(started.data), "--timezone", "Europe/Rome"]
+    with printed.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *folders], cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    yield Serving(process, printed)
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def test_serve_offers_both_deployments_and_prints_the_run_that_is_scheduled(started: Started, serving: Serving) -> None:
+    announced = serving.next_run()
+    introduction = serving.output().partition("\nnext run:")[0].splitlines()
+    assert introduction[0].startswith("Prefect UI:  ")
+    assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
+    assert f"PREFECT_API_URL={started.api_url}" in serving.output()
+    paused = {each["name"]: each["paused"] for each in _ask(f"{started.api_url}/deployments/filter", {})}
+    assert paused == {"nightly": False, "bulk": False}
+    next_runs = [_server("status", started.artifacts)["next_run"]]
+    doctor = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts), "--json")
+    next_runs.append(json.loads(doctor.stdout)["nightly"]["next_run"])
+    assert [announced, *next_runs] == sorted([announced, *next_runs])
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d Europe/Rome", each) for each in next_runs)
 
 
 def test_later_start_uses_the_running_server(started: Started) -> None:
@@ -191,12 +256,20 @@ def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(started: St
     assert library == {"in flow": False, "in task 0": True, "in task 1": True, "in task 2": True, "last words": False}
 
     def counted() -> dict[str, int]:
-        events = _ask(f"{started.api_url}/events/filter", {"limit": 50})["events"]
+        by_run = {"any_resource": {"id": [f"prefect.flow-run.{run['id']}"]}}
+        events = _ask(f"{started.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
         names = [event["event"].removeprefix("prefect.") for event in events]
         return {name: names.count(name) for name in ("flow-run.Completed", "task-run.Completed", "artifact.created")}
 
     # The server writes events in batches, every five seconds.
     _wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
+
+
+def test_second_serve_is_an_error(started: Started, serving: Serving) -> None:
+    serving.next_run()
+    second = _run("-m", "flows.serve", "--artifacts", str(started.artifacts))
+    assert second.returncode == 1
+    assert re.search(rf"process {serving.process.pid} serves these deployments already; end it first: ", second.stderr)
 
 
 @pytest.fixture
@@ -247,7 +320,7 @@ def test_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_pa
     home = tmp_path / ".prefect"
     home.mkdir()
     (home / "prefect.db").write_text("this is no database")
-    answer = _server("start", tmp_path, "--port", str(_free_port()))
+    answer = _server("start", tmp_path, "--port", str(free_port()))
     assert re.search(r"did not come up: it ended with status \d+; its log .*server\.log ends with: ", answer["error"])
     assert "\n" not in answer["error"]
     assert _server("status", tmp_path)["server"] is None
@@ -271,29 +344,37 @@ def test_active_profile_counts_as_configured(tmp_path: Path, monkeypatch: pytest
         configured_api_url()
 
 
-def test_serve_offers_both_deployments_until_stop_ends_it_and_the_server(started: Started) -> None:
-    command = [sys.executable, "-m", "flows.serve", "--artifacts", str(started.artifacts), "--timezone", "Europe/Rome"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as serve:
+@pytest.mark.lock
+def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(started: Started, serving: Serving) -> None:
+    day, minute, timezone = serving.next_run().split()
+    due = datetime.fromisoformat(f"{day} {minute}").replace(tzinfo=ZoneInfo(timezone))
 
-        def paused() -> dict[str, bool]:
-            found = _ask(f"{started.api_url}/deployments/filter", {})
-            return {each["name"]: each["paused"] for each in found}
+    def run() -> dict[str, Any]:
+        runs = _ask(f"{started.api_url}/flow_runs/filter", NIGHTLY)
+        (found,) = (each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
+        return dict(found)
 
-        _wait_for(lambda: paused() == {"nightly": False, "bulk": False}, 60)
-        second = _run(*command[1:])
-        assert second.returncode == 1
-        assert re.search(rf"process {serve.pid} serves these deployments already; end it first: ", second.stderr)
+    assert run()["auto_scheduled"] is True
+    _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
+    assert run()["state_name"] == "Promoted", serving.output()
+    of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
+    keys = {each["key"] for each in _ask(f"{started.api_url}/artifacts/filter", of_run)}
+    assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
+    assert (started.artifacts / "digits" / "champion").is_file()
+    _wait_for(lambda: "Finished in state Promoted(" in serving.output())
 
-        stopped = _server("stop", started.artifacts)["stopped"]
-        output = serve.communicate(timeout=30)[0]
-    assert serve.returncode == 0
-    assert f"PREFECT_API_URL={started.api_url}" in output
-    assert "Traceback" not in output
+
+def test_stop_ends_serve_and_the_server(started: Started, serving: Serving) -> None:
+    stopped = _server("stop", started.artifacts)["stopped"]
+    assert serving.process.wait(timeout=30) == 0
+    assert serving.output().endswith("the schedule has ended\n")
+    assert "Traceback" not in serving.output()
     assert [line.partition(" (")[0] for line in stopped] == [
         "stopped the scheduler",
         f"stopped the Prefect server at http://127.0.0.1:{started.port}",
     ]
     assert _server("stop", started.artifacts)["stopped"] == []
-    assert _server("status", started.artifacts) == {"status": "ok", "server": None, "scheduler_pid": None}
+    status = _server("status", started.artifacts)
+    assert (status["server"], status["scheduler_pid"], status["next_run"]) == (None, None, None)
+    shown = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts))
+    assert re.search(r"^nightly\.server +not running$", shown.stdout, re.MULTILINE)

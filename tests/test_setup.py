@@ -32,7 +32,11 @@ case "$*" in
     cat "$0" >"$4/bin/python"
     chmod +x "$4/bin/python"
     ;;
-"-m pip "*)
+"-m uv "*)
+    echo "$*" >>"{calls}"
+    echo "# locked" >>requirements.lock
+    ;;
+"-m pip "* | "-m pytest "*)
     echo "$*" >>"{calls}"
     if [ -e "{broken}" ]; then echo "ERROR: no network"; exit 1; fi
     ;;
@@ -273,11 +277,11 @@ def test_setup_with_another_python_makes_the_venv_anew(machine: Machine) -> None
     assert "with Python 3.11" in machine.setup(PYTHON="python3.11").stdout
 
 
-def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # Without what the make that runs these tests passes on to those it thinks it calls.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     environment.update(NAME="not-a-setting", ARGS="--not-one-either")
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_make_lists_every_target() -> None:
@@ -303,6 +307,44 @@ def test_make_passes_settings_on_as_they_are(arguments: list[str], expected: lis
     shown = command.replace(".venv/bin/python", "printf '%s\\n'", 1)
     words: Any = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout.splitlines()
     assert words == ["-m", *expected]
+
+
+@pytest.fixture
+def locking(machine: Machine) -> Machine:
+    """A machine that is set up and has the Makefile."""
+    machine.add_python("python3", "3.12")
+    assert machine.setup().returncode == 0
+    machine.calls.unlink()
+    shutil.copy(ROOT / "Makefile", machine.project)
+    return machine
+
+
+def test_make_lock_installs_what_it_has_locked_and_tries_the_three_jobs(locking: Machine) -> None:
+    result = _make("lock", cwd=locking.project)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [call.split()[1] for call in locking.called()] == ["uv", "uv", "pip", "pip", "pip", "pytest"]
+    assert locking.called()[-1] == "-m pytest -m lock"
+    last = "locked and tried: retrain, classify, a scheduled run; commit both lock files"
+    assert result.stdout.splitlines()[-1] == last
+
+    tests = "".join((ROOT / "tests" / file).read_text() for file in ("test_commands.py", "test_server.py"))
+    tried = re.findall(
+        r"^@pytest\.mark\.lock\n(?:@.*\n)*def test_(retrain|too_many|run_comes_due)", tests, re.MULTILINE
+    )
+    assert tried == ["retrain", "too_many", "run_comes_due"]
+
+
+def test_make_lock_fails_with_one_line_if_a_job_does(locking: Machine) -> None:
+    jobs = locking.project / ".venv" / "bin" / "python"
+    jobs.write_text(
+        jobs.read_text().replace('"-m uv "*)', '"-m pytest "*) echo "FAILED tests/a.py::b"; exit 1 ;;\n"-m uv "*)')
+    )
+    result = _make("lock", cwd=locking.project)
+    first, *make = result.stderr.splitlines()
+    assert result.returncode != 0
+    assert first == "lock: what is locked does not work: FAILED tests/a.py::b; whole log: .venv/lock.log"
+    assert all(line.startswith("make: ") for line in make)
+    assert "locked and tried" not in result.stdout
 
 
 def test_make_classify_without_folder_says_so_in_one_line() -> None:
