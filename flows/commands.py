@@ -13,7 +13,7 @@ import typer
 
 from cnnpipe.config import ClassifySettings, RetrainSettings
 from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, show_result
-from cnnpipe.errors import FailureBudgetError, ServerError
+from cnnpipe.errors import FailureBudgetError, ServerError, one_line
 from cnnpipe.nightly import prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runners import Runner, check_runner
@@ -101,7 +101,7 @@ def _classify(
         return state
 
     shown = ("table", "found", "ok", "error", "resumed", "error_kinds", "images_per_second", "device", "precision",
-             "slowest_stage")  # fmt: skip
+             "precision_reason", "slowest_stage")  # fmt: skip
     _run_flow(run, artifacts, shown, as_json=as_json)
 
 
@@ -139,18 +139,21 @@ def _quieten_prefect() -> None:
 
 @contextmanager
 def _lost_server(server: Server) -> Iterator[None]:
-    """Turn the end of the connection to the server into one line.
+    """Turn the loss of the server, or of its database, into one line.
 
     Raises:
-        ServerError: the server does not answer any more.
+        ServerError: the server does not answer any more, or does not know this run any more.
     """
     import httpx
+    from prefect.exceptions import ObjectNotFound
 
     try:
         yield
-    except httpx.TransportError as error:
+    except (httpx.TransportError, ObjectNotFound) as error:
+        lost = isinstance(error, ObjectNotFound)
+        problem = "does not know this run any more" if lost else f"has stopped answering ({one_line(error)})"
         raise ServerError(
-            f"the Prefect server at {server.ui_url} has stopped answering ({error}), and with it this run has ended; "
+            f"the Prefect server at {server.ui_url} {problem}, and with it this run has ended; "
             "what was finished is kept; run the command again, which finds or starts a server"
         ) from error
 

@@ -9,12 +9,15 @@ import ssl
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from cnnpipe.errors import ServerError
+from dotenv import dotenv_values
 
-__all__ = ["answers_health", "check_configured", "configured_api_url", "is_usable_local"]
+from cnnpipe.errors import ServerError, one_line
+
+__all__ = ["answers_health", "check_configured", "configured_api_url"]
 
 _LOCAL_TIMEOUT_SECONDS: Final = 5.0
 _REMOTE_TIMEOUT_SECONDS: Final = 15.0
@@ -24,25 +27,36 @@ _PROBLEMS: Final = (OSError, ValueError, http.client.HTTPException)  # no connec
 def configured_api_url() -> tuple[str, str] | None:
     """Return the address of the API that the user has configured and where it is set, or None.
 
-    The places are prefect's own: the environment, then the active profile.
+    The places and their order are prefect's own: the environment; `.env`, `prefect.toml` and `pyproject.toml` in the
+    working folder; the active profile. Source: docs.prefect.io, "Settings and profiles".
 
     Raises:
-        ServerError: the file of profiles cannot be read.
+        ServerError: one of the files cannot be read.
     """
-    url = os.environ.get("PREFECT_API_URL")
-    if url:
-        return url.rstrip("/"), "PREFECT_API_URL"
+    return next(((url.rstrip("/"), origin) for url, origin in _api_urls() if url), None)
+
+
+def _api_urls() -> Iterator[tuple[str | None, str]]:
+    """Yield what each place says, and its name; nothing of the later ones is read where an earlier one decides."""
+    yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
+    yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
+    yield _read_toml(Path("prefect.toml")).get("api", {}).get("url"), "the api url in prefect.toml"
+    tool = _read_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {})
+    yield tool.get("api", {}).get("url"), "the api url in pyproject.toml"
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
-    try:
-        profiles = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ServerError(f"cannot read Prefect's profiles from {path}: {error}; mend or remove that file") from error
+    profiles = _read_toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
     name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
     url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
-    return (url.rstrip("/"), f"PREFECT_API_URL of the Prefect profile {name!r}") if url else None
+    yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ServerError(f"cannot read Prefect's settings from {path}: {one_line(error)}; fix that file") from error
 
 
 def check_configured(api_url: str, origin: str) -> None:
@@ -86,24 +100,6 @@ def answers_health(api_url: str) -> bool:
         return _get(f"{api_url}/health", _LOCAL_TIMEOUT_SECONDS) is True
     except _PROBLEMS:
         return False
-
-
-def is_usable_local(api_url: str, own_home: Path) -> bool:
-    """Tell whether a Prefect 3 server runs at an address of this machine, and still has its data.
-
-    A server whose folder was removed, say with a clone of this project, answers but keeps nothing.
-
-    Args:
-        own_home: the folder of this project's server, which is known not to run: who has it now is such a server.
-    """
-    try:
-        if not str(_get(f"{api_url}/admin/version", _LOCAL_TIMEOUT_SECONDS)).startswith("3."):
-            return False
-        home = Path(_get(f"{api_url}/admin/settings", _LOCAL_TIMEOUT_SECONDS)["home"])
-    except (*_PROBLEMS, KeyError, TypeError):
-        return False
-    # The parent: a server in a container has a folder that this machine does not see.
-    return home != own_home and os.path.lexists(home.parent)
 
 
 def _get(url: str, timeout_seconds: float) -> Any:

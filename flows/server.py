@@ -1,7 +1,8 @@
-"""The Prefect server that the flows report to: the one that is configured, or the local one, or one started here.
+"""The Prefect server that the flows report to: the one that is configured, or the one of the artifacts folder.
 
-1. `PREFECT_API_URL`, from the environment or the user's active Prefect profile: used, or an error; never passed over.
-2. A server that this project started before, or any Prefect 3 server on 127.0.0.1:4200.
+1. `PREFECT_API_URL`, from any place that Prefect reads: that server is used, or it is an error; it is never ignored.
+2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
+   it may be stopped, or started with another database, in the middle of a run.
 3. Else one is started on 127.0.0.1, with its SQLite file and its log in `<artifacts>/.prefect`. It outlives the
    process that started it, so that runs can be looked at, until `make stop`.
 
@@ -30,8 +31,8 @@ from cnnpipe.errors import ServerError
 from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
-from flows.launcher import DEFAULT_PORT, HOST, QUIET, START_TIMEOUT_SECONDS, api_url_at, start_server
-from flows.probe import answers_health, check_configured, configured_api_url, is_usable_local
+from flows.launcher import HOST, QUIET, START_TIMEOUT_SECONDS, start_server
+from flows.probe import answers_health, check_configured, configured_api_url
 
 __all__ = [
     "Server",
@@ -78,7 +79,7 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
 
     Args:
         home: folder of a server of our own, see `prefect_home`; also keeps the results of tasks.
-        port: where to look for a local server and to start one; default: 4200, or any free port if that is taken.
+        port: where to start a server; default: 4200, or any free port if that is taken.
     Raises:
         ServerError: the configured server does not answer, or none could be started; tells what its log says.
         StorageError: `home` cannot be written.
@@ -144,10 +145,6 @@ def _local_server(home: Path, port: int | None) -> Server:
         own = running_server(home)
         if own is not None and _wait_until_healthy(own, home):
             return own
-        local = api_url_at(port or DEFAULT_PORT)
-        if is_usable_local(local, home):
-            logger.info("using the Prefect server that already runs at %s", _ui_url(local))
-            return _foreign_server(local)
         return _own_server(home, *start_server(home, port), started=True)
 
 

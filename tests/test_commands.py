@@ -16,10 +16,14 @@ from typing import Any, Final
 from urllib.request import urlopen
 
 import pytest
+from prefect.exceptions import ObjectNotFound
 from servers import assert_quiet, clean_environment, free_port
 
+from cnnpipe.errors import ServerError
 from cnnpipe.nightly import server_log
 from cnnpipe.training.datasets import PreparedDataset
+from flows.commands import _lost_server
+from flows.server import Server
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -206,3 +210,10 @@ def test_a_server_that_dies_under_a_run_is_one_line(place: Workplace) -> None:
     assert error.startswith(f"error: the Prefect server at {place.server} has stopped answering (")
     assert stderr.splitlines()[-1] == error
     assert "prefect._internal" not in stderr
+
+
+def test_a_server_that_lost_its_database_is_one_line() -> None:
+    server = Server("http://127.0.0.1:1/api", "http://127.0.0.1:1", started=False, pid=None, how_to_stop="by hand")
+    message = r"at http://127\.0\.0\.1:1 does not know this run any more, and with it this run has ended"
+    with pytest.raises(ServerError, match=message), _lost_server(server):
+        raise ObjectNotFound(http_exc=ValueError("404"))

@@ -221,9 +221,9 @@ def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(started: S
     assert (started.home / "prefect.db").is_file()
 
 
-def test_server_of_another_project_is_used_but_not_stopped(started: Started, tmp_path: Path) -> None:
+def test_server_of_another_project_is_left_alone(started: Started, tmp_path: Path) -> None:
     answer = _server("start", tmp_path / "other", "--port", str(started.port))
-    assert (answer["api_url"], answer["started"], answer["pid"]) == (started.api_url, False, None)
+    assert answer["error"].startswith(f"port {started.port} on 127.0.0.1 is taken by another program")
     assert _server("stop", tmp_path / "other")["stopped"] == []
     assert _ask(f"{started.api_url}/health") is True
 
@@ -331,16 +331,39 @@ def test_server_module_loads_no_prefect() -> None:
     assert result.stdout == "False\n", result.stderr
 
 
-def test_active_profile_counts_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.delenv("PREFECT_PROFILE", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    ("file", "text", "origin"),
+    [
+        (".env", "PREFECT_API_URL=https://prefect.example/api/", "PREFECT_API_URL in .env"),
+        ("prefect.toml", '[api]\nurl = "https://prefect.example/api/"', "the api url in prefect.toml"),
+        ("pyproject.toml", '[tool.prefect.api]\nurl = "https://prefect.example/api"', "the api url in pyproject.toml"),
+        (
+            "home/profiles.toml",
+            'active = "team"\n[profiles.team]\nPREFECT_API_URL = "https://prefect.example/api/"\n',
+            "PREFECT_API_URL of the Prefect profile 'team'",
+        ),
+    ],
+)
+def test_every_place_that_prefect_reads_counts_as_configured(
+    file: str, text: str, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", "home")
+    (tmp_path / "home").mkdir()
     assert configured_api_url() is None
-    profiles = tmp_path / "profiles.toml"
-    profiles.write_text('active = "team"\n[profiles.team]\nPREFECT_API_URL = "https://prefect.example/api/"\n')
-    assert configured_api_url() == ("https://prefect.example/api", "PREFECT_API_URL of the Prefect profile 'team'")
-    profiles.write_text("active = team")
-    with pytest.raises(ServerError, match=r"cannot read Prefect's profiles from .*mend or remove that file"):
+    (tmp_path / file).write_text(text)
+    assert configured_api_url() == ("https://prefect.example/api", origin)
+    monkeypatch.setenv("PREFECT_API_URL", "http://here/api")
+    assert configured_api_url() == ("http://here/api", "PREFECT_API_URL")
+
+
+def test_settings_of_prefect_that_cannot_be_read_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    (tmp_path / "prefect.toml").write_text("api = [")
+    with pytest.raises(ServerError, match=r"cannot read Prefect's settings from prefect\.toml: .*; fix that file"):
         configured_api_url()
 
 
