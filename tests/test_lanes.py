@@ -52,6 +52,7 @@ def test_a_batch_has_two_lanes_while_each_has_sixteen_images() -> None:
     assert count_lanes(32, "cpu") == count_lanes(10_000, "cpu") == 2
 
 
+@pytest.mark.slow
 def test_the_number_of_cores_does_not_decide_over_the_weights(digits: PreparedDataset, tmp_path: Path) -> None:
     script = """
 import hashlib, sys
