@@ -100,8 +100,8 @@ def evaluate(
 ) -> None:
     """Score a model on a test split.
 
-    A run that is still being made gets its metrics.json, classification_report.csv and predictions_test.csv from its
-    model.keras; a complete run is scored by its model.onnx, and nothing in it changes.
+    A run that is still being made gets its metrics.json and the tables beside it from its model.keras; a complete run
+    is scored by its model.onnx, and nothing in it changes.
     """
     from cnnpipe.training.stages import evaluate_any
 

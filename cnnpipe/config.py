@@ -61,7 +61,7 @@ class PrepareSettings(Settings):
         "digits",
         min_length=1,
         description="`digits` (built in), `cifar10` (the official archive), or the path of a folder of images: "
-        "<root>/{train,val,test}/<class>/* or <root>/<class>/*",
+        "FOLDER/{train,val,test}/CLASS/* or FOLDER/CLASS/*",
     )
     name: str | None = Field(
         None,

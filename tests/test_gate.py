@@ -21,7 +21,8 @@ RUN_FILES = {
     "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx",
     "model.int8.onnx",
     "model.fp16.onnx", "metrics.json", "parity.json",
-    "classification_report.csv", "predictions_test.csv", "accuracy.png", "loss.png", "confusion_matrix.png",
+    "classification_report.csv", "predictions_test.csv", "confusion_matrix.csv",
+    "accuracy.png", "loss.png", "confusion_matrix.png",
     "samples.png", "mistakes.png", "promotion.json",
 }  # fmt: skip
 
