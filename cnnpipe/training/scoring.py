@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from cnnpipe.errors import DatasetError, ModelError
 from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.training.datasets import PreparedDataset
 
-__all__ = ["load_keras_model", "model_image_size", "predict_keras", "predict_model", "predict_onnx"]
+__all__ = [
+    "describe_difference",
+    "load_keras_model",
+    "model_image_size",
+    "predict_keras",
+    "predict_model",
+    "predict_onnx",
+]
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
 Probabilities = npt.NDArray[np.float32]  # (N, classes)
@@ -63,19 +70,26 @@ def model_image_size(model: Path) -> tuple[int, int]:
 def _require_classes(model: Path, class_names: tuple[str, ...] | None, dataset: PreparedDataset) -> None:
     if class_names is None or class_names == dataset.class_names:
         return
-    if sorted(class_names) == sorted(dataset.class_names):
-        difference = "the same in another order"
-    else:
-        missing = [name for name in class_names if name not in dataset.class_names]
-        unknown = [name for name in dataset.class_names if name not in class_names]
-        difference = "; ".join(
-            f"{where} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for where, names in (("only the model", missing), ("only the dataset", unknown))
-            if names
-        )
+    difference = describe_difference(class_names, dataset.class_names, ("only the model", "only the dataset"))
     raise ModelError(
         f"{model} knows {len(class_names)} classes, the dataset {dataset.name} has {len(dataset.class_names)}, "
         f"and they differ: {difference}; evaluate it on a dataset with its own classes"
+    )
+
+
+def describe_difference(first: Sequence[str], second: Sequence[str], owners: tuple[str, str]) -> str:
+    """Return in words how two lists of classes differ, such as "only the model has cat; only the dataset has dog".
+
+    Args:
+        owners: what to call whoever has classes that the other lacks, first and second.
+    """
+    if sorted(first) == sorted(second):
+        return "the same in another order"
+    lacking = ([name for name in first if name not in second], [name for name in second if name not in first])
+    return "; ".join(
+        f"{owner} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for owner, names in zip(owners, lacking, strict=True)
+        if names
     )
 
 
