@@ -15,7 +15,15 @@ from cnnpipe.errors import DatasetError
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL
 
-__all__ = ["DataReport", "Leak", "Unreadable", "build_report", "check_limits", "compute_statistics"]
+__all__ = [
+    "DataReport",
+    "Leak",
+    "Unreadable",
+    "build_report",
+    "check_limits",
+    "compute_statistics",
+    "warn_of_unreadable",
+]
 
 _CHUNK_BYTES = 2**22
 
@@ -83,7 +91,7 @@ def build_report(
     }
     found = [
         *warnings,
-        *_warn_of_unreadable(unreadable, len(labels)),
+        *warn_of_unreadable(unreadable, len(labels)),
         *_warn_of_leaks(leaks, counts),
         *_warn_of_duplicates(duplicates),
         *_warn_of_contradictions(labels, digests, paths),
@@ -125,7 +133,8 @@ def _find_leaks(
     return leaks, duplicates
 
 
-def _warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+    """Return a warning if some files are unreadable, else nothing."""
     if not unreadable:
         return []
     total = num_readable + len(unreadable)

@@ -19,7 +19,8 @@ import re
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -58,6 +59,7 @@ __all__ = [
     "load_prepared",
     "prepare_arrays",
     "prepare_dataset",
+    "scratch_folder",
 ]
 
 DATASET_FILE: Final = "dataset.json"
@@ -212,12 +214,8 @@ def _prepare(
     source: Source, settings: PrepareSettings, prepared: Path, progress: ProgressCallback | None
 ) -> PreparedDataset:
     """Read the source, split it, and write the folder."""
-    make_folder(prepared)
-    _remove_leftovers(prepared)
-    with storage_errors(prepared):
-        scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
-    with scratch as folder:
-        images = source.read(settings.image_size, Path(folder) / "pixels")
+    with scratch_folder(prepared) as folder:
+        images = source.read(settings.image_size, folder / "pixels")
         splits = assign_splits(
             images.labels,
             images.digests,
@@ -237,6 +235,21 @@ def _prepare(
         with write_folder(path) as temporary:
             _write_dataset(temporary, images, splits, source.kind, fingerprint, settings, progress or _no_progress)
     return load_prepared(path)
+
+
+@contextmanager
+def scratch_folder(prepared: Path) -> Iterator[Path]:
+    """Give a folder in `data/prepared`, for as long as the images decoded to it are read.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_folder(prepared)
+    _remove_leftovers(prepared)
+    with storage_errors(prepared):
+        scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
+    with scratch as folder:
+        yield Path(folder)
 
 
 def _write_dataset(

@@ -36,6 +36,7 @@ __all__ = [
     "evaluate_model",
     "evaluate_probabilities",
     "read_evaluation",
+    "recorded_classes",
     "write_evaluation",
 ]
 
@@ -226,14 +227,14 @@ def evaluate_model(
         StorageError: `output` cannot be written.
     """
     labels = dataset.labels("test")
-    probabilities = predict_model(model, dataset, _recorded_classes(model.parent))
+    probabilities = predict_model(model, dataset, recorded_classes(model.parent))
     evaluation = evaluate_probabilities(probabilities, labels, dataset.class_names, settings)
     if output is not None:
         write_evaluation(output, evaluation, probabilities, labels, dataset.paths("test"), dataset.class_names)
     return evaluation
 
 
-def _recorded_classes(run: Path) -> tuple[str, ...] | None:
+def recorded_classes(run: Path) -> tuple[str, ...] | None:
     """Return the classes that a run folder records; None for a `.keras` file that stands alone, or is new."""
     if (run / MANIFEST_FILE).is_file():
         return read_manifest(run).model.class_names

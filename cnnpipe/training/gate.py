@@ -30,7 +30,7 @@ from cnnpipe.training.evaluation import METRICS_FILE
 from cnnpipe.training.scoring import describe_difference, predict_onnx
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 
-__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
+__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision", "read_location"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _incomparable(
         return "takes images of {} pixels, this run of {}".format(*sizes)
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return None
-    if (source := _read_location(champion)) != location and not _shares_images(champion, dataset):
+    if (source := read_location(champion)) != location and not _shares_images(champion, dataset):
         return f"was trained on {source}, this run on {location}, which has other images"
     seed, own = load_toml(RetrainSettings, champion / "config.toml").prepare.seed, settings.prepare.seed
     return None if seed == own else f"may have been trained on these test images (split seed {seed}, here {own})"
@@ -135,7 +135,7 @@ def _read_environment(run: Path) -> dict[str, Any]:
     return environment if isinstance(environment, dict) else {}
 
 
-def _read_location(run: Path) -> str:
+def read_location(run: Path) -> str:
     """Return where a run's images came from; of an older run, which does not record it, what its settings say here."""
     source: str | None = _read_environment(run).get("source")
     return source or dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
@@ -184,7 +184,7 @@ def conclude_run(run: Path, dataset: PreparedDataset, settings: RetrainSettings,
         if decision is None:
             info = open_session(run / MODEL_FILES["fp32"], "cpu").info
             champion = None if forced is not None else champion_run(artifacts, name)
-            decision = decide_promotion(info, champion, dataset, settings, _read_location(run))
+            decision = decide_promotion(info, champion, dataset, settings, read_location(run))
             if forced is not None:
                 decision = replace(decision, promoted=True, reason=forced)
             write_json(run / PROMOTION_FILE, asdict(decision))
@@ -239,7 +239,7 @@ def _complete_run(run: Path, info: ModelInfo, decision: Decision, dataset: Prepa
         dataset={
             "name": dataset.name,
             "source": dataset.source,
-            "location": _read_location(run),
+            "location": read_location(run),
             "fingerprint": dataset.fingerprint,
             "num_images": dataset.num_images,
         },

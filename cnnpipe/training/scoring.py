@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.training.datasets import PreparedDataset
 
 __all__ = [
+    "OpenModel",
     "describe_difference",
     "load_keras_model",
-    "model_image_size",
+    "open_model",
     "predict_keras",
     "predict_model",
     "predict_onnx",
@@ -27,44 +30,54 @@ Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
 Probabilities = npt.NDArray[np.float32]  # (N, classes)
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to be scored."""
+
+    class_names: tuple[str, ...] | None
+    """None for a `.keras` file of which nobody knows them."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    predict: Callable[[Images], Probabilities]
+    """(N, height, width, 3) uint8 -> (N, classes) float32."""
+
+
+def open_model(model: Path, recorded_classes: tuple[str, ...] | None = None) -> OpenModel:
+    """Open a `.keras` or `.onnx` file.
+
+    Args:
+        recorded_classes: what is known of the classes of a `.keras` file, which does not name them itself.
+    Raises:
+        ModelError: the file is not a model.
+    """
+    if model.suffix == ".onnx":
+        session = open_session(model)
+        return OpenModel(session.info.class_names, session.info.image_size, partial(predict_onnx, session))
+    if model.suffix == ".keras":
+        network = load_keras_model(model)
+        height, width = network.input_shape[1:3]
+        return OpenModel(recorded_classes, (height, width), partial(predict_keras, network))
+    raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {model}; check the path")
+
+
 def predict_model(
     model: Path, dataset: PreparedDataset, recorded_classes: tuple[str, ...] | None = None
 ) -> Probabilities:
     """Return a model file's probabilities for a dataset's test split, (N, classes) float32.
 
     Args:
-        model: a `.keras` or `.onnx` file.
-        recorded_classes: what is known of the classes of a `.keras` file, which does not name them itself.
+        recorded_classes: as for `open_model`.
     Raises:
-        ModelError: the file is no model, or its classes or image size are not the dataset's.
+        ModelError: the file is not a model, or its classes or image size are not the dataset's.
         DatasetError: the test split is empty.
     """
     images = dataset.images("test")
     if not len(images):
         raise DatasetError(f"{dataset.path} has no test images; prepare the dataset with a test split")
-    if model.suffix == ".onnx":
-        session = open_session(model)
-        _require_classes(model, session.info.class_names, dataset)
-        _require_image_size(model, session.info.image_size, dataset)
-        return predict_onnx(session, images)
-    if model.suffix == ".keras":
-        _require_classes(model, recorded_classes, dataset)
-        network = load_keras_model(model)
-        _require_image_size(model, network.input_shape[1:3], dataset)
-        return predict_keras(network, images)
-    raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {model}; check the path")
-
-
-def model_image_size(model: Path) -> tuple[int, int]:
-    """Return the (height, width) that a `.keras` or `.onnx` file wants, in pixels.
-
-    Raises:
-        ModelError: the file is no model.
-    """
-    if model.suffix == ".onnx":
-        return open_session(model, "cpu").info.image_size
-    height, width = load_keras_model(model).input_shape[1:3]
-    return height, width
+    opened = open_model(model, recorded_classes)
+    _require_classes(model, opened.class_names, dataset)
+    _require_image_size(model, opened.image_size, dataset)
+    return opened.predict(images)
 
 
 def _require_classes(model: Path, class_names: tuple[str, ...] | None, dataset: PreparedDataset) -> None:
