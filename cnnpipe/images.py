@@ -24,6 +24,7 @@ __all__ = [
     "MAX_PIXELS",
     "RGBImage",
     "decode_image",
+    "highest_value",
     "resize_pixels",
     "upright_size",
 ]
@@ -141,6 +142,24 @@ def upright_size(data: bytes) -> tuple[int, int]:
 def _read_upright_size(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
         return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+
+
+def highest_value(data: bytes) -> tuple[int, int]:
+    """Return the highest value in an image as its file has it, and the highest that its number of bits allows.
+
+    Of colours of 16 bits, and of grey with transparency, Pillow gives the high bytes alone: then it is at most that.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    try:
+        with _open(data) as image:
+            high_bytes = ";16" in str(image.tile) and not image.mode.startswith("I")
+            values = np.asarray(image if image.mode.startswith("I") else _to_rgb(image))
+    except _DECODER_ERRORS as error:
+        raise ImageError(_error_kind(error), _one_line(error)) from error
+    highest = int(values.max()) << 8 | 255 if high_bytes else int(values.max())
+    return highest, 65_535 if high_bytes or image.mode.startswith("I") else 255
 
 
 def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:

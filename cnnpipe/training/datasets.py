@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cnnpipe.config import PrepareSettings
 from cnnpipe.errors import DatasetError
+from cnnpipe.files import user_path
 from cnnpipe.images import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.progress import ProgressCallback
@@ -41,6 +42,7 @@ from cnnpipe.training.data_report import (
     Leak,
     Unreadable,
     build_report,
+    check_contrast,
     check_limits,
     compute_statistics,
 )
@@ -161,9 +163,14 @@ def check_gates(dataset: PreparedDataset, settings: PrepareSettings) -> None:
     """Refuse a dataset that is too bad to learn from.
 
     Raises:
-        DatasetError: a limit in `settings` is passed; names it, what it received, and where the whole report is.
+        DatasetError: a limit in `settings` is passed, or the decoded pictures hardly differ; names the limit, what it
+            received, and where the whole report is.
     """
-    check_limits(dataset.report, settings, str(dataset.path / DATASET_FILE))
+    details, split = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
+    check_limits(dataset.report, settings, details)
+    root = user_path(settings.dataset)
+    files = [root / path for path in dataset.paths(split)] if dataset.source == "folder" else []
+    check_contrast(dataset.images(split), dataset.statistics, files, details)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
