@@ -205,6 +205,16 @@ def test_evaluate_scores_all_images_of_a_folder_or_those_of_its_test(
     assert not list((tmp_path / "data" / "prepared").iterdir())
 
 
+def test_evaluate_says_how_many_images_the_model_has_learned(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    write_classes(digits, tmp_path / "hold", "0", 2)
+    for index, image in enumerate(digits.images("train")[:3]):
+        Image.fromarray(image).save(tmp_path / "hold" / "0" / f"learned {index}.png")
+    options = ("--dataset", tmp_path / "hold", "--artifacts", artifacts, "--data", tmp_path / "data")
+    assert "3 of these images were learned" in run("evaluate", "digits", *options).stderr
+
+
 def test_evaluate_leaves_out_what_it_cannot_read_and_says_so(
     artifacts: Path, photos: Path, digits: PreparedDataset, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ __all__ = [
     "PreparedDataset",
     "Unreadable",
     "check_gates",
+    "count_shared",
     "load_prepared",
     "prepare_arrays",
     "prepare_dataset",
@@ -355,6 +356,12 @@ def load_prepared(path: Path) -> PreparedDataset:
     for split in SPLITS:
         _check_arrays(dataset, split)
     return dataset
+
+
+def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
+    """Return how many of some images, (N, H, W, 3), are in these splits of a dataset too, pixel by pixel."""
+    known = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
+    return sum(hashlib.sha256(image).digest() in known for image in images)
 
 
 def _check_arrays(dataset: PreparedDataset, split: str) -> None:

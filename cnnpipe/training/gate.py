@@ -8,7 +8,6 @@ may have trained on these very images, is left to a person.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shlex
@@ -25,7 +24,7 @@ from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.storage import write_json
-from cnnpipe.training.datasets import SPLITS, PreparedDataset, load_prepared
+from cnnpipe.training.datasets import SPLITS, PreparedDataset, count_shared, load_prepared
 from cnnpipe.training.evaluation import METRICS_FILE
 from cnnpipe.training.scoring import describe_difference, predict_onnx
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
@@ -147,8 +146,7 @@ def _shares_images(champion: Path, dataset: PreparedDataset) -> bool:
         tested = load_prepared(Path(_read_environment(champion)["dataset"])).images("test")
     except (KeyError, TypeError, DatasetError):  # nothing is left to compare with
         return False
-    own = {hashlib.sha256(image).digest() for split in SPLITS for image in dataset.images(split)}
-    return 2 * sum(hashlib.sha256(image).digest() in own for image in tested) > len(tested)
+    return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
 
 
 def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:

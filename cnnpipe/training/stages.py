@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,14 +29,21 @@ from cnnpipe.config import (
 )
 from cnnpipe.devices import ask_driver
 from cnnpipe.environment import package_versions, usable_cores
-from cnnpipe.errors import RegistryError
+from cnnpipe.errors import CnnpipeError, RegistryError
 from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import resolve_model_file, resolve_run
 from cnnpipe.storage import make_folder, storage_errors
 from cnnpipe.training.data_report import warn_of_unreadable
-from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset, scratch_folder
+from cnnpipe.training.datasets import (
+    DATASET_FILE,
+    PreparedDataset,
+    count_shared,
+    load_prepared,
+    prepare_dataset,
+    scratch_folder,
+)
 
 if TYPE_CHECKING:
     from cnnpipe.training.evaluation import Evaluation
@@ -269,5 +277,8 @@ def _evaluate_folder(
         images = source.read(opened.image_size, scratch / "pixels")
         for warning in (*images.warnings, *warn_of_unreadable(images.unreadable, len(images.labels))):
             logger.warning("%s", warning)
+        with suppress(CnnpipeError):  # a file outside a run, or one whose dataset is gone: nobody knows what it learned
+            if learned := count_shared(images.pixels, load_run(model.parent)[1], ("train", "val")):
+                logger.warning("%d of these images were learned: the model is better on them than on others", learned)
         logger.info("scoring %s on %d images of %s", model, len(images.labels), folder)
         return evaluate_probabilities(opened.predict(images.pixels), images.labels, images.class_names, settings)
