@@ -93,16 +93,19 @@ def evaluate(
     settings: EvaluateSettings,
     model: Annotated[str, typer.Argument(help="A name (its champion), a run folder, or a .keras or .onnx file.")],
     dataset: Annotated[
-        str | None, typer.Option(help="Dataset whose test split to score on; default: the one the run was trained on.")
+        str | None,
+        typer.Option(
+            help="Folder of images to score on, as a whole or by its `test`; default: the run's own test split."
+        ),
     ] = None,
     data: DataOption = _DATA,
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on a test split.
+    """Score a model on its test split, or on all images of a folder.
 
-    A run that is still being made gets its metrics.json, classification_report.csv and predictions_test.csv from its
-    model.keras; a complete run is scored by its model.onnx, and nothing in it changes.
+    A run that is still being made gets its metrics.json and the tables beside it from its model.keras; a complete run
+    is scored by its model.onnx, and nothing in it changes.
     """
     from cnnpipe.training.stages import evaluate_any
 

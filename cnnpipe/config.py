@@ -5,6 +5,7 @@ The same models are the parameters of the Prefect flows, so the descriptions bel
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cnnpipe.errors import ConfigError, UsageError, one_line
-from cnnpipe.files import user_path
+from cnnpipe.files import display_path, user_path
 
 __all__ = [
     "BUILT_IN_DATASETS",
@@ -30,6 +31,7 @@ __all__ = [
     "RetrainSettings",
     "Settings",
     "TrainSettings",
+    "dataset_location",
     "dataset_name",
     "dump_toml",
     "load_toml",
@@ -61,7 +63,7 @@ class PrepareSettings(Settings):
         "digits",
         min_length=1,
         description="`digits` (built in), `cifar10` (the official archive), or the path of a folder of images: "
-        "<root>/{train,val,test}/<class>/* or <root>/<class>/*",
+        "FOLDER/{train,val,test}/CLASS/* or FOLDER/CLASS/*",
     )
     name: str | None = Field(
         None,
@@ -98,6 +100,13 @@ def dataset_name(dataset: str) -> str:
     if dataset in BUILT_IN_DATASETS:
         return dataset
     return re.sub(r"[^A-Za-z0-9._-]+", "-", user_path(dataset).resolve().name).strip("-._")[:64]
+
+
+def dataset_location(dataset: str) -> str:
+    """Return where a dataset comes from: a folder's absolute path, symbolic links kept, or a built-in one's name."""
+    if dataset in BUILT_IN_DATASETS:
+        return dataset
+    return display_path(os.path.abspath(user_path(dataset)))  # noqa: PTH100  a link may name another folder every night
 
 
 class TrainSettings(Settings):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,12 @@ __all__ = [
     "MAX_PIXELS",
     "RGBImage",
     "decode_image",
+    "highest_value",
     "resize_pixels",
     "upright_size",
 ]
+
+_Result = TypeVar("_Result")
 
 RGBImage = npt.NDArray[np.uint8]  # (H, W, 3), red green blue, 0-255
 
@@ -84,6 +88,13 @@ _PLAIN_SEGMENTS: Final = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, 0xE2})
 _MIN_APP_BYTES: Final = 16  # of JFIF's segment, and of a profile's head; the plugin refuses shorter ones
 _frame_header = struct.Struct(">HBHHB").unpack_from  # length, bits a sample, height, width, components
 
+_PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_PICTURE: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+"""The chunks of a PNG file that decide over pixels as we decode them; all others are metadata or later frames.
+
+Source: https://www.w3.org/TR/png-3/#11Chunks
+"""
+
 _BAND_PIXELS: Final = 2**20
 """Transparent images are laid over white in bands of so many pixels, not in four copies of the whole."""
 
@@ -101,7 +112,9 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     """
     height, width = image_size
     try:
-        rgb = _decode_plain_jpeg(data, (width, height)) or _decode_any(data, (width, height))
+        rgb = _decode_plain_jpeg(data, (width, height)) or _despite_metadata(
+            lambda content: _decode_any(content, (width, height)), data
+        )
         # Half the time of np.asarray(rgb), which asks the image for its array interface first.
         return np.frombuffer(rgb.tobytes(), np.uint8).reshape(height, width, 3)
     except ImageError:
@@ -121,10 +134,32 @@ def upright_size(data: bytes) -> tuple[int, int]:
         ImageError: its header cannot be read.
     """
     try:
-        with _open(data) as image:
-            return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+        return _despite_metadata(_read_upright_size, data)
     except _DECODER_ERRORS as error:
         raise ImageError(_error_kind(error), _one_line(error)) from error
+
+
+def _read_upright_size(data: bytes) -> tuple[int, int]:
+    with _open(data) as image:
+        return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+
+
+def highest_value(data: bytes) -> tuple[int, int]:
+    """Return the highest value in an image as its file has it, and the highest that its number of bits allows.
+
+    Of colours of 16 bits, and of grey with transparency, Pillow gives the high bytes alone: then it is at most that.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    try:
+        with _open(data) as image:
+            high_bytes = ";16" in str(image.tile) and not image.mode.startswith("I")
+            values = np.asarray(image if image.mode.startswith("I") else _to_rgb(image))
+    except _DECODER_ERRORS as error:
+        raise ImageError(_error_kind(error), _one_line(error)) from error
+    highest = int(values.max()) << 8 | 255 if high_bytes else int(values.max())
+    return highest, 65_535 if high_bytes or image.mode.startswith("I") else 255
 
 
 def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
@@ -140,6 +175,34 @@ def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(_resize(Image.fromarray(pixels), (width, height)))
+
+
+def _despite_metadata(read: Callable[[bytes], _Result], data: bytes) -> _Result:
+    """Call `read` with a file; where that fails on a PNG file, again without its metadata.
+
+    Pillow refuses the whole file for a damaged text, profile or date, and for more text than its limit on memory. Text
+    that is left out is never unpacked.
+    """
+    try:
+        return read(data)
+    except _DECODER_ERRORS:
+        picture = _png_picture(data) if data.startswith(_PNG_SIGNATURE) else b""
+        if b"IDAT" not in picture:
+            raise
+    return read(picture)
+
+
+def _png_picture(data: bytes) -> bytes:
+    """Return a PNG file of only the chunks that make its picture, and of EXIF, which may turn it, where it is whole."""
+    kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while (start := at + 8) <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        checksum = data[start + length : start + length + 4]
+        whole_exif = kind == b"eXIf" and zlib.crc32(data[at + 4 : start + length]).to_bytes(4) == checksum
+        if kind in _PNG_PICTURE or whole_exif:
+            kept.append(data[at : start + length + 4])
+        at = start + length + 4
+    return b"".join(kept)
 
 
 def _decode_any(data: bytes, target: tuple[int, int]) -> Image.Image:

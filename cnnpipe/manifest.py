@@ -114,7 +114,7 @@ class RunManifest(_Record):
     created: str
     """UTC, ISO 8601."""
     dataset: dict[str, Any]
-    """Name, source, fingerprint, number of images of each split."""
+    """Name, source, location (absolute path or built-in name; not in older runs), fingerprint, images of each split."""
     metrics: dict[str, Any]
     """The content of `metrics.json` without the per-class figures."""
     parity: dict[str, Any]

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -167,19 +168,94 @@ def test_evaluate_splits_another_dataset_as_the_runs_own_was(artifacts: Path, tm
     assert prepared.name == expected.path.name  # of the fingerprint, in which the split has a part
 
 
-def test_evaluate_takes_a_folder_whose_name_has_no_ascii_letter(
-    artifacts: Path, digits: PreparedDataset, tmp_path: Path
+def write_classes(digits: PreparedDataset, root: Path, classes: str, number: int) -> None:
+    """Write the first `number` test images of some classes, each into the folder of its class."""
+    labels, images = digits.labels("test"), digits.images("test")
+    for label in map(int, classes):
+        (root / str(label)).mkdir(parents=True)
+        for index in np.flatnonzero(labels == label)[:number]:
+            Image.fromarray(images[index]).save(root / str(label) / f"{index}.png")
+
+
+@pytest.mark.parametrize(
+    ("folders", "num_images"),
+    [
+        ({"": ("0123456789", 2)}, 20),
+        ({"": ("37", 30)}, 60),
+        ({"": ("3", 1)}, 1),
+        ({"test": ("0123456789", 2)}, 20),
+        ({"train": ("0123456789", 3), "test": ("37", 2)}, 4),
+        ({"train": ("0123456789", 3), "val": ("37", 2)}, 34),
+    ],
+    ids=str,
+)
+def test_evaluate_scores_all_images_of_a_folder_or_those_of_its_test(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path, folders: dict[str, tuple[str, int]], num_images: int
 ) -> None:
-    folder = tmp_path / "写真"
-    write_images(digits, folder)
-    result = run(
-        *("evaluate", "digits", "--dataset", folder, "--artifacts", artifacts, "--data", tmp_path / "data", "--json")
-    )
+    for place, (classes, number) in folders.items():
+        write_classes(digits, tmp_path / "写真" / place, classes, number)
+    places = ("--artifacts", artifacts, "--data", tmp_path / "data")
+
+    result = run("evaluate", "digits", "--dataset", tmp_path / "写真", *places, "--json")
 
     assert result.exit_code == 0, result.output
-    assert 60 < last_json(result)["num_images"] < 80  # a fifth of them
-    (prepared,) = (tmp_path / "data" / "prepared").iterdir()
-    assert prepared.name.startswith("digits-")
+    assert last_json(result)["num_images"] == num_images
+    assert last_json(result)["accuracy"] > 0.7
+    assert f"on {num_images} images of" in result.stderr
+    assert not list((tmp_path / "data" / "prepared").iterdir())
+
+
+def test_evaluate_says_how_many_images_the_model_has_learned(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    write_classes(digits, tmp_path / "hold", "0", 2)
+    for index, image in enumerate(digits.images("train")[:3]):
+        Image.fromarray(image).save(tmp_path / "hold" / "0" / f"learned {index}.png")
+    options = ("--dataset", tmp_path / "hold", "--artifacts", artifacts, "--data", tmp_path / "data")
+    assert "3 of these images were learned" in run("evaluate", "digits", *options).stderr
+
+
+def test_evaluate_leaves_out_what_it_cannot_read_and_says_so(
+    artifacts: Path, photos: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    (photos / next(iter(digits.class_names)) / "notes.png").write_text("no image")
+    result = run("evaluate", "digits", "--dataset", photos, "--artifacts", artifacts, "--data", tmp_path, "--json")
+
+    assert last_json(result)["num_images"] == 12
+    for told in ("1 of 13 files are unreadable", "notes.png (not_an_image)", "zz-notes.png"):
+        assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        ({"": "0", "cat": "1"}, ("cat", "does not know", "0, 1, 2, 3, 4, …")),
+        ({"test/dog": "0", "test/cat": "1", "train": "01"}, ("cat, dog", "does not know")),
+        ({"train/x/y": "0", "other": "1"}, ("other, train", "does not know")),
+    ],
+    ids=str,
+)
+def test_evaluate_names_the_classes_that_the_model_does_not_know(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path, folders: dict[str, str], words: tuple[str, ...]
+) -> None:
+    for place, classes in folders.items():
+        write_classes(digits, tmp_path / "hold" / place, classes, 1)
+    options = ("--dataset", tmp_path / "hold", "--artifacts", artifacts, "--data", tmp_path / "data")
+    assert_one_line_error(run("evaluate", "digits", *options), 1, *words)
+
+
+def test_evaluate_takes_a_prepared_dataset_and_only_the_test_images_of_the_runs_own_folder(
+    artifacts: Path, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    options = ("--artifacts", artifacts, "--data", tmp_path / "data", "--json")
+    assert last_json(run("evaluate", "digits", "--dataset", digits.path, *options))["num_images"] == 359
+
+    write_images(digits, tmp_path / "own")
+    environment = list_runs(artifacts, "digits")[0] / "environment.json"
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"source": str(tmp_path / "own")}))
+    result = run("evaluate", "digits", "--dataset", tmp_path / "own", *options)
+    assert 60 < last_json(result)["num_images"] < 80  # a fifth of them: the others are what it was trained on
+    assert "test images of own" in result.stderr
 
 
 def test_a_home_of_nobody_is_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ def test_folder_without_a_usable_name_is_refused_without_name(dataset: str) -> N
     assert PrepareSettings(dataset=dataset, name="photos").resolved_name == "photos"
 
 
-def test_every_setting_has_a_description_for_the_form() -> None:
+def test_every_setting_has_a_description_for_the_form_and_no_html_in_it() -> None:
     for model in (*Settings.__subclasses__(),):
         for name, field in model.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
             assert field.description or nested, f"{model.__name__}.{name}"
+            assert not set("<>") & set(field.description or ""), f"{model.__name__}.{name}"

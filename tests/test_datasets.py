@@ -170,6 +170,70 @@ def test_any_image_size_mode_and_depth_of_folders_will_do(tmp_path: Path) -> Non
     assert dataset.images("train").shape[1:] == (24, 40, 3)
 
 
+def grey(low: int, high: int, index: int, kind: type[np.generic] = np.uint8) -> Image.Image:
+    values = np.random.default_rng(index).integers(low, high, (16, 16 + index), endpoint=True)
+    return Image.fromarray(values.astype(kind))
+
+
+def grey_palette(index: int) -> Image.Image:
+    image = grey(0, 3, index).convert("P")
+    image.putpalette([128] * 768)
+    return image
+
+
+def commented(index: int) -> Image.Image:
+    image = grey(0, 255, 0)
+    image.info["comment"] = str(index)
+    return image
+
+
+WRONG = "check that the files show what they should"
+LOW_CONTRAST: dict[str, tuple[str, Callable[[int], Image.Image], str, str]] = {
+    # name -> suffix of the files, image by its number, what is said of its values, and how to fix it
+    "16 bits, 60 and 200": (
+        ".png",
+        lambda index: grey(*((60, 64), (200, 200))[index % 2], index, np.uint16),
+        "16-bit values up to 200 of 65,535",
+        "multiply their values by up to 327, or save them with 8 bits",
+    ),
+    "PGM of 16 bits": (".pgm", lambda index: grey(0, 255, index, np.uint16), "16-bit values up to 255", "up to 257"),
+    "12 bits in 16": (".tif", lambda index: grey(0, 4095, index, np.uint16), "16-bit values up to 4,095", "up to 16,"),
+    "16 bits, one colour": (".png", lambda index: grey(30000, 30000, index, np.uint16), "up to 30,000 of", WRONG),
+    "black": (".png", lambda index: grey(0, 0, index), "8-bit values up to 0 of 255", WRONG),
+    "one colour": (".png", lambda index: Image.new("RGB", (16, 16 + index), (200, 30, 30)), "up to 200 of 255", WRONG),
+    "class numbers": (".png", lambda index: grey(0, 2, index), "8-bit values up to 2 of 255", WRONG),
+    "one palette colour": (".png", grey_palette, "8-bit values up to 128 of 255", WRONG),
+    "one picture": (".gif", commented, "8-bit values up to 255 of 255", WRONG),
+}
+
+
+@pytest.mark.parametrize("name", LOW_CONTRAST)
+def test_pictures_that_hardly_differ_once_decoded_stop_the_run_with_the_range_of_their_values(
+    tmp_path: Path, name: str
+) -> None:
+    suffix, image, values, remedy = LOW_CONTRAST[name]
+    for index in range(40):
+        file = tmp_path / "root" / "ab"[index % 2] / f"{index}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image(index).save(file)
+    for _ in range(2):  # the second time they are prepared already
+        with pytest.raises(DatasetError, match=rf"the decoded pictures hardly differ \(.*{values}.*{remedy}"):
+            prepare(tmp_path / "root", tmp_path / "data", image_size=(16, 16))
+
+
+@pytest.mark.parametrize(
+    "image", [lambda index: grey(0, 15, index), lambda index: grey(0, 65535, index, np.uint16)], ids=["night", "16"]
+)
+def test_dark_pictures_of_8_bits_and_whole_ranges_of_16_are_prepared(
+    tmp_path: Path, image: Callable[[int], Image.Image]
+) -> None:
+    for index in range(40):
+        file = tmp_path / "root" / "ab"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image(index).save(file)
+    assert sum(prepare(tmp_path / "root", tmp_path / "data", image_size=(16, 16)).num_images.values()) == 40
+
+
 def test_hidden_files_and_litter_are_not_there(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
     for litter in (".DS_Store", "digit0/.hidden.png", "digit0/Thumbs.db", "digit1/desktop.ini", ".git/x/y.png"):

@@ -22,6 +22,7 @@ from cnnpipe.errors import DatasetError, ModelError, RegistryError
 from cnnpipe.inference.session import open_session
 from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 from cnnpipe.training.evaluation import (
+    CONFUSION_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     REPORT_FILE,
@@ -206,7 +207,7 @@ def test_metrics_file_has_the_keys_of_the_contract(tmp_path: Path) -> None:
     write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS, NAMES)
     metrics = json.loads((tmp_path / METRICS_FILE).read_bytes())
     keys = "accuracy loss top_k top_k_accuracy expected_calibration_error num_images num_correct macro_precision "
-    keys += "macro_recall macro_f1 confusion_matrix class_names per_class first_image"
+    keys += "macro_recall macro_f1 class_names per_class first_image"
     assert sorted(metrics) == sorted(keys.split())
     assert metrics["first_image"] == {"path": "cat/a.jpg", "actual": "cat", "predicted": "cat", "probability": 0.75}
     assert metrics["class_names"] == list(NAMES)
@@ -243,6 +244,54 @@ def test_names_must_be_one_for_each_image(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="4 images have 3 names"):
         write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS[:3], NAMES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thousand_classes_make_small_metrics_and_a_matrix_of_their_own(tmp_path: Path) -> None:
+    probabilities, labels = _random_case(seed=4, number=1500, classes=1000)
+    names = tuple(f"class {number:03}" for number in range(1000))
+    evaluation = _evaluate(probabilities, labels, names)
+    write_evaluation(tmp_path, evaluation, probabilities, labels, ["x"] * 1500, names)
+    assert (tmp_path / METRICS_FILE).stat().st_size < 300_000
+    header, *rows = csv.reader((tmp_path / CONFUSION_FILE).read_text().splitlines())
+    assert header == ["actual", *names]
+    assert [row[0] for row in rows] == list(names)
+    assert sum(int(count) for row in rows for count in row[1:]) == 1500
+    assert read_evaluation(tmp_path) == evaluation
+
+
+def test_an_older_run_with_its_matrix_in_the_metrics_is_read(tmp_path: Path) -> None:
+    evaluation = _evaluate()
+    write_evaluation(tmp_path, evaluation, PROBABILITIES, LABELS, PATHS, NAMES)
+    (tmp_path / CONFUSION_FILE).unlink()
+    metrics = json.loads((tmp_path / METRICS_FILE).read_bytes())
+    (tmp_path / METRICS_FILE).write_text(json.dumps({**metrics, "confusion_matrix": evaluation.confusion_matrix}))
+    assert read_evaluation(tmp_path) == evaluation
+
+
+@pytest.mark.parametrize("content", ["", "actual,cat,dog,emu\ncat,1,1,0\n", "a,b\n1,x\n", "\xff"])
+def test_a_damaged_matrix_is_a_registry_error(tmp_path: Path, content: str) -> None:
+    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS, NAMES)
+    (tmp_path / CONFUSION_FILE).write_text(content, encoding="latin-1")
+    with pytest.raises(RegistryError, match=r"confusion_matrix\.csv is damaged: .*; evaluate the run again"):
+        read_evaluation(tmp_path)
+    (tmp_path / CONFUSION_FILE).unlink()
+    with pytest.raises(RegistryError, match=r"has no confusion_matrix\.csv: evaluate it with `cnnpipe evaluate"):
+        read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "averages"),
+    [
+        (("accuracy", "dog", "emu"), ["macro avg", "weighted avg"]),
+        (("macro avg", "dog", "emu"), ["(macro avg)", "weighted avg"]),
+        (("macro avg", "(macro avg)", "weighted avg"), ["((macro avg))", "(weighted avg)"]),
+    ],
+)
+def test_the_averages_never_have_the_name_of_a_class(
+    tmp_path: Path, names: tuple[str, ...], averages: list[str]
+) -> None:
+    write_evaluation(tmp_path, _evaluate(class_names=names), PROBABILITIES, LABELS, PATHS, names)
+    assert [row["class"] for row in _rows(tmp_path / REPORT_FILE)] == [*names, *averages]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"per_class": [1]}'])

@@ -80,6 +80,7 @@ def test_settings_and_environment_are_written_to_the_run(finished_run: Path, dig
     assert settings.train == TrainSettings(epochs=3, seed=1)
     assert environment["device"] == "cpu"
     assert environment["dataset"] == str(digits.path)
+    assert environment["source"] == "digits"
     assert environment["versions"]["keras"] == keras.__version__
 
 

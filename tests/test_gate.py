@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnnpipe.config import PrepareSettings, PromoteSettings, RetrainSettings
@@ -14,14 +15,15 @@ from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import ModelInfo, RunManifest, read_manifest, write_manifest
 from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback
 from cnnpipe.storage import sha256_file
-from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.datasets import SPLITS, PreparedDataset
 from cnnpipe.training.gate import conclude_run, decide_promotion
 
 RUN_FILES = {
     "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx",
     "model.int8.onnx",
     "model.fp16.onnx", "metrics.json", "parity.json",
-    "classification_report.csv", "predictions_test.csv", "accuracy.png", "loss.png", "confusion_matrix.png",
+    "classification_report.csv", "predictions_test.csv", "confusion_matrix.csv",
+    "accuracy.png", "loss.png", "confusion_matrix.png",
     "samples.png", "mistakes.png", "promotion.json",
 }  # fmt: skip
 
@@ -105,16 +107,82 @@ def test_a_champion_that_may_have_learned_the_test_images_is_left_to_a_person(
     assert "--force" in decision.reason
 
 
-def test_a_champion_of_other_classes_is_left_to_a_person(artifacts: Path, digits: PreparedDataset) -> None:
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"class_names": (*"012345678", "neun")}, "other classes (only the champion has 9; only this run has neun)"),
+        ({"class_names": tuple("9876543210")}, "other classes (the same in another order)"),
+        ({"image_size": (64, 48)}, "takes images of 32x32 pixels, this run of 64x48"),
+    ],
+)
+def test_a_champion_of_another_question_is_left_to_a_person_who_is_told_what_differs(
+    artifacts: Path, digits: PreparedDataset, changes: dict[str, object], difference: str
+) -> None:
     champion = champion_run(artifacts, "digits")
     assert champion is not None
-    info = candidate(champion, 0.99).model_copy(update={"class_names": ("cat", "dog")})
 
-    decision = decide_promotion(info, champion, digits, SETTINGS)
+    decision = decide_promotion(candidate(champion, 0.99).model_copy(update=changes), champion, digits, SETTINGS)
 
     assert not decision.promoted
-    assert "cannot be compared" in decision.reason
-    assert "--force" in decision.reason
+    assert f"the champion {champion.name} " in decision.reason
+    assert f"{difference}, so the two cannot be compared" in decision.reason
+    assert f"cnnpipe models promote {artifacts}/digits/runs/20990101T000000Z --force" in decision.reason
+    assert "cnnpipe train digits --name NAME" in decision.reason
+
+
+def remember(run: Path, **values: str | None) -> None:
+    """Change what a run's `environment.json` says; None removes it."""
+    environment = json.loads((run / "environment.json").read_text()) | values
+    kept = {key: value for key, value in environment.items() if value is not None}
+    (run / "environment.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("champion_from", "candidate_from", "content", "compared"),
+    [
+        ("/acme/photos", "/zeta/photos", "others", False),
+        ("digits", "/zeta/digits", "others", False),
+        ("/zeta/digits", "digits", "others", False),
+        (None, "/zeta/digits", "others", False),  # an older run: its settings say digits
+        ("/acme/photos", "/zeta/photos", "gone", False),
+        ("/acme/photos", "/acme/photos", "others", True),
+        ("/acme/photos", "/moved/photos", "equal", True),
+        ("/acme/photos", "/moved/photos", "grown", True),
+        (None, "digits", "others", True),
+    ],
+)
+def test_only_the_champion_of_the_same_source_is_compared_with(
+    artifacts: Path,
+    digits: PreparedDataset,
+    tmp_path: Path,
+    champion_from: str | None,
+    candidate_from: str,
+    content: str,
+    compared: bool,
+) -> None:
+    run = list_runs(artifacts, "digits")[0]
+    champion = Path(shutil.copytree(run, run.with_name("20000101T000000Z")))
+    promote_run(artifacts, "digits", champion.name, "an older run")
+    (run / "manifest.json").unlink()
+    theirs = Path(shutil.copytree(digits.path, tmp_path / "theirs"))
+    if content == "others":
+        for split in SPLITS:
+            np.save(theirs / f"{split}_images.npy", 255 - digits.images(split))
+    if content == "gone":
+        shutil.rmtree(theirs)
+    remember(champion, source=champion_from, dataset=str(theirs))
+    remember(run, source=candidate_from)
+    own = digits if content == "equal" else replace(digits, fingerprint="f" * 64)
+
+    decision = conclude_run(run, own, SETTINGS)
+
+    assert decision.promoted is compared
+    assert read_manifest(run).dataset["location"] == candidate_from
+    assert champion_run(artifacts, "digits") == (run if compared else champion)
+    if not compared:
+        assert f"was trained on {champion_from or 'digits'}, this run on {candidate_from}" in decision.reason
+        assert f"cnnpipe models promote {run} --force" in decision.reason
+        assert f"cnnpipe train {candidate_from} --name NAME" in decision.reason
 
 
 def test_a_complete_run_holds_every_file_and_their_digests(finished_run: Path) -> None:

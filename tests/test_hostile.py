@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from cnnpipe.decoding import DecodedFile, Decoder
 from cnnpipe.files import display_path
 from cnnpipe.finding import find_files
-from cnnpipe.images import RGBImage, decode_image
+from cnnpipe.images import RGBImage, decode_image, upright_size
 from cnnpipe.workers import DecoderPool
 
 pytestmark = pytest.mark.timeout(120)
@@ -157,12 +157,15 @@ IMAGES = {
     "rows.tif": (tiff_claiming(SIZE[1], 5_000_000), "truncated"),
     "just_within.jpg": (jpeg_claiming(13_000, 13_000), OK),  # the JPEG decoder fills up what is missing
     "pixels.png": (png(png_header(9, 9), (b"IDAT", zeros(2**26))), OK),
-    "text_chunk.png": (png(png_header(9, 9), (b"zTXt", b"Comment\0\0" + zeros(2**26)), PIXELS), "too_large"),
-    "text_chunks.png": (
-        png(png_header(9, 9), *[(b"zTXt", b"Comment\0\0" + zeros(2**20))] * 80, PIXELS),
+    "text_chunk.png": (png(png_header(9, 9), (b"zTXt", b"Comment\0\0" + zeros(2**26)), PIXELS), OK),
+    "text_chunks.png": (png(png_header(9, 9), *[(b"zTXt", b"Comment\0\0" + zeros(2**20))] * 80, PIXELS), OK),
+    "profile_chunk.png": (png(png_header(9, 9), (b"iCCP", b"ICC\0\0" + zeros(2**26)), PIXELS), OK),
+    "text_and_pixels.png": (
+        png(png_header(60_000, 60_000), (b"zTXt", b"Comment\0\0" + zeros(2**26)), PIXELS),
         "too_large",
     ),
-    "profile_chunk.png": (png(png_header(9, 9), (b"iCCP", b"ICC\0\0" + zeros(2**26)), PIXELS), "too_large"),
+    "text_and_no_picture.png": (png(png_header(9, 9), (b"zTXt", b"Comment\0\0" + zeros(2**26))), "too_large"),
+    "text_cut.png": (png(png_header(9, 9), (b"tEXt", b"Comment\0hello"))[:50], "truncated"),
 }
 
 
@@ -207,6 +210,42 @@ def test_hostile_content_is_one_row_of_its_kind(tmp_path: Path) -> None:
     for name, row in rows.items():
         assert row.sha256 == (hashlib.sha256(IMAGES[name][0]).hexdigest() if IMAGES[name][0] else "")
     assert max(used, default=0) < 200e6  # bytes in memory; the bombs would take gigabytes
+
+
+def with_chunk(kind: bytes, content: bytes, *, damaged: bool = False, at_end: bool = False) -> bytes:
+    """A PNG file of `picture()` with one more chunk, behind its header or its pixels."""
+    data, chunk = encode(picture(), "PNG"), png((kind, content))[8:-12]
+    place = -12 if at_end else 33
+    return data[:place] + (chunk[:-4] + b"oops" if damaged else chunk) + data[place:]
+
+
+SIDE_CHUNKS = {
+    "text of 2.5 MB": with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_500_000))),
+    "text of 2.5 MB behind the pixels": with_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_500_000)), at_end=True),
+    "international text of 2.5 MB": with_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * 2_500_000)),
+    "profile of 1.1 MB": with_chunk(b"iCCP", b"ICC\0\0" + zlib.compress(bytes(1_100_000))),
+    "profile packed in an unknown way": with_chunk(b"iCCP", b"ICC\0\7"),
+    "profile with nothing in it": with_chunk(b"iCCP", b""),
+    "text, damaged": with_chunk(b"tEXt", b"Comment\0hello", damaged=True),
+    "EXIF, damaged": with_chunk(b"eXIf", exif(6).tobytes()[6:], damaged=True),
+    "date, damaged": with_chunk(b"tIME", bytes(7), damaged=True),
+    "resolution, too short": with_chunk(b"pHYs", b"\0"),
+    "animation, too short": with_chunk(b"acTL", b"\0"),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_CHUNKS)
+def test_a_large_or_damaged_side_chunk_costs_a_png_file_its_metadata_not_its_picture(name: str) -> None:
+    assert np.array_equal(decode_image(SIDE_CHUNKS[name], SIZE), np.asarray(picture()))
+    assert upright_size(SIDE_CHUNKS[name]) == SIZE[::-1]
+
+
+def test_a_png_file_with_a_damaged_chunk_is_still_turned_upright_and_laid_over_white() -> None:
+    image = Image.fromarray(np.dstack([np.asarray(picture()), np.full(SIZE, 128, np.uint8)]), "RGBA").convert("P")
+    whole = encode(image, "PNG", exif=exif(6), transparency=bytes(range(256)))
+    damaged = whole[:33] + with_chunk(b"tEXt", b"a\0b", damaged=True)[33:48] + whole[33:]
+    assert np.array_equal(decode_image(damaged, SIZE), decode_image(whole, SIZE))
+    assert upright_size(damaged) == SIZE
 
 
 FIRST_FRAMES: dict[str, tuple[bytes, Image.Image]] = {

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from cnnpipe.config import PrepareSettings
-from cnnpipe.errors import DatasetError
+from cnnpipe.errors import DatasetError, ImageError
+from cnnpipe.files import read_file
+from cnnpipe.images import highest_value
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.training.splits import SPLITS, TEST, TRAIN, VAL
 
-__all__ = ["DataReport", "Leak", "Unreadable", "build_report", "check_limits", "compute_statistics"]
+__all__ = [
+    "DataReport",
+    "Leak",
+    "Unreadable",
+    "build_report",
+    "check_limits",
+    "compute_statistics",
+    "warn_of_unreadable",
+]
 
 _CHUNK_BYTES = 2**22
 
 # Worth a line to the user, though not worth stopping the run for, as the limits in the settings are.
 _NOTABLE_IMBALANCE = 10.0
 _FEW_IMAGES = 50
+
+_LOW_STD = 1.0
+"""Standard deviation of all pixels, 0-255, below which there is nothing to learn from."""
+_DARK = 16
+"""Mean brightness, 0-255, that no image reaches whose 16-bit values are below 4,096."""
+_LOOK_INTO = 20
+"""Files that are read again to find the range of their values."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,7 @@ def build_report(
     }
     found = [
         *warnings,
-        *_warn_of_unreadable(unreadable, len(labels)),
+        *warn_of_unreadable(unreadable, len(labels)),
         *_warn_of_leaks(leaks, counts),
         *_warn_of_duplicates(duplicates),
         *_warn_of_contradictions(labels, digests, paths),
@@ -125,7 +144,8 @@ def _find_leaks(
     return leaks, duplicates
 
 
-def _warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+    """Return a warning if some files are unreadable, else nothing."""
     if not unreadable:
         return []
     total = num_readable + len(unreadable)
@@ -212,6 +232,39 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
             f"{report.imbalance:.4g} times fewer; at most {settings.max_imbalance:g} are allowed (max_imbalance); "
             f"balance them or raise the limit; see {details}"
         )
+
+
+def check_contrast(
+    images: npt.NDArray[np.uint8], statistics: TrainingStatistics, files: Sequence[Path], details: str
+) -> None:
+    """Refuse pictures that are black, of one colour or all the same once they are decoded to 8 bits.
+
+    Most often their files have 16 bits, of which the values fill the lower part: a decoder keeps the high byte.
+
+    Args:
+        images: of train, (N, H, W, 3), N ≥ 1; may be mapped.
+        files: of those images, or none where they never were files.
+        details: where the whole report is, for the message.
+    Raises:
+        DatasetError: the pictures hardly differ; names the range of values, and how to fix it.
+    """
+    hardly_differ = max(statistics.channel_std) < _LOW_STD or all(np.array_equal(image, images[0]) for image in images)
+    if not hardly_differ and statistics.brightness_deciles[-1] >= _DARK:
+        return
+    highest, most = 0, 255
+    for file in files[:: max(1, len(files) // _LOOK_INTO)]:
+        with suppress(ImageError):  # gone since, or one that only just could be decoded
+            highest, most = max((highest, most), highest_value(read_file(file)))
+    low_values = most > 255 and highest < _DARK << 8
+    if not (hardly_differ or low_values):
+        return
+    remedy = "check that the files show what they should"
+    if low_values:
+        remedy = f"multiply their values by up to {most // max(highest, 1)}, or save them with 8 bits"
+    raise DatasetError(
+        f"the decoded pictures hardly differ ({most.bit_length()}-bit values up to {highest:,} of {most:,}); {remedy}; "
+        f"see {details}"
+    )
 
 
 def _check_share(offenders: list[str], total: int, limit: float, words: tuple[str, str, str], details: str) -> None:

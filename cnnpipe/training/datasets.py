@@ -19,7 +19,8 @@ import re
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -30,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cnnpipe.config import PrepareSettings
 from cnnpipe.errors import DatasetError
+from cnnpipe.files import user_path
 from cnnpipe.images import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.progress import ProgressCallback
@@ -40,6 +42,7 @@ from cnnpipe.training.data_report import (
     Leak,
     Unreadable,
     build_report,
+    check_contrast,
     check_limits,
     compute_statistics,
 )
@@ -55,9 +58,11 @@ __all__ = [
     "PreparedDataset",
     "Unreadable",
     "check_gates",
+    "count_shared",
     "load_prepared",
     "prepare_arrays",
     "prepare_dataset",
+    "scratch_folder",
 ]
 
 DATASET_FILE: Final = "dataset.json"
@@ -159,9 +164,14 @@ def check_gates(dataset: PreparedDataset, settings: PrepareSettings) -> None:
     """Refuse a dataset that is too bad to learn from.
 
     Raises:
-        DatasetError: a limit in `settings` is passed; names it, what it received, and where the whole report is.
+        DatasetError: a limit in `settings` is passed, or the decoded pictures hardly differ; names the limit, what it
+            received, and where the whole report is.
     """
-    check_limits(dataset.report, settings, str(dataset.path / DATASET_FILE))
+    details, split = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
+    check_limits(dataset.report, settings, details)
+    root = user_path(settings.dataset)
+    files = [root / path for path in dataset.paths(split)] if dataset.source == "folder" else []
+    check_contrast(dataset.images(split), dataset.statistics, files, details)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -212,12 +222,8 @@ def _prepare(
     source: Source, settings: PrepareSettings, prepared: Path, progress: ProgressCallback | None
 ) -> PreparedDataset:
     """Read the source, split it, and write the folder."""
-    make_folder(prepared)
-    _remove_leftovers(prepared)
-    with storage_errors(prepared):
-        scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
-    with scratch as folder:
-        images = source.read(settings.image_size, Path(folder) / "pixels")
+    with scratch_folder(prepared) as folder:
+        images = source.read(settings.image_size, folder / "pixels")
         splits = assign_splits(
             images.labels,
             images.digests,
@@ -237,6 +243,21 @@ def _prepare(
         with write_folder(path) as temporary:
             _write_dataset(temporary, images, splits, source.kind, fingerprint, settings, progress or _no_progress)
     return load_prepared(path)
+
+
+@contextmanager
+def scratch_folder(prepared: Path) -> Iterator[Path]:
+    """Give a folder in `data/prepared`, for as long as the images decoded to it are read.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_folder(prepared)
+    _remove_leftovers(prepared)
+    with storage_errors(prepared):
+        scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
+    with scratch as folder:
+        yield Path(folder)
 
 
 def _write_dataset(
@@ -335,6 +356,12 @@ def load_prepared(path: Path) -> PreparedDataset:
     for split in SPLITS:
         _check_arrays(dataset, split)
     return dataset
+
+
+def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
+    """Return how many of some images, (N, H, W, 3), are in these splits of a dataset too, pixel by pixel."""
+    known = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
+    return sum(hashlib.sha256(image).digest() in known for image in images)
 
 
 def _check_arrays(dataset: PreparedDataset, split: str) -> None:

@@ -27,6 +27,7 @@ from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.scoring import Probabilities, predict_model
 
 __all__ = [
+    "CONFUSION_FILE",
     "METRICS_FILE",
     "PREDICTIONS_FILE",
     "REPORT_FILE",
@@ -35,10 +36,12 @@ __all__ = [
     "evaluate_model",
     "evaluate_probabilities",
     "read_evaluation",
+    "recorded_classes",
     "write_evaluation",
 ]
 
 METRICS_FILE: Final = "metrics.json"
+CONFUSION_FILE: Final = "confusion_matrix.csv"
 REPORT_FILE: Final = "classification_report.csv"
 PREDICTIONS_FILE: Final = "predictions_test.csv"
 
@@ -224,14 +227,14 @@ def evaluate_model(
         StorageError: `output` cannot be written.
     """
     labels = dataset.labels("test")
-    probabilities = predict_model(model, dataset, _recorded_classes(model.parent))
+    probabilities = predict_model(model, dataset, recorded_classes(model.parent))
     evaluation = evaluate_probabilities(probabilities, labels, dataset.class_names, settings)
     if output is not None:
         write_evaluation(output, evaluation, probabilities, labels, dataset.paths("test"), dataset.class_names)
     return evaluation
 
 
-def _recorded_classes(run: Path) -> tuple[str, ...] | None:
+def recorded_classes(run: Path) -> tuple[str, ...] | None:
     """Return the classes that a run folder records; None for a `.keras` file that stands alone, or is new."""
     if (run / MANIFEST_FILE).is_file():
         return read_manifest(run).model.class_names
@@ -248,7 +251,7 @@ def write_evaluation(
     paths: Sequence[str],
     class_names: Sequence[str],
 ) -> None:
-    """Write `predictions_test.csv`, `classification_report.csv` and, last, `metrics.json`.
+    """Write `predictions_test.csv`, `classification_report.csv`, `confusion_matrix.csv` and, last, `metrics.json`.
 
     Args:
         folder: the run's, or any other.
@@ -269,15 +272,20 @@ def write_evaluation(
     ]
     write_text(folder / PREDICTIONS_FILE, _csv(("path", "label", "predicted", "probability", "correct"), predictions))
     write_text(folder / REPORT_FILE, _csv(("class", *_FIGURES, "support"), _report_rows(evaluation)))
+    matrix = zip(evaluation.class_names, evaluation.confusion_matrix, strict=True)
+    rows = [(name, *counts) for name, counts in matrix]
+    write_text(folder / CONFUSION_FILE, _csv(("actual", *evaluation.class_names), rows))
     path, actual, guess, _, _ = predictions[0]
     first = {"path": path, "actual": actual, "predicted": guess, "probability": float(confidence[0])}
     write_json(folder / METRICS_FILE, _to_json(evaluation) | {"first_image": first})
 
 
 def _report_rows(evaluation: Evaluation) -> list[tuple[Any, ...]]:
-    """Return the rows of the classification report: the classes, then their two averages."""
+    """Return the rows of the classification report: the classes, then their two averages, under a name of their own."""
     rows: list[tuple[Any, ...]] = [astuple(each) for each in evaluation.per_class]
     for name, weighted in (("macro avg", False), ("weighted avg", True)):
+        while name in evaluation.class_names:
+            name = f"({name})"
         averages = [evaluation.average(figure, weighted=weighted) for figure in _FIGURES]
         rows.append((name, *averages, evaluation.num_images))
     return [(name, *(f"{value:.6f}" for value in values), support) for name, *values, support in rows]
@@ -293,23 +301,37 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _to_json(evaluation: Evaluation) -> dict[str, Any]:
     averages = {f"macro_{figure}": evaluation.average(figure) for figure in _FIGURES}
-    return asdict(evaluation) | averages | {"class_names": evaluation.class_names}
+    values = asdict(evaluation) | averages | {"class_names": evaluation.class_names}
+    del values["confusion_matrix"]  # a million numbers for 1,000 classes
+    return values
 
 
 def read_evaluation(run: Path) -> Evaluation:
-    """Read `metrics.json` back.
+    """Read `metrics.json` and `confusion_matrix.csv` back; an older run has the matrix in `metrics.json`.
 
     Raises:
-        RegistryError: there is none, or it is damaged.
+        RegistryError: one of them is missing or damaged.
     """
     path = run / METRICS_FILE
     try:
         values = json.loads(path.read_bytes())
-        fields = {name: values[name] for name in Evaluation.__dataclass_fields__}
-        fields["per_class"] = tuple(ClassMetrics(**each) for each in fields["per_class"])
-        fields["confusion_matrix"] = tuple(tuple(row) for row in fields["confusion_matrix"])
-        return Evaluation(**fields)
+        values["per_class"] = tuple(ClassMetrics(**each) for each in values["per_class"])
+        if "confusion_matrix" not in values:
+            path = run / CONFUSION_FILE
+            values["confusion_matrix"] = _read_matrix(path, len(values["per_class"]))
+        values["confusion_matrix"] = tuple(tuple(row) for row in values["confusion_matrix"])
+        return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
     except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {METRICS_FILE}: evaluate it with `cnnpipe evaluate {run}`") from error
+        raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
+
+
+def _read_matrix(path: Path, num_classes: int) -> list[list[int]]:
+    """Return the counts in `confusion_matrix.csv`; raises ValueError if there is not one for each pair of classes."""
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    counts = [[int(count) for count in row[1:]] for row in rows]
+    if [len(row) for row in counts] != [num_classes] * num_classes:
+        raise ValueError(f"it must have {num_classes} rows and columns of counts, as {METRICS_FILE} has classes")
+    return counts

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.config import RetrainSettings, TrainSettings, dump_toml
+from cnnpipe.config import RetrainSettings, TrainSettings, dataset_location, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
 from cnnpipe.progress import ProgressCallback
@@ -105,7 +105,12 @@ def train_model(
     recipe = resolve_recipe(train, dataset.num_images["train"], device)
     precision = select_precision(train.precision, device)
     write_text(run / "config.toml", dump_toml(settings))
-    environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
+    environment = {
+        "device": device,
+        "precision": precision,
+        "dataset": str(dataset.path.resolve()),
+        "source": dataset_location(settings.prepare.dataset),
+    }
     write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
     statistics = measure_input(dataset.images("train"))

@@ -7,6 +7,7 @@ Below its class a file may lie in any subfolder. What begins with a dot, and the
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,9 +18,9 @@ import numpy.typing as npt
 from cnnpipe.errors import DatasetError
 from cnnpipe.files import display_path
 from cnnpipe.finding import find_files
-from cnnpipe.training.splits import SPLITS, TRAIN
+from cnnpipe.training.splits import SPLITS, TEST, TRAIN
 
-__all__ = ["ImageFolder", "list_image_folder"]
+__all__ = ["ImageFolder", "list_image_folder", "list_scored_folder"]
 
 _LITTER: Final = frozenset({"thumbs.db", "desktop.ini"})
 
@@ -76,6 +77,43 @@ def list_image_folder(root: Path) -> ImageFolder:
         listing[split] = {name: _class_files(root, folder, name) for name in folders}
     class_names = _check_classes(root, listing, warnings)
     return _flatten(root, class_names, listing, frozenset(splits) if any(splits.values()) else frozenset(), warnings)
+
+
+def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> ImageFolder:
+    """Find all images of a folder to score a model on: those below `test`, else of all splits, else of all classes.
+
+    Args:
+        class_names: the model's, which give the labels; None takes the folder's own.
+    Raises:
+        DatasetError: it does not exist, holds no images in class folders, or has a class that the model does not know.
+    """
+    folders, files = _look_into(root)
+    splits = [name for name in folders if name in SPLITS and name not in (class_names or ())]
+    splits = [name for name in splits if _look_into(root / name)[0]]  # else it is a class
+    places = [SPLITS[TEST]] if SPLITS[TEST] in splits else splits if splits == folders else []
+    warnings = _stray_files(root, files)
+    listing: dict[int, dict[str, list[str]]] = {}
+    for place in places or [""]:
+        if place:
+            folders, files = _look_into(root / place)
+            warnings += _stray_files(root / place, files)
+        listing[SPLITS.index(place or SPLITS[TEST])] = {name: _class_files(root, place, name) for name in folders}
+    filled = {name for classes in listing.values() for name, found in classes.items() if found}
+    if not filled:
+        raise DatasetError(f"{root} holds no images in class folders; need <root>/<class>/* or <root>/test/<class>/*")
+    names = class_names or tuple(sorted(filled, key=os.fsencode))
+    if unknown := sorted(filled - set(names)):
+        raise DatasetError(
+            f"{root} has folders of classes that the model does not know: {_first_few(unknown)}; it knows "
+            f"{_first_few(names)}; rename or remove the others"
+        )
+    if missing := [name for name in names if name not in filled]:
+        warnings.append(f"{root} has no images of these classes of the model: {_first_few(missing)}")
+    return _flatten(root, names, listing, frozenset(), warnings)
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(map(display_path, names[:5])) + (", …" if len(names) > 5 else "")
 
 
 def _look_into(folder: Path) -> tuple[list[str], list[str]]:

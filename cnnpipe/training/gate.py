@@ -2,33 +2,34 @@
 
 The rules, in order: the test accuracy reaches a floor, also on the first run; then it is not worse than the
 champion's on the same test images. A champion whose figures were measured on another test split is scored anew on
-this one; one that answers another question (other classes, other image size), or that another split seed may have
-trained on these very images, is left to a person.
+this one; one that answers another question (other classes, image size or source of images), or that another split seed
+may have trained on these very images, is left to a person.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from cnnpipe.config import RetrainSettings, load_toml
-from cnnpipe.errors import RegistryError
+from cnnpipe.config import RetrainSettings, dataset_location, load_toml
+from cnnpipe.errors import DatasetError, RegistryError
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.storage import write_json
-from cnnpipe.training.datasets import PreparedDataset
+from cnnpipe.training.datasets import SPLITS, PreparedDataset, count_shared, load_prepared
 from cnnpipe.training.evaluation import METRICS_FILE
-from cnnpipe.training.scoring import predict_onnx
+from cnnpipe.training.scoring import describe_difference, predict_onnx
 from cnnpipe.variants import MODEL_FILES, PARITY_FILE
 
-__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
+__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision", "read_location"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,11 @@ class Decision:
 
 
 def decide_promotion(
-    info: ModelInfo, champion: Path | None, dataset: PreparedDataset, settings: RetrainSettings
+    info: ModelInfo,
+    champion: Path | None,
+    dataset: PreparedDataset,
+    settings: RetrainSettings,
+    location: str | None = None,
 ) -> Decision:
     """Apply the rules to a candidate.
 
@@ -66,18 +71,21 @@ def decide_promotion(
         champion: the champion's run folder, or None before the first promotion.
         dataset: whose test split decides.
         settings: of the candidate's retraining.
+        location: where the candidate's images come from, as `config.dataset_location` says; None is what it says here.
     """
+    location = location or dataset_location(settings.prepare.dataset)
     accuracy, champion_accuracy, min_accuracy = info.test_accuracy, None, settings.promote.min_accuracy
     if accuracy < min_accuracy:
         promoted, reason = False, f"test accuracy {accuracy:.4f} is below the floor of {min_accuracy:.4f}"
     elif champion is None or champion.name == info.run_id:
         promoted, reason = True, f"first champion: test accuracy {accuracy:.4f} reaches the floor of {min_accuracy:.4f}"
     else:
-        if (difference := _incomparable(champion, info, dataset, settings)) is not None:
+        if (difference := _incomparable(champion, info, dataset, settings, location)) is not None:
             promoted = False
             reason = (
                 f"the champion {champion.name} {difference}, so the two cannot be compared; "
-                f"to replace it: cnnpipe models promote {info.name}/{info.run_id} --force"
+                f"to replace it: cnnpipe models promote {shlex.quote(str(champion.with_name(info.run_id)))} --force; "
+                f"to keep both: cnnpipe train {shlex.quote(location)} --name NAME"
             )
         else:
             champion_accuracy = _accuracy_on(champion, dataset)
@@ -98,15 +106,47 @@ def decide_promotion(
     )
 
 
-def _incomparable(champion: Path, info: ModelInfo, dataset: PreparedDataset, settings: RetrainSettings) -> str | None:
+def _incomparable(
+    champion: Path, info: ModelInfo, dataset: PreparedDataset, settings: RetrainSettings, location: str
+) -> str | None:
     """Return what keeps the champion from a fair comparison on the dataset's test split; None if nothing does."""
     theirs = read_manifest(champion).model
-    if theirs.class_names != info.class_names or theirs.image_size != info.image_size:
-        return "has other classes or another image size"
+    if theirs.class_names != info.class_names:
+        owners = ("only the champion", "only this run")
+        return f"has other classes ({describe_difference(theirs.class_names, info.class_names, owners)})"
+    if theirs.image_size != info.image_size:
+        sizes = (f"{height}x{width}" for height, width in (theirs.image_size, info.image_size))
+        return "takes images of {} pixels, this run of {}".format(*sizes)
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return None
+    if (source := read_location(champion)) != location and not _shares_images(champion, dataset):
+        return f"was trained on {source}, this run on {location}, which has other images"
     seed, own = load_toml(RetrainSettings, champion / "config.toml").prepare.seed, settings.prepare.seed
     return None if seed == own else f"may have been trained on these test images (split seed {seed}, here {own})"
+
+
+def _read_environment(run: Path) -> dict[str, Any]:
+    """Return what is in a run's `environment.json`; nothing where it cannot be read."""
+    try:
+        environment = json.loads((run / "environment.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return environment if isinstance(environment, dict) else {}
+
+
+def read_location(run: Path) -> str:
+    """Return where a run's images came from; of an older run, which does not record it, what its settings say here."""
+    source: str | None = _read_environment(run).get("source")
+    return source or dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
+
+
+def _shares_images(champion: Path, dataset: PreparedDataset) -> bool:
+    """Whether most images that the champion was tested on are in the dataset too: then its folder was only moved."""
+    try:
+        tested = load_prepared(Path(_read_environment(champion)["dataset"])).images("test")
+    except (KeyError, TypeError, DatasetError):  # nothing is left to compare with
+        return False
+    return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
 
 
 def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
@@ -142,7 +182,7 @@ def conclude_run(run: Path, dataset: PreparedDataset, settings: RetrainSettings,
         if decision is None:
             info = open_session(run / MODEL_FILES["fp32"], "cpu").info
             champion = None if forced is not None else champion_run(artifacts, name)
-            decision = decide_promotion(info, champion, dataset, settings)
+            decision = decide_promotion(info, champion, dataset, settings, read_location(run))
             if forced is not None:
                 decision = replace(decision, promoted=True, reason=forced)
             write_json(run / PROMOTION_FILE, asdict(decision))
@@ -197,6 +237,7 @@ def _complete_run(run: Path, info: ModelInfo, decision: Decision, dataset: Prepa
         dataset={
             "name": dataset.name,
             "source": dataset.source,
+            "location": read_location(run),
             "fingerprint": dataset.fingerprint,
             "num_images": dataset.num_images,
         },

@@ -82,7 +82,7 @@ def plot_run(run: Path, dataset: PreparedDataset) -> list[Path]:
     """Draw all pictures of an evaluated run into its folder.
 
     Args:
-        run: holds `history.csv`, `metrics.json` and `predictions_test.csv`.
+        run: holds `history.csv`, `metrics.json`, `confusion_matrix.csv` and `predictions_test.csv`.
         dataset: what it was evaluated on; gives the test images.
     Returns:
         The files: accuracy, loss, confusion matrix, samples, mistakes.

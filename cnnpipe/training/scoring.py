@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,48 @@ from cnnpipe.errors import DatasetError, ModelError, one_line
 from cnnpipe.inference.session import ClassifierSession, open_session
 from cnnpipe.training.datasets import PreparedDataset
 
-__all__ = ["load_keras_model", "model_image_size", "predict_keras", "predict_model", "predict_onnx"]
+__all__ = [
+    "OpenModel",
+    "describe_difference",
+    "load_keras_model",
+    "open_model",
+    "predict_keras",
+    "predict_model",
+    "predict_onnx",
+]
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
 Probabilities = npt.NDArray[np.float32]  # (N, classes)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to be scored."""
+
+    class_names: tuple[str, ...] | None
+    """None for a `.keras` file of which nobody knows them."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    predict: Callable[[Images], Probabilities]
+    """(N, height, width, 3) uint8 -> (N, classes) float32."""
+
+
+def open_model(model: Path, recorded_classes: tuple[str, ...] | None = None) -> OpenModel:
+    """Open a `.keras` or `.onnx` file.
+
+    Args:
+        recorded_classes: what is known of the classes of a `.keras` file, which does not name them itself.
+    Raises:
+        ModelError: the file is not a model.
+    """
+    if model.suffix == ".onnx":
+        session = open_session(model)
+        return OpenModel(session.info.class_names, session.info.image_size, partial(predict_onnx, session))
+    if model.suffix == ".keras":
+        network = load_keras_model(model)
+        height, width = network.input_shape[1:3]
+        return OpenModel(recorded_classes, (height, width), partial(predict_keras, network))
+    raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {model}; check the path")
 
 
 def predict_model(
@@ -26,56 +66,43 @@ def predict_model(
     """Return a model file's probabilities for a dataset's test split, (N, classes) float32.
 
     Args:
-        model: a `.keras` or `.onnx` file.
-        recorded_classes: what is known of the classes of a `.keras` file, which does not name them itself.
+        recorded_classes: as for `open_model`.
     Raises:
-        ModelError: the file is no model, or its classes or image size are not the dataset's.
+        ModelError: the file is not a model, or its classes or image size are not the dataset's.
         DatasetError: the test split is empty.
     """
     images = dataset.images("test")
     if not len(images):
         raise DatasetError(f"{dataset.path} has no test images; prepare the dataset with a test split")
-    if model.suffix == ".onnx":
-        session = open_session(model)
-        _require_classes(model, session.info.class_names, dataset)
-        _require_image_size(model, session.info.image_size, dataset)
-        return predict_onnx(session, images)
-    if model.suffix == ".keras":
-        _require_classes(model, recorded_classes, dataset)
-        network = load_keras_model(model)
-        _require_image_size(model, network.input_shape[1:3], dataset)
-        return predict_keras(network, images)
-    raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {model}; check the path")
-
-
-def model_image_size(model: Path) -> tuple[int, int]:
-    """Return the (height, width) that a `.keras` or `.onnx` file wants, in pixels.
-
-    Raises:
-        ModelError: the file is no model.
-    """
-    if model.suffix == ".onnx":
-        return open_session(model, "cpu").info.image_size
-    height, width = load_keras_model(model).input_shape[1:3]
-    return height, width
+    opened = open_model(model, recorded_classes)
+    _require_classes(model, opened.class_names, dataset)
+    _require_image_size(model, opened.image_size, dataset)
+    return opened.predict(images)
 
 
 def _require_classes(model: Path, class_names: tuple[str, ...] | None, dataset: PreparedDataset) -> None:
     if class_names is None or class_names == dataset.class_names:
         return
-    if sorted(class_names) == sorted(dataset.class_names):
-        difference = "the same in another order"
-    else:
-        missing = [name for name in class_names if name not in dataset.class_names]
-        unknown = [name for name in dataset.class_names if name not in class_names]
-        difference = "; ".join(
-            f"{where} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for where, names in (("only the model", missing), ("only the dataset", unknown))
-            if names
-        )
+    difference = describe_difference(class_names, dataset.class_names, ("only the model", "only the dataset"))
     raise ModelError(
         f"{model} knows {len(class_names)} classes, the dataset {dataset.name} has {len(dataset.class_names)}, "
         f"and they differ: {difference}; evaluate it on a dataset with its own classes"
+    )
+
+
+def describe_difference(first: Sequence[str], second: Sequence[str], owners: tuple[str, str]) -> str:
+    """Return in words how two lists of classes differ, such as "only the model has cat; only the dataset has dog".
+
+    Args:
+        owners: what to call whoever has classes that the other lacks, first and second.
+    """
+    if sorted(first) == sorted(second):
+        return "the same in another order"
+    lacking = ([name for name in first if name not in second], [name for name in second if name not in first])
+    return "; ".join(
+        f"{owner} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for owner, names in zip(owners, lacking, strict=True)
+        if names
     )
 
 

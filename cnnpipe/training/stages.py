@@ -12,26 +12,38 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cnnpipe.config import (
+    BUILT_IN_DATASETS,
     COMMAND_LINE,
     EvaluateSettings,
     PrepareSettings,
     RetrainSettings,
+    dataset_location,
     dataset_name,
     load_toml,
     validate_settings,
 )
 from cnnpipe.devices import ask_driver
-from cnnpipe.environment import package_versions
-from cnnpipe.errors import RegistryError
+from cnnpipe.environment import package_versions, usable_cores
+from cnnpipe.errors import CnnpipeError, RegistryError
+from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import resolve_model_file, resolve_run
 from cnnpipe.storage import make_folder, storage_errors
-from cnnpipe.training.datasets import DATASET_FILE, PreparedDataset, load_prepared, prepare_dataset
+from cnnpipe.training.data_report import warn_of_unreadable
+from cnnpipe.training.datasets import (
+    DATASET_FILE,
+    PreparedDataset,
+    count_shared,
+    load_prepared,
+    prepare_dataset,
+    scratch_folder,
+)
 
 if TYPE_CHECKING:
     from cnnpipe.training.evaluation import Evaluation
@@ -195,16 +207,17 @@ def evaluate_any(
     artifacts: Path,
     progress: ProgressCallback | None = None,
 ) -> tuple[Path, Evaluation]:
-    """Score whatever a user means by `model` on a test split.
+    """Score whatever a user means by `model`.
 
     Args:
         model: a `.keras` or `.onnx` file, a run folder, or a name (its champion).
-        dataset: built-in dataset, folder of images, or prepared dataset; None is the one the run was trained on.
+        dataset: a folder of images, all of which are scored, or those in its `test`; a built-in or a prepared dataset,
+            of which the test split is scored, as it is of None and of the folder that the run was trained on.
     Returns:
         The file that was scored, and its evaluation. Written to the run only if the run is not complete.
     Raises:
         ModelError: there is no such model, or it does not fit the dataset.
-        DatasetError: the dataset cannot be prepared, or None was given for a file outside any run.
+        DatasetError: the dataset cannot be read, or None was given for a file outside any run.
     """
     from cnnpipe.training.evaluation import evaluate_model
 
@@ -218,20 +231,54 @@ def evaluate_any(
             own = load_run(run)[0].evaluate
             chosen = {name: getattr(settings, name) for name in settings.model_fields_set}
             return file, evaluate_run(run, own.model_copy(update=chosen))
-    prepared = load_run(file.parent)[1] if dataset is None else _prepared_for(dataset, file, data, progress)
+    if dataset is None:
+        prepared = load_run(file.parent)[1]
+    elif (user_path(dataset) / DATASET_FILE).is_file():
+        prepared = load_prepared(user_path(dataset))
+    elif dataset in BUILT_IN_DATASETS or _is_source_of(file.parent, dataset):
+        prepared = _prepare_for(dataset, file, data, progress)
+    else:
+        return file, _evaluate_folder(file, user_path(dataset), settings, data, progress)
+    logger.info("scoring %s on the %d test images of %s", file, prepared.num_images["test"], prepared.name)
     return file, evaluate_model(file, prepared, settings)
 
 
-def _prepared_for(dataset: str, model: Path, data: Path, progress: ProgressCallback | None) -> PreparedDataset:
-    """Prepare a dataset at the model's image size, or load it if it is prepared already."""
-    if (Path(dataset) / DATASET_FILE).is_file():
-        return load_prepared(Path(dataset))
-    from cnnpipe.training.scoring import model_image_size
+def _is_source_of(run: Path, dataset: str) -> bool:
+    from cnnpipe.training.gate import read_location
+
+    return (run / "config.toml").is_file() and read_location(run) == dataset_location(dataset)
+
+
+def _prepare_for(dataset: str, model: Path, data: Path, progress: ProgressCallback | None) -> PreparedDataset:
+    """Prepare a dataset at the model's image size, split as its run's own was, or find it prepared already."""
+    from cnnpipe.training.scoring import open_model
 
     config = model.parent / "config.toml"
     own = load_toml(RetrainSettings, config).prepare if config.is_file() else PrepareSettings()
-    # Split as the run's own dataset was: another seed would put images into test that the model was trained on.
+    # Another seed would put images into test that the model was trained on.
     name = own.name if dataset == own.dataset else dataset_name(dataset) or own.resolved_name
-    values = own.model_dump() | {"dataset": dataset, "name": name, "image_size": model_image_size(model)}
+    values = own.model_dump() | {"dataset": dataset, "name": name, "image_size": open_model(model).image_size}
     settings = validate_settings(PrepareSettings, values, COMMAND_LINE)
     return prepare_dataset(settings, data, progress=progress)
+
+
+def _evaluate_folder(
+    model: Path, folder: Path, settings: EvaluateSettings, data: Path, progress: ProgressCallback | None
+) -> Evaluation:
+    """Score a model on all images of a folder, whatever their number: no limit of training holds, and no split."""
+    from cnnpipe.training.evaluation import evaluate_probabilities, recorded_classes
+    from cnnpipe.training.folders import list_scored_folder
+    from cnnpipe.training.scoring import open_model
+    from cnnpipe.training.sources import FolderSource
+
+    opened = open_model(model, recorded_classes(model.parent))
+    source = FolderSource(list_scored_folder(folder, opened.class_names), usable_cores(), progress or (lambda *_: None))
+    with scratch_folder(data / "prepared") as scratch:
+        images = source.read(opened.image_size, scratch / "pixels")
+        for warning in (*images.warnings, *warn_of_unreadable(images.unreadable, len(images.labels))):
+            logger.warning("%s", warning)
+        with suppress(CnnpipeError):  # a file outside a run, or one whose dataset is gone: nobody knows what it learned
+            if learned := count_shared(images.pixels, load_run(model.parent)[1], ("train", "val")):
+                logger.warning("%d of these images were learned: the model is better on them than on others", learned)
+        logger.info("scoring %s on %d images of %s", model, len(images.labels), folder)
+        return evaluate_probabilities(opened.predict(images.pixels), images.labels, images.class_names, settings)
