@@ -70,10 +70,10 @@ class PrepareSettings(Settings):
     )
     include: tuple[str, ...] = Field(
         (),
-        description="of a folder, only files that match one of these patterns; one without `/` is held against the "
+        description="only files of a folder that match one of these patterns; one without `/` is compared with the "
         "file's name",
     )
-    exclude: tuple[str, ...] = Field((), description="of a folder, no files that match one of these patterns")
+    exclude: tuple[str, ...] = Field((), description="no files of a folder that match one of these patterns")
     image_size: tuple[ImageSize, ImageSize] = Field((32, 32), description="(height, width) of the model, pixels")
     val_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of train that becomes val if there is none")
     test_fraction: float = Field(

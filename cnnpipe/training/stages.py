@@ -233,5 +233,7 @@ def _prepared_for(dataset: str, model: Path, data: Path, progress: ProgressCallb
     # Split as the run's own dataset was: another seed would put images into test that the model was trained on.
     name = own.name if dataset == own.dataset else dataset_name(dataset) or own.resolved_name
     values = own.model_dump() | {"dataset": dataset, "name": name, "image_size": model_image_size(model)}
+    if dataset != own.dataset:  # the patterns are of the run's own folder
+        values |= {"include": (), "exclude": ()}
     settings = validate_settings(PrepareSettings, values, COMMAND_LINE)
     return prepare_dataset(settings, data, progress=progress)
