@@ -70,6 +70,12 @@ class PrepareSettings(Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="what the model is called; default: the dataset's or the folder's own name",
     )
+    include: tuple[str, ...] = Field(
+        (),
+        description="only files of a folder that match one of these patterns; one without `/` is compared with the "
+        "file's name",
+    )
+    exclude: tuple[str, ...] = Field((), description="no files of a folder that match one of these patterns")
     image_size: tuple[ImageSize, ImageSize] = Field((32, 32), description="(height, width) of the model, pixels")
     val_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of train that becomes val if there is none")
     test_fraction: float = Field(
@@ -77,7 +83,9 @@ class PrepareSettings(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="decides which images go to which split")
     min_images_per_class: int = Field(10, ge=1, description="a class with fewer images in train stops the run")
-    max_unreadable_fraction: Fraction = Field(0.01, description="a larger share of unreadable images stops the run")
+    max_unreadable_fraction: Fraction = Field(
+        0.01, description="a larger share of unreadable images, and more than one, stops the run; 0 allows none"
+    )
     max_leaked_fraction: Fraction = Field(0.01, description="a larger share of test images also in train stops the run")
     max_imbalance: float = Field(100.0, ge=1.0, description="a larger ratio of largest to smallest class stops the run")
 
@@ -85,6 +93,12 @@ class PrepareSettings(Settings):
     def _name_is_usable(self) -> Self:
         if self.resolved_name in ("", "predictions"):
             raise ValueError(f"{self.dataset!r} gives no usable name for the model; give one with --name")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_have_a_folder(self) -> Self:
+        if self.dataset in BUILT_IN_DATASETS and (self.include or self.exclude):
+            raise ValueError(f"include and exclude choose files of a folder, received the dataset {self.dataset!r}")
         return self
 
     @property

@@ -1,6 +1,6 @@
 """Find the files below a folder: in one fixed order, from any place on, and in bounded memory.
 
-Nothing is passed over in silence: what cannot be walked is yielded itself.
+What cannot be walked is yielded itself. What `cnnpipe.leftovers` tells of is passed over, and counted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import NamedTuple
 
 from cnnpipe.errors import DatasetError
 from cnnpipe.files import display_path
-from cnnpipe.listing import FOLDER_MARK, sorted_names
+from cnnpipe.leftovers import TELLING_NAMES, is_own_folder
+from cnnpipe.listing import FOLDER_MARK, list_entries, sorted_names
 from cnnpipe.selection import FileFilter
 
 __all__ = ["count_files", "find_files", "has_files", "require_folder"]
@@ -25,8 +27,10 @@ _Identity = tuple[int, int]
 """Device and inode: which folder it is, by whatever path."""
 
 
-def find_files(root: Path, *, after: str | None = None) -> Iterator[str]:
+def find_files(root: Path, *, after: str | None = None, passed_over: Counter[str] | None = None) -> Iterator[str]:
     """Yield every file below a folder, depth first, the names of each folder sorted bytewise.
+
+    What systems leave there and what cnnpipe wrote is passed over (`cnnpipe.leftovers`).
 
     Links are followed; a link back to a folder that is being walked, and a folder that cannot be listed, are yielded
     themselves, so that nothing is passed over in silence. A folder is read to its end before its first file comes;
@@ -36,6 +40,7 @@ def find_files(root: Path, *, after: str | None = None) -> Iterator[str]:
         root: an existing folder.
         after: a path relative to `root`, which need not be there any more: yield only what comes behind it in this
             order. Of what comes before, only the folders on the way to it are listed.
+        passed_over: counts the files and folders that are passed over, by what to call them.
     Yields:
         Paths relative to `root`, with `/`; undecodable bytes as surrogates (PEP 383), so `root / path` opens.
     Raises:
@@ -43,8 +48,9 @@ def find_files(root: Path, *, after: str | None = None) -> Iterator[str]:
         StorageError: there is no room for the temporary file.
     """
     base = os.fsencode(root)
+    passed_over = Counter() if passed_over is None else passed_over
     # A stack of iterators, not recursion: trees may be deeper than Python's recursion limit.
-    stack = _start_walk(root, os.fsencode(after).split(b"/") if after is not None else [])
+    stack = _start_walk(root, os.fsencode(after).split(b"/") if after is not None else [], passed_over)
     encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     while stack:
         folder = stack[-1]
@@ -55,7 +61,7 @@ def find_files(root: Path, *, after: str | None = None) -> Iterator[str]:
                 continue
             path = folder.prefix + name.removesuffix(FOLDER_MARK)
             try:
-                stack.append(_enter(base, path, stack))
+                stack.append(_enter(base, path, stack, passed_over))
             except OSError:
                 yield os.fsdecode(path)  # reading it says what is wrong, in its own row
             else:
@@ -88,25 +94,25 @@ class _Folder(NamedTuple):
     names: Iterator[bytes]
 
 
-def _start_walk(root: Path, after: list[bytes]) -> list[_Folder]:
+def _start_walk(root: Path, after: list[bytes], passed_over: Counter[str]) -> list[_Folder]:
     """Return the folders that are being walked when the walk has just passed the path `after`, given by its parts."""
     require_folder(root)
     base = os.fsencode(root)
     try:
-        stack = [_enter(base, b"", [], after[0] if after else b"")]
+        stack = [_enter(base, b"", [], passed_over, after[0] if after else b"")]
     except OSError as error:
         raise _not_listed(root, error) from error
     for part, behind in pairwise([*after, b""]):
         if part in (b"", b".", b".."):  # in no path that a walk gives, and `..` would lead out of the root
             break
         try:
-            stack.append(_enter(base, stack[-1].prefix + part, stack, behind))
+            stack.append(_enter(base, stack[-1].prefix + part, stack, passed_over, behind))
         except OSError:
             break  # a file, gone, or a folder that is yielded itself: it does not come behind `after`
     return stack
 
 
-def _enter(base: bytes, path: bytes, walking: list[_Folder], behind: bytes = b"") -> _Folder:
+def _enter(base: bytes, path: bytes, walking: list[_Folder], passed_over: Counter[str], behind: bytes = b"") -> _Folder:
     """List a folder.
 
     Args:
@@ -119,7 +125,8 @@ def _enter(base: bytes, path: bytes, walking: list[_Folder], behind: bytes = b""
     identity = _identify(place)
     if any(identity == folder.identity for folder in walking):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return _Folder(path + b"/" if path else b"", identity, sorted_names(place, behind))
+    names = sorted_names(place, passed_over, behind, is_root=not path)
+    return _Folder(path + b"/" if path else b"", identity, names)
 
 
 def _identify(folder: bytes) -> _Identity:
@@ -184,15 +191,15 @@ def count_files(root: Path, admitted: FileFilter | None = None) -> int:
 def _scan(folder: bytes, prefix: bytes, admitted: FileFilter | None) -> tuple[int, list[bytes]]:
     """Return how many admitted files a folder holds, and the paths of the folders in it."""
     count = 0
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                is_folder = entry.is_dir()
-            except OSError:
-                is_folder = False
-            if is_folder:
-                folders.append(prefix + entry.name)
-            elif admitted is None or admitted.admits(os.fsdecode(prefix + entry.name)):
-                count += 1
-    return count, folders
+    folders: list[bytes] = []
+    telling: list[bytes] = []
+    inside: Counter[str] = Counter()
+    for name, is_folder in list_entries(folder, inside):
+        if is_folder:
+            folders.append(prefix + name)
+        elif admitted is None or admitted.admits(os.fsdecode(prefix + name)):
+            count += 1
+        if name in TELLING_NAMES:
+            telling.append(name)
+    is_own = prefix and is_own_folder(folder, [*telling, *map(os.fsencode, inside)])
+    return (0, []) if is_own else (count, folders)

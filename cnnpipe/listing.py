@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from typing import IO, Final
 
 from cnnpipe.errors import StorageError
+from cnnpipe.leftovers import OWN, SHARDS_SUFFIX, is_own_folder, name_leftover
 
-__all__ = ["FOLDER_MARK", "sorted_names"]
+__all__ = ["FOLDER_MARK", "list_entries", "sorted_names"]
 
 FOLDER_MARK: Final = b"\0"
 """Ends the name of a folder in a listing; it is in no name and sorts lowest, so the order stays."""
@@ -27,32 +29,56 @@ _SEPARATOR: Final = b"/"
 """Between the names in the temporary file: the one byte that is in no name, nor the mark."""
 
 
-def sorted_names(folder: bytes, behind: bytes = b"") -> Iterator[bytes]:
-    """Read a folder to its end now, and return its names in bytewise order, those of folders with `FOLDER_MARK`.
+def list_entries(folder: bytes, passed_over: Counter[str]) -> Iterator[tuple[bytes, bool]]:
+    """Yield the names in a folder, in no order, and whether each is a folder; leave out what is never an input.
 
     A link to a folder counts as a folder. Only links are looked at one by one; for the rest the listing says enough.
 
     Args:
+        passed_over: counts what is left out, by what to call it.
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                is_folder = False  # a link in a circle, or to where we may not look
+            if leftover := name_leftover(folder, name, is_folder):
+                passed_over[leftover] += 1
+            else:
+                yield name, is_folder
+
+
+def sorted_names(folder: bytes, passed_over: Counter[str], behind: bytes = b"", *, is_root: bool) -> Iterator[bytes]:
+    """Read a folder to its end now, and return its names in bytewise order, those of folders with `FOLDER_MARK`.
+
+    Args:
+        passed_over: as in `list_entries`; a folder that cnnpipe made counts as one, and has no names.
         behind: only names that sort behind this one.
+        is_root: whether a user named this folder, so that its names are wanted whoever made it.
     Raises:
         OSError: the folder cannot be listed.
         StorageError: there is no room for the temporary file of a huge folder; at once or by the iterator.
     """
     names: list[bytes] = []
     blocks: _SortedBlocks | None = None
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name <= behind:
-                continue
-            try:
-                names.append(name + FOLDER_MARK if entry.is_dir() else name)
-            except OSError:
-                names.append(name)  # a link in a circle, or to where we may not look
-            if len(names) >= _NAMES_PER_BLOCK:
-                blocks = blocks or _SortedBlocks()
-                blocks.write(names)
-                names.clear()
+    inside: Counter[str] = Counter()
+    for name, is_folder in list_entries(folder, inside):
+        if name <= behind:
+            continue
+        names.append(name + FOLDER_MARK if is_folder else name)
+        if len(names) >= _NAMES_PER_BLOCK:
+            blocks = blocks or _SortedBlocks()
+            blocks.write(names)
+            names.clear()
+    if blocks is None and not is_root and is_own_folder(folder, chain(names, map(os.fsencode, inside))):
+        if not folder.endswith(SHARDS_SUFFIX):  # often of the very job that asks
+            passed_over[OWN] += 1
+        return iter(())
+    passed_over.update(inside)
     if blocks is None:
         names.sort()
         return iter(names)

@@ -295,7 +295,7 @@ def test_own_output_in_the_folder_is_not_classified(images: Path, model: Path, t
     summary = classify(images, model, images / "zz", output=str(images / "zz" / "out" / "t.csv"))
     assert summary.found == 50
     again = classify(images, model, images / "zz", output=str(images / "zz" / "new" / "t.csv"), max_failure_rate=1)
-    assert again.found == 52  # the first table and its summary are files like any other
+    assert (again.found, again.passed_over) == (50, 2)  # the first table and its summary
 
 
 @pytest.mark.parametrize(

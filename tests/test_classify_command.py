@@ -149,13 +149,53 @@ def test_report_is_one_page_that_names_every_class_and_error(images: Path, model
     assert summary_beside(table)["report"] == str(page)
 
 
-def test_what_was_written_into_the_folder_is_no_row_the_next_time(images: Path, model: Path) -> None:
-    table, page = images / "out" / "t.csv", images / "report.html"
-    for _ in range(2):
-        ended = classify(images, "--model", model, "--output", table, "--report", page, "--overwrite")
+def test_what_cnnpipe_wrote_into_the_folder_is_no_row_the_next_time(images: Path, model: Path) -> None:
+    (images / "mine.csv").write_text("a,b\n")
+    (images / "mine.html").write_text("<!DOCTYPE html>")
+    (images / "jobs.shards").mkdir()
+    (images / "jobs.shards" / "0.tar").write_text("mine too")
+    expected = {"mine.csv", "mine.html", "notes.txt", "jobs.shards/0.tar"}
+    outputs = ("out/t.parquet", "a.jsonl", "b.csv", "b.csv")
+    for number, output in enumerate(outputs):
+        table = images / output
+        ended = classify(
+            images, "--model", model, "--output", table, "--report", images / "report.html", "--overwrite",
+            "--sort-into", images.parent / "sorted", "--max-failure-rate", 0.2,
+        )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
-        assert {row["path"] for row in read_csv(table)}.isdisjoint({"report.html", "out/t.csv", "out/summary.json"})
-    assert len(read_csv(table)) == 33
+        summary = summary_beside(table)
+        assert (summary["ok"], summary["error"]) == (32, len(expected))
+        assert ("passed over" in ended.stderr) == (number > 0)
+    assert {row["path"] for row in read_csv(images / "b.csv") if row["status"] == "error"} == expected
+    above = images.parent
+    ended = classify(above, "--model", model, "--artifacts", above / "artifacts", "--max-failure-rate", 1, "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["ok"] == 32
+    named = classify(above / "sorted", "--model", model, "--output", above / "n.csv")
+    assert named.returncode == 0, named.stderr
+    assert summary_beside(above / "n.csv")["ok"] == 32
+
+
+def test_what_systems_leave_is_passed_over_and_counted_once(images: Path, model: Path, tmp_path: Path) -> None:
+    left = (
+        *(".DS_Store", "a/Thumbs.db", "a/b/desktop.ini", "a/Desktop.INI"),
+        *("@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "a/@eaDir/2.png", "#recycle/1.png"),
+        *("$RECYCLE.BIN/S-1-5/$R1.png", "System Volume Information/x", "a/1.png:Zone.Identifier"),
+        *("__MACOSX/a/._1.png", "a/._1.png", ".Trashes/501/1.png", ".Spotlight-V100/x/y"),
+        *("lost+found/x", ".Trash-1000/files/1.png", ".thumbnails/1.png", ".nfs000000000123"),
+        *(".git/objects/aa/b", "a/.ipynb_checkpoints/1.png", "a/~$report.docx", "a/.x.0123456789abcdef.csv"),
+    )
+    (images / "notes.txt").unlink()
+    for path in left:
+        (images / path).parent.mkdir(parents=True, exist_ok=True)
+        (images / path).write_bytes(b"left")
+    (images / ".mine.png").write_bytes((images / "thumbs/small/0000.png").read_bytes())
+    ended = classify(images, "--model", model, "--output", tmp_path / "t.csv", "--max-failure-rate", 0)
+    assert ended.returncode == 0, ended.stderr
+    assert len(read_csv(tmp_path / "t.csv")) == 33
+    assert summary_beside(tmp_path / "t.csv")["passed_over"] == len(left)
+    warning = f"{len(left)} files and folders that systems leave or cnnpipe wrote were passed over: "
+    assert len([line for line in ended.stderr.splitlines() if warning in line]) == 1
 
 
 def test_a_list_that_is_not_there_is_told_before_the_model_is_loaded(images: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def summarize(rows: Sequence[Prediction], folder: str = "/photos/summer", **chan
         unchanged=0,
         uncertain=0,
         min_probability=0.0,
+        passed_over=0,
         failure_rate=len(bad) / max(len(rows), 1),
         max_failure_rate=1.0,
         classes=dict(Counter(row.labels[0] for row in good)),

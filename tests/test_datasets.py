@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnnpipe.config import PrepareSettings
+from cnnpipe.config import ClassifySettings, PrepareSettings
 from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
 from cnnpipe.images import decode_image
+from cnnpipe.inference.classify import classify_folder
+from cnnpipe.training.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.training.datasets import (
     DATASET_FILE,
     SPLITS,
@@ -37,6 +39,7 @@ from cnnpipe.training.datasets import (
     prepare_dataset,
 )
 from cnnpipe.training.download import Archive
+from cnnpipe.training.sources import open_source
 from cnnpipe.training.splits import TEST, TRAIN, VAL, assign_splits
 
 DIGITS = load_digits()
@@ -146,6 +149,31 @@ def test_a_missing_test_is_taken_from_train_and_val_is_left_alone(tmp_path: Path
     assert dataset.num_images == {"train": 48, "val": 12, "test": 12}
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("training", "validation", "testing"), ("Train", "VAL", "Test")]
+)
+def test_splits_may_be_called_as_others_call_them(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    root = write_splits(tmp_path / "root", **dict(zip(names, (12, 4, 5), strict=True)))
+    dataset = prepare(root, tmp_path / "data")
+    assert dataset.num_images == {"train": 36, "val": 12, "test": 15}
+    assert dataset.paths("val")[0].startswith(f"{names[1]}/")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_folder_called_like_a_built_in_dataset_is_told_and_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write_flat(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert prepare(f"./{name}", tmp_path / "data").source == "folder"
+    assert "built-in" not in caplog.text
+    settings = PrepareSettings(dataset=name)
+    assert open_source(settings, tmp_path, CIFAR10_ARCHIVE, 1, lambda *_: None).kind == name
+    assert caplog.messages[-1] == (
+        f"{name} is the built-in dataset here, not the folder of that name; for the folder give ./{name}"
+    )
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     root = tmp_path / "vehicles"
     for label, name in enumerate(("car", "train", "bus")):
@@ -234,33 +262,127 @@ def test_dark_pictures_of_8_bits_and_whole_ranges_of_16_are_prepared(
     assert sum(prepare(tmp_path / "root", tmp_path / "data", image_size=(16, 16)).num_images.values()) == 40
 
 
-def test_hidden_files_and_litter_are_not_there(tmp_path: Path) -> None:
+def test_what_systems_leave_is_passed_over_with_one_warning(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
-    for litter in (".DS_Store", "digit0/.hidden.png", "digit0/Thumbs.db", "digit1/desktop.ini", ".git/x/y.png"):
-        (root / litter).parent.mkdir(parents=True, exist_ok=True)
-        (root / litter).write_bytes(b"litter")
+    image = (root / "digit0" / "000.png").read_bytes()
+    left = (
+        *(".DS_Store", "digit0/.hidden.png", "digit0/Thumbs.db", "digit1/desktop.ini", ".git/x/y.png"),
+        *("digit0/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/S-1-5/$R1.png", "__MACOSX/digit0/._1.png"),
+        *("digit1/._2.png", "digit1/~$x.docx", "lost+found/x.png", "digit2/1.png:Zone.Identifier"),
+    )
+    for path in left:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(image)
     dataset = prepare(root, tmp_path / "data")
     assert sum(dataset.num_images.values()) == 60
+    assert dataset.class_names == ("digit0", "digit1", "digit2")
     assert dataset.report.unreadable == ()
-    assert "left out" not in " ".join(dataset.report.warnings)
+    told = [warning for warning in dataset.report.warnings if "passed over" in warning]
+    assert [warning.partition(":")[0] for warning in told] == [
+        "12 files and folders that systems leave or cnnpipe wrote were passed over"
+    ]
+    assert "@eaDir (1)" in told[0]
+
+
+def test_what_cnnpipe_wrote_into_a_dataset_is_neither_image_nor_class(
+    tmp_path: Path, finished_run: Path, model: Path
+) -> None:
+    root = write_flat(tmp_path / "root")
+    shutil.copytree(finished_run.parents[2], root / "artifacts")
+    prepare(root, root / "data")
+    for table in ("digit0/t.csv", "t.jsonl", "artifacts/predictions/x/predictions.csv"):
+        chosen = {"folder": str(root), "model": str(model), "device": "cpu", "include": ("*.png",)}
+        sort_into = str(tmp_path / "sorted")
+        classify_folder(
+            ClassifySettings(**chosen, output=str(root / table), sort_into=sort_into), tmp_path / "artifacts"
+        )
+    shutil.move(tmp_path / "sorted", root)
+    dataset = prepare(root, root / "data")
+    assert dataset.class_names == ("digit0", "digit1", "digit2")
+    assert sum(dataset.num_images.values()) == 60
+    assert len(list((root / "data" / "prepared").iterdir())) == 1
+    assert prepare(root / "sorted", tmp_path / "data", min_images_per_class=1).num_images["train"] > 0
+
+
+def test_files_that_no_suffix_calls_an_image_are_left_out_and_counted(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for file in sorted(root.rglob("*.png")):
+        file.with_name(f"{file.name}.json").write_text("{}")
+    (root / "digit0" / "LABELS.CSV").write_text("a")
+    (root / "digit1" / "unknown.xyz").write_text("a")
+    report = prepare(root, tmp_path / "data").report
+    assert report.warnings[0] == "61 files that are not images by their suffixes were left out: .json (60), .csv (1)"
+    assert [file.path for file in report.unreadable] == ["digit1/unknown.xyz"]
+
+
+def test_patterns_choose_the_files_of_a_dataset(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", num_classes=4)
+    (root / "digit0" / "thumbs").mkdir()
+    shutil.copy(root / "digit0" / "000.png", root / "digit0" / "thumbs")
+    whole = prepare(root, tmp_path / "data")
+    chosen = prepare(root, tmp_path / "data", include=("*.png",), exclude=("digit3/*", "*/thumbs/*"))
+    assert chosen.class_names == ("digit0", "digit1", "digit2")
+    assert sum(chosen.num_images.values()) == 60
+    assert chosen.path != whole.path
+    with pytest.raises(DatasetError, match="has no class folders with files that are wanted"):
+        prepare(root, tmp_path / "data", exclude=("*",))
+
+
+def test_one_damaged_image_of_a_small_folder_stops_nothing_unless_none_is_allowed(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    (root / "digit0" / "000.png").write_bytes(b"spoilt")
+    assert sum(prepare(root, tmp_path / "data").num_images.values()) == 59
+    with pytest.raises(DatasetError, match=r"1 of 60 files are unreadable, more than 0 \(max_unreadable_fraction\)"):
+        prepare(root, tmp_path / "data", max_unreadable_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("caf\u00e9", "cafe\u0301"), r"'cafe\u0301' and 'caf\xe9'"),
+        (("Cat", "cat"), "'Cat' and 'cat'"),
+        (("cat", "cat "), "'cat' and 'cat '"),
+        (("red cat", "red  cat"), r"'red \x20cat' and 'red cat'"),
+        (("cat", "cat\u200b"), r"'cat' and 'cat\u200b'"),
+    ],
+)
+def test_classes_whose_names_look_alike_are_told_apart(tmp_path: Path, names: tuple[str, str], shown: str) -> None:
+    for label, name in enumerate(names):
+        write_class(tmp_path / "flat" / name, label, range(15))
+        write_class(tmp_path / "split" / "train" / name, label, range(15))
+    try:
+        assert len(list((tmp_path / "flat").iterdir())) == 2
+    except AssertionError:
+        pytest.skip("this file system takes them for one")
+    assert prepare(tmp_path / "flat", tmp_path / "data").report.warnings[0] == (
+        f"classes have names that look alike: {shown}; merge those that mean one class"
+    )
+    write_class(tmp_path / "split" / "train" / "other", 5, range(15))
+    (tmp_path / "split" / "test").mkdir()
+    shutil.move(tmp_path / "split" / "train" / names[1], tmp_path / "split" / "test")
+    first, second = sorted([shown.partition(" and ")[0], shown.partition(" and ")[2]])
+    with pytest.raises(DatasetError, match="is in test, but not in train, which has") as caught:
+        prepare(tmp_path / "split", tmp_path / "data")
+    assert first in str(caught.value)
+    assert second in str(caught.value)
 
 
 def test_unreadable_files_are_reported_and_left_out(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
-    (root / "digit0" / "notes.txt").write_text("not an image")
+    (root / "digit0" / "notes.x").write_text("not an image")
     (root / "digit1" / "cut.png").write_bytes((root / "digit1" / "000.png").read_bytes()[:60])
     (root / "digit2" / "empty.png").touch()
     (root / "digit2" / "gone.png").symlink_to(root / "nowhere")
     dataset = prepare(root, tmp_path / "data", max_unreadable_fraction=0.1)
     assert sum(dataset.num_images.values()) == 60
     assert {(file.path, file.kind) for file in dataset.report.unreadable} == {
-        ("digit0/notes.txt", "not_an_image"),
+        ("digit0/notes.x", "not_an_image"),
         ("digit1/cut.png", "truncated"),
         ("digit2/empty.png", "empty"),
         ("digit2/gone.png", "not_found"),
     }
     assert dataset.report.warnings[0] == (
-        "4 of 64 files are unreadable and were left out: digit0/notes.txt (not_an_image), digit1/cut.png (truncated), "
+        "4 of 64 files are unreadable and were left out: digit0/notes.x (not_an_image), digit1/cut.png (truncated), "
         "digit2/empty.png (empty), …"
     )
 
@@ -278,7 +400,7 @@ def test_classes_missing_in_test_are_a_warning(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "root", train=15, test=5)
     shutil.rmtree(root / "test" / "digit1")
     report = prepare(root, tmp_path / "data").report
-    assert report.warnings[0] == "test has no images of 1 classes: digit1"
+    assert report.warnings[0] == "test has no images of 1 classes: digit1 (15 different in all)"
     assert report.class_counts["test"] == {"digit0": 5, "digit1": 0, "digit2": 5}
 
 
@@ -335,8 +457,8 @@ def test_a_file_is_no_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": 15, "valid": 3}, "has a folder valid: splits are called train, val and test; rename it to val"),
-        ({"Train": 15, "Test": 3}, "has a folder Test: splits are called train, val and test; rename it to test"),
+        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, and both mean val; merge them, or rename one"),
+        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, and both mean test; merge them, or rename one"),
         ({"test": 15, "val": 3}, "has test and val, but no train"),
     ],
 )
@@ -460,6 +582,25 @@ def test_copies_of_an_image_are_never_parted(tmp_path: Path) -> None:
 
 
 # --- the report and its gates
+
+
+@pytest.mark.parametrize(("classes", "different"), [((0, 1), 2), ((0, 0), 1)])
+def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], different: int) -> None:
+    for name, label in zip("ab", classes, strict=True):
+        write_class(tmp_path / "root" / name, label, range(1))
+        for number in range(1, 20):
+            shutil.copy(tmp_path / "root" / name / "000.png", tmp_path / "root" / name / f"{number}.png")
+    with pytest.raises(DatasetError, match=f"no readable image for val: its 40 images are copies of {different}, and"):
+        prepare(tmp_path / "root", tmp_path / "data")
+
+
+def test_a_class_that_our_own_split_leaves_unmeasured_is_named(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for file in sorted((root / "digit1").iterdir())[2:]:
+        shutil.copy(root / "digit1" / f"00{int(file.stem) % 2}.png", file)
+    warnings = prepare(root, tmp_path / "data").report.warnings
+    for split in ("val", "test"):
+        assert f"{split} has no images of 1 classes: digit1 (2 different in all)" in warnings
 
 
 def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Path) -> None:
@@ -603,7 +744,14 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"image_size": (16, 16)}, {"seed": 1}, {"val_fraction": 0.3}, {"test_fraction": 0.1}],
+    [
+        {"image_size": (16, 16)},
+        {"seed": 1},
+        {"val_fraction": 0.3},
+        {"test_fraction": 0.1},
+        {"include": ("*.png",)},
+        {"exclude": ("*.jpg",)},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_settings_that_change_an_array_change_the_fingerprint(tmp_path: Path, change: dict[str, Any]) -> None:

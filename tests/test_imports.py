@@ -17,7 +17,8 @@ TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
 GROUND_FLOOR = (
     "config", "decoding", "decoding_process", "devices", "environment", "errors", "files", "finding", "images",
-    "listing", "manifest", "nightly", "pidfile", "progress", "registry", "selection", "storage", "variants", "workers",
+    "leftovers", "listing", "manifest", "nightly", "pidfile", "progress", "registry", "selection", "storage",
+    "variants", "workers",
 )  # fmt: skip
 
 

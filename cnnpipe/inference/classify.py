@@ -23,7 +23,7 @@ from cnnpipe.inference.output import check_output, default_table
 from cnnpipe.inference.predictions import join_tables, read_table
 from cnnpipe.inference.running import run_shards
 from cnnpipe.inference.shards import FinishedTable, Job, ShardFolder, finished_job, remove_leftovers, shards_folder
-from cnnpipe.inference.sorting import SortedFiles, check_target, sort_files
+from cnnpipe.inference.sorting import SortedFiles, check_target, mark_target, sort_files
 from cnnpipe.inference.summary import (
     ClassificationSummary,
     ModelUsed,
@@ -33,6 +33,7 @@ from cnnpipe.inference.summary import (
     remove_summaries,
     write_summary,
 )
+from cnnpipe.leftovers import describe_passed_over
 from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
 from cnnpipe.selection import check_file_list
@@ -285,6 +286,8 @@ class Classification:
         """
         settings, job = self._settings, self.shards.job
         finished = self.shards.finished() or self.shards.join(self._join)
+        if passed_over := self._files.passed_over:
+            _logger.warning("%s", describe_passed_over(passed_over))
         if not finished.files and not settings.retry_failed:
             self.shards.remove()
             raise DatasetError(f"no file is left of {_described(settings)}; check the patterns and the list")
@@ -312,8 +315,9 @@ class Classification:
         settings, job = self._settings, self.shards.job
         if settings.sort_into is None:
             return None
-        rows = read_table(Path(job.table), job.form)
-        return sort_files(rows, Path(job.root), user_path(settings.sort_into), settings.min_probability)
+        rows, target = read_table(Path(job.table), job.form), user_path(settings.sort_into)
+        mark_target(target)
+        return sort_files(rows, Path(job.root), target, settings.min_probability)
 
     def _write_report(self, summary: ClassificationSummary, path: Path, *, replace: bool) -> None:
         from cnnpipe.inference.contact_sheet import write_report
@@ -342,6 +346,7 @@ class Classification:
             unchanged=counts.unchanged,
             uncertain=counts.uncertain,
             min_probability=job.min_probability,
+            passed_over=self._files.passed_over.total(),
             failure_rate=counts.error / max(counts.found, 1),
             max_failure_rate=settings.max_failure_rate,
             classes={name: counts.labels[name] for name in info.class_names if counts.labels[name]},

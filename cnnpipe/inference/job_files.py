@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,7 @@ from cnnpipe.errors import PredictionsError
 from cnnpipe.files import source_path
 from cnnpipe.finding import count_files, find_files
 from cnnpipe.inference.earlier import EarlierTable
-from cnnpipe.inference.shards import Job, shards_folder
-from cnnpipe.inference.summary import SUMMARY_FILE
+from cnnpipe.inference.shards import Job
 from cnnpipe.selection import FileFilter, read_file_list
 
 __all__ = ["JobFiles"]
@@ -24,6 +24,8 @@ class JobFiles:
     Args:
         earlier: the table whose failed rows are to be tried again, for a job that does so.
         report: the page that will be written, and may be there from the last time.
+    Attributes:
+        passed_over: what the walk of this attempt has left out, as `find_files` counts it.
     """
 
     def __init__(self, job: Job, earlier: EarlierTable | None, report: Path | None = None) -> None:
@@ -32,6 +34,7 @@ class JobFiles:
         self._earlier = earlier
         self._root = Path(job.root)
         self._wanted = FileFilter(job.include, job.exclude)
+        self.passed_over: Counter[str] = Counter()
 
     def behind(self, last: str | None, num_files: int) -> Iterator[str]:
         """Yield the files behind the `num_files`-th, which is `last`; all of them behind None and 0.
@@ -46,10 +49,10 @@ class JobFiles:
             return _behind((_name_in(self._root, path) for path in shown), last, num_files)
         if job.files is not None:
             return _behind(filter(self._wanted.admits, read_file_list(job.files)), last, num_files)
-        found = find_files(self._root, after=last)
+        found = find_files(self._root, after=last, passed_over=self.passed_over)
         if job.include or job.exclude:
             found = filter(self._wanted.admits, found)
-        return _without_own(found, self._root, Path(job.table), self._report)
+        return _without_own(found, self._root, [Path(job.table), *([self._report] if self._report else [])])
 
     def count(self) -> int:
         """Return how many there are, to show progress; 0 where it is not quickly told."""
@@ -81,16 +84,11 @@ def _name_in(root: Path, shown: str) -> str:
     return str(source_path(root, shown)).removeprefix(f"{root}/")
 
 
-def _without_own(paths: Iterator[str], root: Path, table: Path, report: Path | None) -> Iterator[str]:
-    """Leave out the table, its summary, its shards and the report, which are found if they lie below the folder."""
+def _without_own(paths: Iterator[str], root: Path, files: list[Path]) -> Iterator[str]:
+    """Leave out what this job will replace, which the walk may not know for ours."""
     base = Path(os.path.realpath(root))
-    files = [table, table.with_name(SUMMARY_FILE), table.with_name(f"{table.name}.{SUMMARY_FILE}")]
-    files += [report] if report else []
     own = {name for file in files if (name := _name_below(base, file)) is not None}
-    shards = _name_below(base, shards_folder(table))
-    if shards is None:
-        return (path for path in paths if path not in own) if own else paths
-    return (path for path in paths if path not in own and not path.startswith(f"{shards}/"))
+    return (path for path in paths if path not in own) if own else paths
 
 
 def _name_below(base: Path, file: Path) -> str | None:

@@ -12,9 +12,8 @@ from typing import Final
 
 from cnnpipe.errors import PredictionsError
 from cnnpipe.files import display_path
-from cnnpipe.inference.predictions import TABLE_SUFFIXES
 from cnnpipe.inference.shards import Job, is_locked, shards_folder
-from cnnpipe.inference.summary import SUMMARY_FILE, described_table, summaries_of
+from cnnpipe.leftovers import SUMMARY_FILE, TABLE_SUFFIXES, described_table, summaries_of
 from cnnpipe.storage import make_folder, storage_errors
 
 __all__ = ["check_output", "create_output_folder", "default_table"]

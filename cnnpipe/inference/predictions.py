@@ -23,9 +23,8 @@ from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.storage import storage_errors, write_file
 
-__all__ = ["TABLE_SUFFIXES", "TableFormat", "TableWriter", "join_tables", "open_table", "read_table", "table_columns"]
+__all__ = ["TableFormat", "TableWriter", "join_tables", "open_table", "read_table", "table_columns"]
 
-TABLE_SUFFIXES: Final = (".csv", ".jsonl", ".parquet")
 
 # Rows of a Parquet row group, the unit that is held in memory: about 10 MB of Python objects.
 _ROW_GROUP: Final = 16_384
@@ -46,7 +45,7 @@ class TableFormat:
     """How a table is written."""
 
     suffix: str
-    """One of `TABLE_SUFFIXES`."""
+    """One of `cnnpipe.leftovers.TABLE_SUFFIXES`."""
     top_k: int
     """Classes in each row."""
     safe_csv: bool = False

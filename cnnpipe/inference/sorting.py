@@ -28,9 +28,10 @@ from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.inference.engine import Prediction
 from cnnpipe.inference.safe_names import UNCERTAIN_FOLDER, harmless_path, label_folder, numbered_path
+from cnnpipe.leftovers import SORTED_MARK
 from cnnpipe.storage import make_folder, storage_errors, write_file
 
-__all__ = ["SortedFiles", "check_target", "sort_files", "uncertainty_test"]
+__all__ = ["SortedFiles", "check_target", "mark_target", "sort_files", "uncertainty_test"]
 
 _MAX_KNOWN_FOLDERS: Final = 16_384
 _PROBLEMS_LOGGED: Final = 5
@@ -101,6 +102,18 @@ def sort_files(rows: Iterator[Prediction], root: Path, target: Path, min_probabi
     for row in rows:
         sorter.add(row)
     return sorter.result()
+
+
+def mark_target(target: Path) -> None:
+    """Put `SORTED_MARK` into a target that holds nothing yet, so that no folder above it counts the same images twice.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    make_folder(target)
+    with storage_errors(target):
+        if not any(target.iterdir()):
+            (target / SORTED_MARK).touch()
 
 
 def uncertainty_test(min_probability: float) -> Callable[[float], bool]:

@@ -14,27 +14,21 @@ from typing import Any, Final
 from cnnpipe.errors import AlreadyThereError, FailureBudgetError, PredictionsError
 from cnnpipe.files import display_path
 from cnnpipe.inference.engine import Prediction
-from cnnpipe.inference.predictions import TABLE_SUFFIXES
 from cnnpipe.inference.sorting import SortedFiles, uncertainty_test
+from cnnpipe.leftovers import SUMMARY_FILE, described_table, summaries_of, summary_aside
 from cnnpipe.storage import storage_errors, write_json
 
 __all__ = [
-    "SUMMARY_FILE",
     "ClassificationSummary",
     "FailedFile",
     "ModelUsed",
     "RowCounts",
     "StageReport",
     "check_failure_rate",
-    "described_table",
     "read_summary",
     "remove_summaries",
-    "summaries_of",
     "write_summary",
 ]
-
-SUMMARY_FILE: Final = "summary.json"
-"""Written after the table: its presence means that the table is complete."""
 
 _FAILED_FILES_SHOWN: Final = 10
 _COUNTS_SHOWN: Final = 10
@@ -91,6 +85,8 @@ class ClassificationSummary:
     uncertain: int
     """Classified files whose likeliest class has less than `min_probability`."""
     min_probability: float
+    passed_over: int
+    """Files and folders that are left by systems or written by cnnpipe, found in this attempt; they have no rows."""
     failure_rate: float
     """`error / found`, 0-1."""
     max_failure_rate: float
@@ -151,6 +147,8 @@ class ClassificationSummary:
         ]
         if self.error:
             lines.append("errors: " + _list_counts(self.error_kinds))
+        if self.passed_over:
+            lines.append(f"passed over: {self.passed_over:,} files and folders left by systems or written by cnnpipe")
         if self.uncertain:
             lines.append(f"uncertain: {self.uncertain:,} with a probability below {self.min_probability:g}")
         if self.resumed:
@@ -239,31 +237,6 @@ def read_summary(table: Path) -> dict[str, Any] | None:
     return None
 
 
-def described_table(path: Path) -> str | None:
-    """Return the name of the table, in the same folder, that a `summary.json` of ours describes; None for any other.
-
-    A folder that was renamed or copied, or is mounted elsewhere, has the table beside the summary all the same.
-    """
-    try:
-        if not path.is_file():  # a pipe would never end
-            return None
-        described = Path(json.loads(path.read_bytes())["table"])
-    except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
-        return None
-    folder = Path(display_path(str(path.parent.absolute())))
-    if described.suffix not in TABLE_SUFFIXES:
-        return None
-    own = os.path.realpath(described.parent) == os.path.realpath(folder) or path.with_name(described.name).is_file()
-    return described.name if own else None
-
-
-def summaries_of(table: Path) -> list[Path]:
-    """Return the files that hold the summary of an earlier table of this name, of which there is one at most."""
-    name = display_path(table.name)
-    places = (table.with_name(SUMMARY_FILE), _place_aside(table.parent, name))
-    return [path for path in places if described_table(path) == name]
-
-
 def remove_summaries(table: Path) -> None:
     """Remove the summary of a table that is about to be replaced: it must never stand beside the new one.
 
@@ -273,11 +246,6 @@ def remove_summaries(table: Path) -> None:
     for summary in summaries_of(table):
         with storage_errors(summary):
             summary.unlink(missing_ok=True)
-
-
-def _place_aside(folder: Path, table_name: str) -> Path:
-    """Return where a table's summary goes when a later table in the folder takes the name `summary.json`."""
-    return folder / f"{table_name}.{SUMMARY_FILE}"
 
 
 def write_summary(summary: ClassificationSummary, table: Path) -> Path:
@@ -294,7 +262,7 @@ def write_summary(summary: ClassificationSummary, table: Path) -> Path:
     path = table.with_name(SUMMARY_FILE)
     other = described_table(path)
     if other is not None and other != display_path(table.name):
-        aside = _place_aside(path.parent, other)
+        aside = summary_aside(path.parent, other)
         if os.path.lexists(aside) and described_table(aside) is None:
             raise PredictionsError(
                 f"{table} is complete, but {aside} is no summary of ours; rename it, and run it again"

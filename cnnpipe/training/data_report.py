@@ -106,6 +106,7 @@ def build_report(
         *_warn_of_leaks(leaks, counts),
         *_warn_of_duplicates(duplicates),
         *_warn_of_contradictions(labels, digests, paths),
+        *_warn_of_unmeasured(counts, class_names, labels, digests),
         *_warn_of_classes(counts[SPLITS[TRAIN]]),
     ]
     return DataReport(
@@ -178,6 +179,26 @@ def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str
     return [f"{len(pairs)} images are in two classes: {_first_few(pairs)}"] if pairs else []
 
 
+def _warn_of_unmeasured(
+    counts: dict[str, dict[str, int]],
+    class_names: Sequence[str],
+    labels: npt.NDArray[np.int64],
+    digests: Sequence[str],
+) -> list[str]:
+    """Return a warning for each of val and test that lacks classes: nothing is measured of them there."""
+    warnings = []
+    different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
+    for split in (SPLITS[VAL], SPLITS[TEST]):
+        missing = [
+            f"{name} ({different[label]:,} different in all)"
+            for label, name in enumerate(class_names)
+            if not counts[split][name]
+        ]
+        if missing:
+            warnings.append(f"{split} has no images of {len(missing)} classes: {_first_few(missing)}")
+    return warnings
+
+
 def _warn_of_classes(train: dict[str, int]) -> list[str]:
     """Return a warning if classes are far apart in size, and one if some are small."""
     warnings = []
@@ -207,8 +228,9 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         [f"{file.path} ({file.kind})" for file in report.unreadable],
         sum(num_images.values()) + len(report.unreadable),
         settings.max_unreadable_fraction,
-        ("files are unreadable", "max_unreadable_fraction", "mend or remove them"),
+        ("files are unreadable", "max_unreadable_fraction", "fix or remove them"),
         details,
+        one_is_allowed=True,
     )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
@@ -267,8 +289,18 @@ def check_contrast(
     )
 
 
-def _check_share(offenders: list[str], total: int, limit: float, words: tuple[str, str, str], details: str) -> None:
+def _check_share(
+    offenders: list[str],
+    total: int,
+    limit: float,
+    words: tuple[str, str, str],
+    details: str,
+    *,
+    one_is_allowed: bool = False,
+) -> None:
     what, setting, remedy = words
+    if one_is_allowed and limit and len(offenders) == 1:  # of less than 100 files, one is over 1 %
+        return
     if total and len(offenders) / total > limit:
         raise DatasetError(
             f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {_first_few(offenders)}; "

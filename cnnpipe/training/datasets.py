@@ -211,6 +211,8 @@ def _fingerprint(source: str, content: str, settings: PrepareSettings) -> str:
         "test_fraction": settings.test_fraction,
         "seed": settings.seed,
     }
+    if settings.include or settings.exclude:  # else as before there were these settings
+        parts |= {"include": list(settings.include), "exclude": list(settings.exclude)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -234,7 +236,7 @@ def _prepare(
         )
         for split, name in enumerate(SPLITS):
             if not (splits == split).any():
-                raise DatasetError(f"{settings.dataset} leaves no readable image for {name}; add images to its classes")
+                raise DatasetError(_nothing_left_for(name, settings.dataset, images))
         fingerprint = _fingerprint(source.kind, images.content, settings)
         path = _prepared_path(prepared, settings, fingerprint)
         with storage_errors(path):
@@ -258,6 +260,17 @@ def scratch_folder(prepared: Path) -> Iterator[Path]:
         scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
     with scratch as folder:
         yield Path(folder)
+
+
+def _nothing_left_for(split: str, dataset: str, images: SourceImages) -> str:
+    num_different = len(set(images.digests))
+    text = f"{dataset} leaves no readable image for {split}"
+    if num_different < len(images.digests):
+        text += (
+            f": its {len(images.digests):,} images are copies of {num_different:,}, and copies are never parted; "
+            "a class needs three different images"
+        )
+    return f"{text}; add images to its classes"
 
 
 def _write_dataset(

@@ -8,6 +8,7 @@ is read only once.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,13 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.config import PrepareSettings
+from cnnpipe.config import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.decoding import DecodedChunk, DecodedFile, decode_files
 from cnnpipe.environment import usable_cores
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.files import display_path, read_file, user_path
 from cnnpipe.progress import ProgressCallback
+from cnnpipe.selection import FileFilter
 from cnnpipe.storage import storage_errors
 from cnnpipe.training.cifar10 import read_cifar10
 from cnnpipe.training.data_report import Unreadable
@@ -34,6 +36,8 @@ from cnnpipe.training.splits import TEST, TRAIN
 from cnnpipe.workers import DecoderPool
 
 __all__ = ["Cifar10Source", "DigitsSource", "FolderSource", "Source", "SourceImages", "open_source"]
+
+_logger = logging.getLogger(__name__)
 
 _CHUNK_FILES: Final = 128
 _MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
@@ -86,11 +90,17 @@ def open_source(
     Raises:
         DatasetError: it is a folder that cannot be a dataset.
     """
+    if settings.dataset in BUILT_IN_DATASETS and Path(settings.dataset).is_dir():
+        _logger.warning(
+            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s",
+            settings.dataset,
+            settings.dataset,
+        )
     if settings.dataset == "digits":
         return DigitsSource()
     if settings.dataset == "cifar10":
         return Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(user_path(settings.dataset))
+    folder = list_image_folder(user_path(settings.dataset), FileFilter(settings.include, settings.exclude))
     return FolderSource(folder, workers or usable_cores(), progress)
 
 

@@ -258,6 +258,8 @@ def _prepare_for(dataset: str, model: Path, data: Path, progress: ProgressCallba
     # Another seed would put images into test that the model was trained on.
     name = own.name if dataset == own.dataset else dataset_name(dataset) or own.resolved_name
     values = own.model_dump() | {"dataset": dataset, "name": name, "image_size": open_model(model).image_size}
+    if dataset != own.dataset:  # the patterns are of the run's own folder
+        values |= {"include": (), "exclude": ()}
     settings = validate_settings(PrepareSettings, values, COMMAND_LINE)
     return prepare_dataset(settings, data, progress=progress)
 
