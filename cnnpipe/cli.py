@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cnnpipe.config import ClassifySettings, EvaluateSettings, RetrainSettings
-from cnnpipe.console import JsonOption, command, field_lines, progress_bar, show_result, table_lines
+from cnnpipe.console import JsonOption, command, field_lines, progress_bar, run_app, show_result, table_lines
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
@@ -243,7 +243,7 @@ def rollback_model(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

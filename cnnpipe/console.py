@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +26,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cnnpipe.environment import package_versions
-from cnnpipe.errors import CnnpipeError, FailureBudgetError, one_line
+from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_line
+from cnnpipe.files import open_standard_descriptors, user_path
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "field_lines",
     "print_note",
     "progress_bar",
+    "run_app",
     "set_signature",
     "show_result",
     "table_lines",
@@ -61,10 +65,30 @@ DEBUG_VARIABLE = "CNNPIPE_DEBUG"
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
+def run_app(app: typer.Typer) -> None:
+    """Run a command line as a process of its own, with open standard streams, and with UTF-8 whatever the locale.
+
+    Where the locale has another encoding, Python is started again in its UTF-8 mode: nothing else changes how it reads
+    the names of files and the command line. Printing never fails: what is not text is written as `\\udcNN`.
+    """
+    open_standard_descriptors()
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # its descriptor was closed
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    app()
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Run a command's body with its log on stderr, and turn what goes wrong into one line and an exit status.
 
-    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`.
+    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`. The body gets what
+    `user_path` makes of its options that are paths.
     """
 
     @functools.wraps(function)
@@ -72,7 +96,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         as_json = bool(options.get("as_json"))
         try:
             with _log_to_stderr(debug), _ended_by_sigterm(), _lost_signals_sent_again():
-                function(**options)
+                function(**{name: _resolve_path(name, value) for name, value in options.items()})
         except _TerminatedError:
             raise _failed("ended by SIGTERM; what was finished is kept", "interrupted", TERMINATED, as_json) from None
         except KeyboardInterrupt:
@@ -92,6 +116,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(function, eval_str=True).parameters.values()
     set_signature(run, [*own, inspect.Parameter("debug", _KEYWORD, default=False, annotation=DebugOption)])
     return run
+
+
+def _resolve_path(name: str, value: Any) -> Any:
+    try:
+        return user_path(value) if isinstance(value, Path) else value
+    except UsageError as error:
+        raise UsageError(f"--{name}: {error}") from error
 
 
 def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnpipe.config import ClassifySettings, RetrainSettings
-from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, show_result
+from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, run_app, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runners import Runner, check_runner
@@ -50,7 +50,7 @@ def run_classify() -> None:
 def _run(function: Any) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
-    app()
+    run_app(app)
 
 
 @command

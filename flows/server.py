@@ -25,7 +25,7 @@ from typing import Annotated, Final
 import typer
 from filelock import FileLock, Timeout
 
-from cnnpipe.console import JsonOption, command, show_result
+from cnnpipe.console import JsonOption, command, run_app, show_result
 from cnnpipe.errors import ServerError
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
@@ -290,4 +290,4 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)
