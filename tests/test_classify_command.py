@@ -97,6 +97,23 @@ def test_list_of_files_comes_from_a_text_file_in_its_order(images: Path, model: 
     assert [row["path"] for row in read_csv(table)] == paths
 
 
+@pytest.mark.parametrize("how", ["utf-16", "utf-16-le without a mark", "other folder", "standard input"])
+def test_a_list_of_which_nothing_exists_replaces_no_table(how: str, images: Path, model: Path, tmp_path: Path) -> None:
+    table, listed = tmp_path / "t.csv", tmp_path / "list.txt"
+    listed.write_text("thumbs/small/0000.png\r\nnotes.txt\r\n", "utf-16" if how == "utf-16" else "utf-8")
+    arguments = (images, "--model", model, "--output", table, "--max-failure-rate", 1, "--overwrite", "--files")
+    assert classify(*arguments, listed).returncode == 0
+    good = table.read_bytes(), summary_beside(table)
+    assert [row["status"] for row in read_csv(table)] == ["ok", "error"]
+    content = "a.png\nb.png\n".encode("utf-16-le" if how.startswith("utf-16-le") else "utf-8")
+    listed.write_bytes(content)
+    ended = classify(*arguments, "-", stdin=content) if how == "standard input" else classify(*arguments, listed)
+    assert ended.returncode == 1
+    assert "error: no path in the list of files from " in ended.stderr.splitlines()[-1]
+    assert (table.read_bytes(), summary_beside(table)) == good
+    assert not (tmp_path / "t.csv.shards").exists()
+
+
 def test_missing_list_and_missing_folder_are_one_line(images: Path, model: Path, tmp_path: Path) -> None:
     ended = classify(images, "--files", tmp_path / "none.txt", "--model", model, "--output", tmp_path / "t.csv")
     assert (ended.returncode, "none.txt" in ended.stderr.splitlines()[-1]) == (1, True)
