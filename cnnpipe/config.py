@@ -222,7 +222,8 @@ class ClassifySettings(Settings):
     top_k: int = Field(1, ge=1, description="classes to report for each image")
     min_probability: Fraction = Field(0.0, description="images below it count as uncertain, and are sorted apart")
     safe_csv: bool = Field(
-        False, description="put an apostrophe before texts in a .csv that a spreadsheet would take for formulas"
+        False,
+        description="for a spreadsheet: a .csv with a byte order mark, and an apostrophe before texts like formulas",
     )
     sort_into: str | None = Field(None, description="folder to sort the files into, by class: hard links, else copies")
     report: str | None = Field(None, description="contact sheet of the result to write; .html")

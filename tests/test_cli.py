@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from cnnpipe import __version__
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
 from cnnpipe.environment import usable_cores
@@ -60,6 +61,11 @@ def test_help_of_every_command_says_what_it_does(arguments: list[str]) -> None:
     result = run(*arguments, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def test_version_is_the_packages() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"cnnpipe {__version__}\n")
 
 
 @pytest.mark.parametrize("model", [PrepareSettings, TrainSettings])

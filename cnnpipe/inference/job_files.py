@@ -84,7 +84,12 @@ def _name_in(root: Path, shown: str) -> str:
 def _without_own(paths: Iterator[str], root: Path, table: Path, report: Path | None) -> Iterator[str]:
     """Leave out the table, its summary, its shards and the report, which are found if they lie below the folder."""
     base = Path(os.path.realpath(root))
-    files = [table, table.with_name(SUMMARY_FILE), table.with_name(f"{table.name}.{SUMMARY_FILE}")]
+    files = [
+        table,
+        Path(os.path.realpath(table)),
+        table.with_name(SUMMARY_FILE),
+        table.with_name(f"{table.name}.{SUMMARY_FILE}"),
+    ]
     files += [report] if report else []
     own = {name for file in files if (name := _name_below(base, file)) is not None}
     shards = _name_below(base, shards_folder(table))
