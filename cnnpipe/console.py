@@ -69,7 +69,8 @@ def run_app(app: typer.Typer) -> None:
     """Run a command line as a process of its own, with open standard streams, and with UTF-8 whatever the locale.
 
     Where the locale has another encoding, Python is started again in its UTF-8 mode: nothing else changes how it reads
-    the names of files and the command line. Printing never fails: what is not text is written as `\\udcNN`.
+    the names of files and the command line. Printing never fails: bytes in a path that are not text are the same bytes
+    on stdout, so that a shell can use them.
     """
     open_standard_descriptors()
     if sys.getfilesystemencoding() != "utf-8":
@@ -78,9 +79,9 @@ def run_app(app: typer.Typer) -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # its descriptor was closed
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     app()
 
 
@@ -132,7 +133,7 @@ def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
     if as_json:
         failure = {"status": "failed", "error": line.removeprefix("error: "), "kind": kind, "exit_status": status}
         with suppress(OSError):  # standard output may be what failed
-            typer.echo(json.dumps(failure, ensure_ascii=False))
+            _print_json(failure)
     return typer.Exit(status)
 
 
@@ -221,10 +222,16 @@ def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Pa
 def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, status: str = "ok") -> None:
     """Print a command's result on stdout: one JSON object with `status`, or lines for a person."""
     if as_json:
-        typer.echo(json.dumps({"status": status, **values}, ensure_ascii=False))
+        _print_json({"status": status, **values})
     else:
         for line in lines:
             typer.echo(line)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    """Print an object as one line of valid UTF-8; a byte of a path that is not text is the escape of a surrogate."""
+    text = json.dumps(values, ensure_ascii=False)
+    typer.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def print_note(line: str) -> None:

@@ -10,9 +10,19 @@ from typing import Final
 
 from cnnpipe.errors import ImageError, UsageError
 
-__all__ = ["MAX_FILE_BYTES", "display_path", "open_standard_descriptors", "read_file", "source_path", "user_path"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "NO_URL",
+    "display_path",
+    "open_standard_descriptors",
+    "read_file",
+    "source_path",
+    "user_path",
+]
 
 MAX_FILE_BYTES: Final = 2**30
+
+NO_URL: Final = "must be a path on this machine, not a URL"
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Start of a URL, also as pathlib writes it, with one slash; a drive of Windows has one letter."""
@@ -63,7 +73,7 @@ def user_path(text: str | Path) -> Path:
         UsageError: it is a URL.
     """
     if _URL.match(str(text)):
-        raise UsageError(f"must be a path on this machine, received the URL {display_path(str(text))}")
+        raise UsageError(f"{NO_URL}, received {display_path(str(text))!r}")
     path = Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError where there is no such user
     if "\\x" not in str(path):
         return path

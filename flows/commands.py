@@ -14,6 +14,7 @@ import typer
 from cnnpipe.config import ClassifySettings, RetrainSettings
 from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, run_app, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError
+from cnnpipe.files import display_path
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runners import Runner, check_runner
 from flows.runs import close_dead_runs, run_url
@@ -70,7 +71,9 @@ def _retrain(
 
         sections = {name: getattr(settings, name) for name in RetrainSettings.model_fields}
         with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(**sections, data=str(data), artifacts=str(artifacts), return_state=True)
+            state: State[Any] = retrain(
+                **sections, data=display_path(str(data)), artifacts=display_path(str(artifacts)), return_state=True
+            )
         return state
 
     _run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
@@ -95,7 +98,7 @@ def _classify(
 
         with tags("classify"):
             state: State[Any] = classify(
-                settings, artifacts=str(artifacts), runner=runner, scheduler=scheduler, return_state=True
+                settings, artifacts=display_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
             )
         return state
 

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.console import JsonOption, command, run_app, show_result
 from cnnpipe.errors import ServerError
+from cnnpipe.files import user_path
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
 from flows.launcher import DEFAULT_PORT, HOST, QUIET, START_TIMEOUT_SECONDS, api_url_at, server_pidfile, start_server
@@ -75,7 +76,7 @@ class Server:
 def prefect_home(artifacts: Path) -> Path:
     """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
     configured = os.environ.get("PREFECT_HOME")
-    return (Path(configured).expanduser() if configured else artifacts / ".prefect").resolve()
+    return (user_path(configured) if configured else artifacts / ".prefect").resolve()
 
 
 def serve_pidfile(home: Path) -> PidFile:

@@ -111,7 +111,7 @@ class Started:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """One server for the module, started by two processes at once."""
-    artifacts, port = tmp_path_factory.mktemp("server") / "artifacts", _free_port()
+    artifacts, port = tmp_path_factory.mktemp("server") / "My%20 a?b#c é", _free_port()  # all that a URL quotes
     command = [
         sys.executable,
         "-m",

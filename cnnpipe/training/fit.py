@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cnnpipe.config import RetrainSettings, TrainSettings, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
+from cnnpipe.files import display_path
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink, stay_on_device
@@ -105,7 +106,7 @@ def train_model(
     recipe = resolve_recipe(train, dataset.num_images["train"], device)
     precision = select_precision(train.precision, device)
     write_text(run / "config.toml", dump_toml(settings))
-    environment = {"device": device, "precision": precision, "dataset": str(dataset.path.resolve())}
+    environment = {"device": device, "precision": precision, "dataset": display_path(str(dataset.path.resolve()))}
     write_json(run / "environment.json", {**describe_environment(), **environment})
     make_repeatable(train.seed, device)
     statistics = measure_input(dataset.images("train"))

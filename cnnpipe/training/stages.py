@@ -27,6 +27,7 @@ from cnnpipe.config import (
 from cnnpipe.devices import ask_driver
 from cnnpipe.environment import package_versions
 from cnnpipe.errors import RegistryError
+from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import resolve_model_file, resolve_run
@@ -69,7 +70,7 @@ def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
     """
     try:
         environment = json.loads((run / "environment.json").read_bytes())
-        prepared = Path(environment["dataset"])
+        prepared = user_path(environment["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RegistryError(
             f"{run} is no run folder: its environment.json cannot be read ({error}); check the path"
