@@ -30,7 +30,7 @@ from cnnpipe.config import (
     RetrainSettings,
     TrainSettings,
 )
-from cnnpipe.files import user_path
+from cnnpipe.files import display_path, user_path
 from flows import reports
 from flows.logs import send_library_logs
 from flows.progress import progress_artifact
@@ -81,7 +81,7 @@ def retrain(
         export_model(run)
         decision = promote_model(run)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": run, **decision})
+    return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
 
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
