@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
+from cnnpipe import __version__
 from cnnpipe.config import ClassifySettings, EvaluateSettings, RetrainSettings
-from cnnpipe.console import JsonOption, command, field_lines, progress_bar, show_result, table_lines
+from cnnpipe.console import JsonOption, command, field_lines, progress_bar, run_app, show_result, table_lines
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
@@ -26,7 +27,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="cnnpipe",
-    help="Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,6 +42,21 @@ _DATA = Path("data")
 
 RunArgument = Annotated[str, typer.Argument(help="A run folder, <name>/<run id>, or a name (its champion).")]
 NameArgument = Annotated[str, typer.Argument(help="A model's name, such as digits.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cnnpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk."""
 
 
 @app.command()
@@ -249,7 +264,7 @@ def rollback_model(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

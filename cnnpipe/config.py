@@ -14,10 +14,20 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from cnnpipe.errors import ConfigError, UsageError, one_line
-from cnnpipe.files import display_path, user_path
+from cnnpipe.files import NO_URL, display_path, user_path
 
 __all__ = [
     "BUILT_IN_DATASETS",
@@ -47,6 +57,23 @@ COMMAND_LINE = "the command line"
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
 TrainDevice = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|cuda:all)$")]
+
+
+def _check_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Admit a path whose bytes are not text, which pydantic refuses in a string, and no URL."""
+    if not isinstance(value, str):
+        return check(value)
+    check(display_path(value))
+    try:
+        user_path(value)
+    except UsageError as error:
+        raise PydanticCustomError("path", NO_URL) from error
+    return value
+
+
+UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(display_path, when_used="json")]
+"""Text that `user_path` makes a path of; in JSON and TOML bytes that are not text stand there as `\\xNN`."""
+
 ImageSize = Annotated[int, Field(ge=8, le=1024)]
 
 
@@ -59,7 +86,7 @@ class Settings(BaseModel):
 class PrepareSettings(Settings):
     """Which images to learn from, and how to split them."""
 
-    dataset: str = Field(
+    dataset: UserPath = Field(
         "digits",
         min_length=1,
         description="`digits` (built in), `cifar10` (the official archive), or the path of a folder of images: "
@@ -202,8 +229,8 @@ class RetrainSettings(Settings):
 class ClassifySettings(Settings):
     """Which images to classify, with which model, and where the table goes."""
 
-    folder: str = Field(min_length=1, description="folder of images; searched to the bottom")
-    files: str | None = Field(
+    folder: UserPath = Field(min_length=1, description="folder of images; searched to the bottom")
+    files: UserPath | None = Field(
         None,
         description="text file of paths in the folder to classify, one a line or each ended by NUL; `-` is standard "
         "input; without a folder they are relative to the current one",
@@ -212,12 +239,12 @@ class ClassifySettings(Settings):
         (), description="only files that match one of these patterns; one without `/` is held against the file's name"
     )
     exclude: tuple[str, ...] = Field((), description="no files that match one of these patterns")
-    model: str | None = Field(
+    model: UserPath | None = Field(
         None,
         description="a name (its champion), an alias file, a run folder or an .onnx file; "
         "default: the only champion there is",
     )
-    output: str | None = Field(
+    output: UserPath | None = Field(
         None,
         description="table to write; .csv, .jsonl or .parquet; "
         "default: a new folder below artifacts/predictions with predictions.csv",
@@ -245,10 +272,13 @@ class ClassifySettings(Settings):
     top_k: int = Field(1, ge=1, description="classes to report for each image")
     min_probability: Fraction = Field(0.0, description="images below it count as uncertain, and are sorted apart")
     safe_csv: bool = Field(
-        False, description="put an apostrophe before texts in a .csv that a spreadsheet would take for formulas"
+        False,
+        description="for a spreadsheet: a .csv with a byte order mark, and an apostrophe before texts like formulas",
     )
-    sort_into: str | None = Field(None, description="folder to sort the files into, by class: hard links, else copies")
-    report: str | None = Field(None, description="contact sheet of the result to write; .html")
+    sort_into: UserPath | None = Field(
+        None, description="folder to sort the files into, by class: hard links, else copies"
+    )
+    report: UserPath | None = Field(None, description="contact sheet of the result to write; .html")
     max_failure_rate: Fraction = Field(0.1, description="a larger share of unreadable images ends with exit status 3")
 
     @model_validator(mode="before")

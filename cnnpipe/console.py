@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +26,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cnnpipe.environment import package_versions
-from cnnpipe.errors import CnnpipeError, FailureBudgetError, one_line
+from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_line
+from cnnpipe.files import open_standard_descriptors, user_path
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "field_lines",
     "print_note",
     "progress_bar",
+    "run_app",
     "set_signature",
     "show_result",
     "table_lines",
@@ -61,10 +65,31 @@ DEBUG_VARIABLE = "CNNPIPE_DEBUG"
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
+def run_app(app: typer.Typer) -> None:
+    """Run a command line as a process of its own, with open standard streams, and with UTF-8 whatever the locale.
+
+    Where the locale has another encoding, Python is started again in its UTF-8 mode: nothing else changes how it reads
+    the names of files and the command line. Printing never fails: bytes in a path that are not text are the same bytes
+    on stdout, so that a shell can use them.
+    """
+    open_standard_descriptors()
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # its descriptor was closed
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    app()
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Run a command's body with its log on stderr, and turn what goes wrong into one line and an exit status.
 
-    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`.
+    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`. The body gets what
+    `user_path` makes of its options that are paths.
     """
 
     @functools.wraps(function)
@@ -72,7 +97,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         as_json = bool(options.get("as_json"))
         try:
             with _log_to_stderr(debug), _ended_by_sigterm(), _lost_signals_sent_again():
-                function(**options)
+                function(**{name: _resolve_path(name, value) for name, value in options.items()})
         except _TerminatedError:
             raise _failed("ended by SIGTERM; what was finished is kept", "interrupted", TERMINATED, as_json) from None
         except KeyboardInterrupt:
@@ -94,6 +119,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _resolve_path(name: str, value: Any) -> Any:
+    try:
+        return user_path(value) if isinstance(value, Path) else value
+    except UsageError as error:
+        raise UsageError(f"--{name}: {error}") from error
+
+
 def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
     """Print why a command ends, and return the exception that ends it."""
     line = " ".join(message.split())
@@ -101,7 +133,7 @@ def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
     if as_json:
         failure = {"status": "failed", "error": line.removeprefix("error: "), "kind": kind, "exit_status": status}
         with suppress(OSError):  # standard output may be what failed
-            typer.echo(json.dumps(failure, ensure_ascii=False))
+            _print_json(failure)
     return typer.Exit(status)
 
 
@@ -190,10 +222,16 @@ def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Pa
 def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, status: str = "ok") -> None:
     """Print a command's result on stdout: one JSON object with `status`, or lines for a person."""
     if as_json:
-        typer.echo(json.dumps({"status": status, **values}, ensure_ascii=False))
+        _print_json({"status": status, **values})
     else:
         for line in lines:
             typer.echo(line)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    """Print an object as one line of valid UTF-8; a byte of a path that is not text is the escape of a surrogate."""
+    text = json.dumps(values, ensure_ascii=False)
+    typer.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def print_note(line: str) -> None:

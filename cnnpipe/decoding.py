@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import ImageError
-from cnnpipe.files import display_path, read_file
+from cnnpipe.files import display_path, open_standard_descriptors, read_file
 from cnnpipe.images import RGBImage, decode_image
 
 __all__ = [
@@ -161,6 +161,7 @@ def run_worker() -> None:
     The first message is the decoder. Each further one is a tuple of the arguments of `decode_files`, with None for the
     decoder of the first message; it is answered by a packed chunk, or the text of a traceback.
     """
+    open_standard_descriptors()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # The pipes are ours alone: what a library prints must not get between the messages.
     null = os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""Read files, never hanging on what is no file; what a user means by a path, and how one is shown."""
+"""Read files, never hanging on what is not a file; what a user means by a path, and how one is shown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from cnnpipe.errors import ImageError
+from cnnpipe.errors import ImageError, UsageError
 
-__all__ = ["MAX_FILE_BYTES", "display_path", "read_file", "source_path", "user_path"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "NO_URL",
+    "display_path",
+    "open_standard_descriptors",
+    "read_file",
+    "source_path",
+    "user_path",
+]
 
 MAX_FILE_BYTES: Final = 2**30
+
+NO_URL: Final = "must be a path on this machine, not a URL"
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Start of a URL, also as pathlib writes it, with one slash; a drive of Windows has one letter."""
 
 _UNDECODABLE_BYTE: Final = re.compile(r"\\x([89a-f][0-9a-f])")
 
@@ -50,9 +63,28 @@ def _with_bytes(shown: str) -> str:
     return _UNDECODABLE_BYTE.sub(lambda match: os.fsdecode(bytes([int(match[1], 16)])), shown)
 
 
-def user_path(text: str) -> Path:
-    """Return the path that a user means; `~` is the home folder, `~somebody` that of a user or else a plain name."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError where there is no such user
+def user_path(text: str | Path) -> Path:
+    r"""Return the path that a user means, however it was given: argument, option, settings file or environment.
+
+    `~` is the home folder, `~somebody` that of a user or else a plain name. `\xNN` is the byte that `display_path`
+    writes so, where there is no such name in letters: parameters of a flow run and TOML hold nothing but text.
+
+    Raises:
+        UsageError: it is a URL.
+    """
+    if _URL.match(str(text)):
+        raise UsageError(f"{NO_URL}, received {display_path(str(text))!r}")
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError where there is no such user
+    if "\\x" not in str(path):
+        return path
+    return source_path(source_path(Path(), str(path.parent)), path.name)  # an output may not be there yet
+
+
+def open_standard_descriptors() -> None:
+    """Put the null device on descriptors 0, 1 and 2 where they are closed, so that no file is opened as one of them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def read_file(path: Path | str) -> bytes:

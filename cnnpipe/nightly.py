@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
+from cnnpipe.files import user_path
 from cnnpipe.pidfile import PidFile
 
 __all__ = ["Nightly", "logged_errors", "look_at_nightly", "next_run", "prefect_home", "serve_pidfile", "server_log",
@@ -55,7 +56,7 @@ class Nightly:
 def prefect_home(artifacts: Path) -> Path:
     """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
     configured = os.environ.get("PREFECT_HOME")
-    return (Path(configured).expanduser() if configured else artifacts / ".prefect").resolve()
+    return (user_path(configured) if configured else artifacts / ".prefect").resolve()
 
 
 def server_pidfile(home: Path) -> PidFile:

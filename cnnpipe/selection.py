@@ -9,15 +9,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from cnnpipe.errors import DatasetError
+from cnnpipe.errors import DatasetError, one_line
 from cnnpipe.files import display_path, user_path
 
 if TYPE_CHECKING:
     from io import BufferedReader
 
-__all__ = ["FileFilter", "check_file_list", "read_file_list"]
+__all__ = ["FileFilter", "check_file_list", "no_listed_file", "read_file_list"]
 
 _RECORD_BYTES: Final = 2**16
 """Of a list of files: what tells its separator, and the longest record; a path has at most 4,096 bytes on Linux."""
@@ -78,38 +80,58 @@ def _compile(patterns: Iterable[str]) -> _Patterns:
     )
 
 
-def check_file_list(source: str) -> None:
-    """Refuse a list that is not there or may not be read, and take nothing from one that comes through a pipe.
+def check_file_list(source: str, root: Path) -> None:
+    """Refuse a list that cannot be read or names no file that exists; take nothing from one that comes through a pipe.
 
+    Args:
+        root: the folder that its paths are relative to.
     Raises:
-        DatasetError: as `read_file_list`.
+        DatasetError: as `read_file_list`, or none of its paths is a file.
     """
     path = user_path(source)
     if source != "-" and (path.is_dir() or not os.access(path, os.R_OK)):
         reason = "it is a folder" if path.is_dir() else "permission denied" if path.exists() else "no such file"
         raise DatasetError(f"cannot read the list of files from {display_path(source)}: {reason}; check the path")
+    if source != "-" and path.is_file():
+        names = read_file_list(source)
+        first = next(names, None)
+        if first is not None and not any(_may_be_file(root, name) for name in chain([first], names)):
+            raise no_listed_file(source, root, first)
+
+
+def no_listed_file(source: str, root: Path, first: str) -> DatasetError:
+    """Return the error of a list of which no path is a file; `first` is one of them."""
+    shown = "standard input" if source == "-" else display_path(source)
+    return DatasetError(
+        f"no path in the list of files from {shown} is a file in {display_path(str(root))}; one is "
+        f"{one_line(repr(display_path(first)))}; check the folder, and save the list as UTF-8"
+    )
+
+
+def _may_be_file(root: Path, name: str) -> bool:
+    # Of a list in UTF-16 without a mark, each letter is a path: `.` and `/` are folders.
+    return "\0" not in name and os.path.lexists(root / name) and not (root / name).is_dir()
 
 
 def read_file_list(source: str) -> Iterator[str]:
     """Yield the paths that a list names, as they come, each as it is written there but for a leading `./`.
 
     Records end with a newline, or a NUL if there is one in the first 64 KiB, so both `find` and `find -print0` are
-    understood. In a list of lines, a carriage return at the end of one and a byte order mark are no part of a path.
+    understood. A byte order mark at the start, and a carriage return at the end of a line, are not part of a path. A
+    list in UTF-16, as PowerShell writes it, is known by its mark.
 
     Args:
         source: a text file, or `-` for standard input.
     Yields:
         Paths with undecodable bytes as surrogates (PEP 383); not looked at, and empty ones left out.
     Raises:
-        DatasetError: the list cannot be read, or is none: a record exceeds 64 KiB.
+        DatasetError: the list cannot be read, or is not one: a record exceeds 64 KiB, or its UTF-16 is not valid.
     """
     shown = "standard input" if source == "-" else display_path(source)
     try:
         if source != "-":
             with user_path(source).open("rb") as file:
                 yield from _read_records(file, shown)
-        elif sys.stdin is None:
-            raise DatasetError("cannot read the list of files from standard input: it is closed; give a file's name")
         else:
             yield from _read_records(cast("BufferedReader", sys.stdin.buffer), shown)
     except OSError as error:
@@ -117,25 +139,43 @@ def read_file_list(source: str) -> Iterator[str]:
 
 
 def _read_records(file: BufferedReader, shown: str) -> Iterator[str]:
-    """Yield the paths of an open list; `read1` hands on what has come, and waits for no more."""
+    """Yield the paths of an open list as they come."""
+    parts = _utf8_parts(file, shown)
     part = b""
-    while b"\0" not in part and (more := file.read1(_RECORD_BYTES - len(part))):
+    while b"\0" not in part and len(part) < _RECORD_BYTES and (more := next(parts, b"")):
         part += more
     separator = b"\0" if b"\0" in part else b"\n"
-    if separator == b"\n":
-        part = part.removeprefix(codecs.BOM_UTF8)
     rest = b""
     while part or rest:
         *records, rest = (rest + (part or separator)).split(separator)
-        if any(len(record) > _RECORD_BYTES for record in (*records[:1], rest)):  # the others are within one part
+        if max(map(len, (*records, rest))) > _RECORD_BYTES:
             raise DatasetError(
-                f"{shown} is no list of files: a record exceeds {_RECORD_BYTES:,} bytes; give one path a line"
+                f"{shown} is not a list of files: a record exceeds {_RECORD_BYTES:,} bytes; give one path a line"
             )
         for record in records:
             path = _strip(record, separator)
             if path:
                 yield os.fsdecode(path)
-        part = part and file.read1(_RECORD_BYTES)
+        part = part and next(parts, b"")
+
+
+def _utf8_parts(file: BufferedReader, shown: str) -> Iterator[bytes]:
+    """Yield an open list without its byte order mark; `read1` hands on what has come, and waits for no more."""
+    start = b""
+    while len(start) < len(codecs.BOM_UTF8) and (more := file.read1(_RECORD_BYTES)):
+        start += more
+    parts = chain([start], iter(lambda: file.read1(_RECORD_BYTES), b""))
+    if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield from filter(None, chain([next(parts).removeprefix(codecs.BOM_UTF8)], parts))
+        return
+    decoder = codecs.getincrementaldecoder("utf-16")()
+    try:
+        yield from (text.encode() for part in parts if (text := decoder.decode(part)))
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{shown} is not valid UTF-16, which its byte order mark promises: {error.reason}; save it as UTF-8"
+        ) from error
 
 
 def _strip(record: bytes, separator: bytes) -> bytes:

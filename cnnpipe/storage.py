@@ -85,12 +85,13 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
-    """Flush a complete file to the disk and call it `path`; both must be on one file system.
+    """Flush a complete file to the disk and call it `path`; its folder must be on the same file system.
 
     Without `replace` the old name may stay beside the new one.
 
     Args:
-        replace: whether a file that has the name already gives way.
+        replace: whether a file that has the name already gives way. If that is a symbolic link, it stays, and the file
+            that it points to gives way, wherever it is.
     Raises:
         AlreadyThereError: it has, and may not be replaced.
         StorageError: it cannot be moved.
@@ -98,7 +99,8 @@ def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
     with storage_errors(path):
         _sync(source)
         if replace:
-            os.replace(source, path)
+            path = Path(os.path.realpath(path))
+            _replace(source, path)
         else:
             _take_free_name(source, path)
         _sync(path.parent)
@@ -158,6 +160,17 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(source: Path, path: Path) -> None:
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with write_file(path) as temporary:  # a link has led to another file system
+            shutil.copyfile(source, temporary)
+        source.unlink()
 
 
 def _take_free_name(temporary: Path, path: Path) -> None:

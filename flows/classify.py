@@ -10,14 +10,13 @@ if __name__ == "__main__":
     raise SystemExit
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
 
 from cnnpipe.config import ClassifySettings
 from cnnpipe.errors import FailureBudgetError
-from cnnpipe.files import user_path
+from cnnpipe.files import display_path, user_path
 from cnnpipe.inference.classify import open_classification
 from cnnpipe.inference.summary import check_failure_rate
 from flows import reports
@@ -51,7 +50,7 @@ class TooManyFailuresError(FailureBudgetError):
 def _run_name() -> str:
     """Name a run by its folder and the time it was meant to start, such as photos-2026-11-22-0200."""
     settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
-    folder = user_path(settings.folder).resolve().name or "root"
+    folder = display_path(user_path(settings.folder).resolve().name) or "root"
     return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
 
 
@@ -76,7 +75,7 @@ def classify(
     check_runner(runner, scheduler)
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
-    with recorded_run(Path(artifacts)):
+    with recorded_run(user_path(artifacts)):
         return classify_images(settings, artifacts, runner, scheduler)
 
 
@@ -87,7 +86,7 @@ def classify_images(
     """Run the engine over the folder, here or in a task for each shard, and show the summary in the UI."""
     with (
         progress_artifact("classification-progress") as progress,
-        open_classification(settings, Path(artifacts)) as classification,
+        open_classification(settings, user_path(artifacts)) as classification,
     ):
         if runner == "dask":
             classify_on_dask(classification, scheduler, progress)

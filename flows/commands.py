@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnpipe.config import ClassifySettings, RetrainSettings
-from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, show_result
+from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, run_app, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError, one_line
+from cnnpipe.files import display_path
 from cnnpipe.nightly import prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runners import Runner, check_runner
@@ -51,7 +52,7 @@ def run_classify() -> None:
 def _run(function: Any) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
-    app()
+    run_app(app)
 
 
 @command
@@ -71,7 +72,9 @@ def _retrain(
 
         sections = {name: getattr(settings, name) for name in RetrainSettings.model_fields}
         with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(**sections, data=str(data), artifacts=str(artifacts), return_state=True)
+            state: State[Any] = retrain(
+                **sections, data=display_path(str(data)), artifacts=display_path(str(artifacts)), return_state=True
+            )
         return state
 
     _run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
@@ -96,7 +99,7 @@ def _classify(
 
         with tags("classify"):
             state: State[Any] = classify(
-                settings, artifacts=str(artifacts), runner=runner, scheduler=scheduler, return_state=True
+                settings, artifacts=display_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
             )
         return state
 

@@ -120,6 +120,9 @@ def _server_environment(home: Path, port: int) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE") and not name.startswith("PREFECT__")
     }
+    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in kept):
+        # In its working directory, so that the path of that, which no URL of SQLAlchemy can quote, is not part of it.
+        kept["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     own = {
         "PREFECT_HOME": str(home),
         # The page in the browser learns from these, not from the command line, where the API is.

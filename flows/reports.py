@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cnnpipe.config import RetrainSettings, load_toml
+from cnnpipe.files import display_path
 from cnnpipe.variants import read_parity
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _text(value: object) -> str:
 
 def _code(value: object) -> str:
     """Return markdown that shows a text as code, on one line."""
-    text = " ".join(str(value).split())
+    text = " ".join(display_path(str(value)).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""  # between backticks of the text and those of the fence; not shown
     return f"{fence}{space}{text}{space}{fence}"

@@ -30,6 +30,7 @@ from cnnpipe.config import (
     RetrainSettings,
     TrainSettings,
 )
+from cnnpipe.files import display_path, user_path
 from flows import reports
 from flows.logs import send_library_logs
 from flows.progress import progress_artifact
@@ -72,7 +73,7 @@ def retrain(
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    with recorded_run(Path(artifacts)):
+    with recorded_run(user_path(artifacts)):
         prepared = prepare_dataset(prepare, data)
         run = train_model(settings, prepared, artifacts)
         evaluate_model(run)
@@ -80,7 +81,7 @@ def retrain(
         export_model(run)
         decision = promote_model(run)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": run, **decision})
+    return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
 
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
@@ -89,7 +90,7 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     from cnnpipe.training.datasets import check_gates, prepare_arrays
 
     with progress_artifact("prepare-progress") as progress:
-        dataset = prepare_arrays(prepare, Path(data), progress=progress)
+        dataset = prepare_arrays(prepare, user_path(data), progress=progress)
     reports.publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
     check_gates(dataset, prepare)
     return str(dataset.path)
@@ -101,7 +102,7 @@ def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str
     from cnnpipe.training.stages import train_run
 
     with progress_artifact("training-progress") as progress:
-        result = train_run(settings, Path(prepared), Path(artifacts), progress)
+        result = train_run(settings, Path(prepared), user_path(artifacts), progress)
     return str(result.run)
 
 

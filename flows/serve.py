@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 import cnnpipe
 from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
-from cnnpipe.console import command
+from cnnpipe.console import command, run_app
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.files import user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
@@ -272,7 +272,7 @@ def main() -> None:
     """Run the command of `flows.serve`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(_serve)
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Annotated, Final
 import typer
 from filelock import FileLock, Timeout
 
-from cnnpipe.console import JsonOption, command, show_result
+from cnnpipe.console import JsonOption, command, run_app, show_result
 from cnnpipe.errors import ServerError
 from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
 from cnnpipe.options import ArtifactsOption
@@ -267,4 +267,4 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -43,7 +43,7 @@ def classify(*arguments: object, stdin: bytes = b"", cwd: Path | None = None) ->
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -95,6 +95,23 @@ def test_list_of_files_comes_from_a_text_file_in_its_order(images: Path, model: 
     ended = classify(images, "--files", listed, "--model", model, "--output", table)
     assert ended.returncode == 0, ended.stderr
     assert [row["path"] for row in read_csv(table)] == paths
+
+
+@pytest.mark.parametrize("how", ["utf-16", "utf-16-le without a mark", "other folder", "standard input"])
+def test_a_list_of_which_nothing_exists_replaces_no_table(how: str, images: Path, model: Path, tmp_path: Path) -> None:
+    table, listed = tmp_path / "t.csv", tmp_path / "list.txt"
+    listed.write_text("thumbs/small/0000.png\r\nnotes.txt\r\n", "utf-16" if how == "utf-16" else "utf-8")
+    arguments = (images, "--model", model, "--output", table, "--max-failure-rate", 1, "--overwrite", "--files")
+    assert classify(*arguments, listed).returncode == 0
+    good = table.read_bytes(), summary_beside(table)
+    assert [row["status"] for row in read_csv(table)] == ["ok", "error"]
+    content = "a.png\nb.png\n".encode("utf-16-le" if how.startswith("utf-16-le") else "utf-8")
+    listed.write_bytes(content)
+    ended = classify(*arguments, "-", stdin=content) if how == "standard input" else classify(*arguments, listed)
+    assert ended.returncode == 1
+    assert "error: no path in the list of files from " in ended.stderr.splitlines()[-1]
+    assert (table.read_bytes(), summary_beside(table)) == good
+    assert not (tmp_path / "t.csv.shards").exists()
 
 
 def test_missing_list_and_missing_folder_are_one_line(images: Path, model: Path, tmp_path: Path) -> None:
@@ -204,11 +221,30 @@ def test_a_list_that_is_not_there_is_told_before_the_model_is_loaded(images: Pat
     assert f"cannot read the list of files from {tmp_path / 'list.txt'}: no such file; check the path" in ended.stderr
 
 
+def test_overwrite_replaces_the_table_that_a_link_points_to(images: Path, model: Path, tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "real.csv", tmp_path / "latest.csv"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    assert classify(images, "--model", model, "--output", link).returncode == 1
+    assert target.read_text() == "old"
+    for _ in range(2):
+        ended = classify(images, "--model", model, "--output", link, "--overwrite")
+        assert ended.returncode == 0, ended.stderr
+        assert link.is_symlink()
+        assert len(read_csv(target)) == 33
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_safe_csv_disarms_formulas(images: Path, model: Path, tmp_path: Path) -> None:
     (images / "=HYPERLINK(1).png").write_bytes((images / "thumbs/small/0000.png").read_bytes())
     table = tmp_path / "t.csv"
     assert classify(images, "--model", model, "--output", table, "--safe-csv").returncode == 0
     assert "'=HYPERLINK(1).png" in [row["path"] for row in read_csv(table)]
+    assert table.read_bytes().startswith(b"\xef\xbb\xbfpath,")
+    ended = classify(images, "--model", model, "--output", table, "--safe-csv", "--incremental", "--json")
+    assert json.loads(ended.stdout.splitlines()[-1])["unchanged"] == 33
+    assert table.read_bytes().count(b"\xef\xbb\xbf") == 1
     refused = classify(images, "--model", model, "--output", tmp_path / "t.jsonl", "--safe-csv")
     assert refused.returncode == 2
     assert "safe_csv is for a table that ends in .csv" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from cnnpipe import __version__
 from cnnpipe.cli import app
 from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
 from cnnpipe.environment import usable_cores
@@ -61,6 +63,11 @@ def test_help_of_every_command_says_what_it_does(arguments: list[str]) -> None:
     result = run(*arguments, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def test_version_is_the_packages() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"cnnpipe {__version__}\n")
 
 
 @pytest.mark.parametrize("model", [PrepareSettings, TrainSettings])
@@ -303,6 +310,27 @@ def test_the_tables_accuracy_is_the_metrics_accuracy(
     with output.open(newline="") as file_of_rows:
         right = [row["label"] == row["path"].split("/")[0] for row in csv.DictReader(file_of_rows)]
     assert sum(right) / len(right) == json.loads((finished_run / "metrics.json").read_text())["accuracy"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_folders_whose_names_are_not_text_are_used_as_they_are(artifacts: Path, photos: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9"))
+    odd.mkdir()
+    photos = photos.rename(odd / "photos")
+    (photos / "zz-notes.png").unlink()
+    artifacts = artifacts.rename(odd / "artifacts")
+    table = odd / "out" / os.fsdecode(b"t\xe8.csv")
+    sorted_into, report = odd / "sorted", odd / "report.html"
+    result = run(
+        "classify", photos, "--output", table, "--sort-into", sorted_into, "--report", report, "--artifacts", artifacts
+    )
+    assert result.exit_code == 0, result.output
+    assert table.is_file()
+    assert report.is_file()
+    assert len([path for path in sorted_into.rglob("*.png") if path.is_file()]) == 12
+    for command in (["evaluate", "digits"], ["models", "show", "digits"], ["doctor"]):
+        result = run(*command, "--artifacts", artifacts, "--json")
+        assert result.exit_code == 0, result.output
 
 
 def test_too_many_failures_end_with_status_3_and_a_complete_table(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tiny_models import write_digits
 
 from cnnpipe import console
 from cnnpipe.console import progress_bar
@@ -219,3 +223,69 @@ def test_other_errors_in_a_finaliser_are_told_as_python_tells_them(signal_of_err
     ended = run_script(script)
     assert (ended.returncode, ended.stdout) == (0, "went on\n")
     assert "ValueError: left behind" in ended.stderr
+
+
+def in_a_shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of a shell in which `python` is this one, in a folder that holds `images` with three digits."""
+    if not (folder / "images").exists():
+        write_digits(folder / "images", range(3))
+    return subprocess.run(
+        ["sh", "-c", line.replace("python", sys.executable)], capture_output=True, cwd=folder, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+    )  # fmt: skip
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    with table.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="descriptors as a POSIX shell closes them")
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_change_no_row(closed: str, model: Path, tmp_path: Path) -> None:
+    ended = in_a_shell(
+        f"python -m cnnpipe.cli classify images --model {model} --output t.csv --device cpu {closed}", tmp_path
+    )
+    assert ended.returncode == 0
+    assert [row["status"] for row in rows(tmp_path / "t.csv")] == ["ok"] * 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="descriptors as a POSIX shell closes them")
+def test_library_with_a_closed_stderr_classifies_too(model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from cnnpipe.config import ClassifySettings\n"
+        "from cnnpipe.inference.classify import classify_folder\n"
+        f"settings = ClassifySettings(folder='images', model={str(model)!r}, output='t.csv', device='cpu')\n"
+        "classify_folder(settings, Path('artifacts'))\n"
+    )
+    assert in_a_shell("python script.py 2>&-", tmp_path).returncode == 0
+    assert [row["status"] for row in rows(tmp_path / "t.csv")] == ["ok"] * 3
+
+
+_NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+@pytest.mark.parametrize("environment", [_NO_UTF8, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}])
+def test_names_are_utf8_whatever_the_locale(environment: dict[str, str], model: Path, tmp_path: Path) -> None:
+    write_digits(tmp_path / "żółw" / "café", range(1))
+    line = f"python -m cnnpipe.cli classify żółw --model {model} --output t.csv --device cpu"
+    ended = in_a_shell(line + " --json", tmp_path, **environment)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.decode().splitlines()[-1])["folder"] == str(tmp_path / "żółw")
+    assert [row["path"] for row in rows(tmp_path / "t.csv")] == ["café/0/0000.png"]
+    again = in_a_shell(line, tmp_path, **environment)
+    assert again.returncode == 1
+    assert "t.csv is there already" in again.stderr.decode()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+@pytest.mark.parametrize("environment", [{}, _NO_UTF8])
+def test_dataset_keeps_class_names_in_any_locale(environment: dict[str, str], tmp_path: Path) -> None:
+    for name, numbers in (("żółw", range(20)), ("café", range(20, 40))):
+        write_digits(tmp_path / "D" / name, numbers)
+    ended = in_a_shell("python -m cnnpipe.cli prepare D --data data --json", tmp_path, **environment)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.decode().splitlines()[-1])["class_names"] == ["café", "żółw"]

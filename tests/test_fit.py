@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -339,6 +340,32 @@ tf.config.threading.set_inter_op_parallelism_threads(1)  # refused once TensorFl
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "torch"}, {}),
+        ({"floatx": "int8"}, {}),
+        ({}, {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "many"}),
+    ],
+)
+def test_settings_of_keras_in_a_home_or_the_environment_decide_nothing(
+    settings: dict[str, Any], environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras" / "keras.json").write_text(json.dumps(settings))
+    code = """
+from cnnpipe.training.backend import keras
+weight = keras.Variable([1.0])
+config = keras.config
+print(config.floatx(), config.epsilon(), config.image_data_format(), config.backend(), weight.dtype)
+print(config.max_epochs(), config.max_steps_per_epoch())
+"""
+    variables = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "float32 1e-07 channels_last tensorflow float32\nNone None\n"
 
 
 def test_the_summary_of_the_model_is_logged(

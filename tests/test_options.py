@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner, Result
 
-from cnnpipe.config import Settings
+from cnnpipe.config import ClassifySettings, Settings, UserPath, dump_toml, load_toml
 from cnnpipe.console import command
-from cnnpipe.options import takes_settings
+from cnnpipe.files import user_path
+from cnnpipe.options import ArtifactsOption, takes_settings
 
 
 class _Wanted(Settings):
@@ -80,3 +82,81 @@ def test_help_tells_what_may_be_repeated_and_every_name() -> None:
     assert "Numbers. [repeatable] [default: 32, 64]" in text
     assert "One pair. [default: 32x32]" in text
     assert "--top-k, --topk" in text
+
+
+class _Places(Settings):
+    folder: UserPath = Field(min_length=1, description="where from")
+    output: UserPath | None = Field(None, description="where to")
+
+
+@command
+@takes_settings(_Places, "folder")
+def _show_places(settings: _Places, artifacts: ArtifactsOption = Path("artifacts")) -> None:
+    for path in (user_path(settings.folder), user_path(settings.output or "none"), artifacts):
+        typer.echo(os.fsencode(path))
+
+
+def _run_places(*arguments: str, environment: dict[str, str] | None = None) -> Result:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(_show_places)
+    return CliRunner().invoke(app, arguments, env=environment or {})
+
+
+_WAYS = ["argument", "option", "settings file", "environment", "artifacts"]
+
+
+def _give(way: str, path: str, folder: Path) -> Result:
+    """Give a path to a command in one of several ways."""
+    config = folder / "places.toml"
+    config.write_text(f"output = '{path}'\n", "utf-8", "backslashreplace")
+    return {
+        "argument": lambda: _run_places(path),
+        "option": lambda: _run_places("photos", f"--output={path}"),
+        "settings file": lambda: _run_places("photos", "--config", str(config)),
+        "environment": lambda: _run_places("photos", environment={"CNNPIPE_ARTIFACTS": path}),
+        "artifacts": lambda: _run_places("photos", f"--artifacts={path}"),
+    }[way]()
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_a_tilde_is_the_home_however_a_path_is_given(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = _give(way, "~/My Project", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert os.fsencode(tmp_path / "My Project") in result.stdout_bytes.split(b"\n")
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("url", ["s3://b/x.csv", "https://x.y/a", "file:///tmp/a"])
+def test_a_url_is_refused_in_one_line_however_it_is_given(way: str, url: str, tmp_path: Path) -> None:
+    result = _give(way, url, tmp_path)
+    assert result.exit_code == (1 if way == "settings file" else 2)
+    (line,) = result.stderr.splitlines()
+    assert "must be a path on this machine, not a URL, received" in line
+    assert list(tmp_path.iterdir()) == [tmp_path / "places.toml"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+@pytest.mark.parametrize("way", [way for way in _WAYS if way not in ("settings file", "environment")])
+def test_bytes_that_are_not_text_stay_as_they_are(way: str, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9/x.csv")
+    result = _give(way, path, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert os.fsencode(path) in result.stdout_bytes.split(b"\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+def test_settings_with_bytes_that_are_not_text_come_back_from_toml_and_json(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9"))
+    folder.mkdir()
+    settings = ClassifySettings(folder=str(folder), output=str(folder / "new.csv"))
+    (tmp_path / "c.toml").write_text(dump_toml(settings), "utf-8")
+    for read in (load_toml(ClassifySettings, tmp_path / "c.toml"), type(settings).model_validate_json(
+        settings.model_dump_json()
+    )):  # fmt: skip
+        assert user_path(read.folder) == folder
+        assert user_path(str(read.output)) == folder / "new.csv"
+
+
+def test_a_path_is_text_in_the_form_of_prefect() -> None:
+    assert ClassifySettings.model_json_schema()["properties"]["folder"]["type"] == "string"

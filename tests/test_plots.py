@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -335,3 +338,29 @@ def test_run_evaluated_on_other_images_is_a_dataset_error(artifacts: Path, digit
     metrics.write_text(metrics.read_text().replace('"9"', '"neun"'))
     with pytest.raises(DatasetError, match="was evaluated on other classes than digits has; evaluate it again"):
         plot_run(run, digits)
+
+
+_SETTINGS_OF_A_USER = "text.usetex: True\nfont.size: 30\nnonsense: 3\n"
+
+
+@pytest.mark.parametrize("place", ["home", "working folder", "encoding", "MATPLOTLIBRC", "MPLBACKEND"])
+def test_settings_of_matplotlib_decide_over_no_picture(place: str, tmp_path: Path) -> None:
+    _write_history(tmp_path / "run", 3)
+    plot_history(tmp_path / "run")
+    plain = (tmp_path / "run" / "loss.png").read_bytes()
+    file = tmp_path / ("home/.config/matplotlib/matplotlibrc" if place == "home" else "matplotlibrc")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    if place.startswith("MPL"):
+        environment[place] = "nonsense"
+    else:
+        file.write_text(_SETTINGS_OF_A_USER, encoding="utf-16" if place == "encoding" else "utf-8")
+    if place == "MATPLOTLIBRC":
+        environment[place] = str(file.rename(tmp_path / "style"))
+    code = "from cnnpipe.training.plots import plot_history; from pathlib import Path; plot_history(Path('run'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "run" / "loss.png").read_bytes() == plain

@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
     else:
-        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
     return [
         {name: np.float32(value) if name.startswith("prob") and value else value or None for name, value in row.items()}
         for row in rows

@@ -111,7 +111,8 @@ class Started:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """One server for the module, started by two processes at once."""
-    artifacts, port = tmp_path_factory.mktemp("server") / "artifacts", free_port()
+    artifacts = tmp_path_factory.mktemp("server") / "My%20 a?b#c é"  # all that a URL quotes
+    port = free_port()
     command = [
         sys.executable,
         "-m",

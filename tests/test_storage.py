@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -279,3 +281,31 @@ def test_file_in_the_place_of_the_folder_is_a_storage_error(tmp_path: Path) -> N
 def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert sha256_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.mark.parametrize("where", ["beside", "folder", "chain", "nothing", "other file system"])
+def test_what_a_symbolic_link_points_to_is_replaced_and_the_link_stays(where: str, tmp_path: Path) -> None:
+    if where == "other file system":
+        if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is one file system only")
+        folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    else:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+    try:
+        target, link = folder / "real.txt", tmp_path / "link.txt"
+        if where == "beside":
+            target = tmp_path / "real.txt"
+        if where != "nothing":
+            target.write_text("old")
+        if where == "chain":
+            (tmp_path / "second.txt").symlink_to(target)
+        link.symlink_to(tmp_path / "second.txt" if where == "chain" else target)
+        write_text(link, "new")
+        assert link.is_symlink()
+        assert target.read_text() == link.read_text() == "new"
+        assert not target.is_symlink()
+        assert [path for path in (*tmp_path.iterdir(), *folder.iterdir()) if path.name.startswith(".")] == []
+    finally:
+        if where == "other file system":
+            shutil.rmtree(folder)

@@ -36,7 +36,7 @@ from cnnpipe.inference.summary import (
 from cnnpipe.leftovers import describe_passed_over
 from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
-from cnnpipe.selection import check_file_list
+from cnnpipe.selection import check_file_list, no_listed_file
 from cnnpipe.storage import sha256_file
 from cnnpipe.workers import DecoderPool
 
@@ -97,7 +97,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
     if settings.files is not None:
-        check_file_list(settings.files)
+        check_file_list(settings.files, root)
     wanted = user_path(settings.output).absolute() if settings.output else None
     earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
     if settings.sort_into is not None:
@@ -280,7 +280,7 @@ class Classification:
         """Make one table of the shards, and what else was asked for; the summary last.
 
         Raises:
-            DatasetError: there was no file at all.
+            DatasetError: there was no file at all, or none of those in a list exists.
             PredictionsError: the name of the table or of the summary was taken meanwhile.
             StorageError: something cannot be written.
         """
@@ -291,6 +291,10 @@ class Classification:
         if not finished.files and not settings.retry_failed:
             self.shards.remove()
             raise DatasetError(f"no file is left of {_described(settings)}; check the patterns and the list")
+        kinds = finished.counts.error_kinds
+        if settings.files and kinds["not_found"] + kinds["not_a_file"] == finished.files:  # a pipe's are known only now
+            self.shards.remove()
+            raise no_listed_file(settings.files, Path(job.root), finished.counts.first_errors[0].path)
         table = Path(job.table)
         replaces = settings.replaces_output or finished_job(table) is not None
         if replaces:

@@ -52,7 +52,9 @@ class JobFiles:
         found = find_files(self._root, after=last, passed_over=self.passed_over)
         if job.include or job.exclude:
             found = filter(self._wanted.admits, found)
-        return _without_own(found, self._root, [Path(job.table), *([self._report] if self._report else [])])
+        table = Path(job.table)
+        own = [table, Path(os.path.realpath(table)), *([self._report] if self._report else [])]
+        return _without_own(found, self._root, own)
 
     def count(self) -> int:
         """Return how many there are, to show progress; 0 where it is not quickly told."""

@@ -49,7 +49,8 @@ class TableFormat:
     top_k: int
     """Classes in each row."""
     safe_csv: bool = False
-    """Whether a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """Whether it is made for a spreadsheet: texts that it would take for formulas get an apostrophe in front, and the
+    file a byte order mark, without which Excel does not read UTF-8."""
 
 
 def table_columns(top_k: int) -> list[str]:
@@ -71,7 +72,7 @@ def open_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator
         table = TableWriter(path, temporary, form)
         try:
             if form.suffix == ".csv" and not part:
-                table.write_values([[*table_columns(form.top_k)]])
+                table.write_values([[*_csv_header(form)]])
             yield table
             table.close()
         finally:
@@ -93,7 +94,7 @@ def join_tables(parts: Iterable[Path], path: Path, form: TableFormat) -> None:
         return
     with write_file(path) as temporary, storage_errors(path), temporary.open("wb") as file:
         if form.suffix == ".csv":
-            file.write(_csv_line(table_columns(form.top_k)).encode())
+            file.write(_csv_line(_csv_header(form)).encode())
         for part in parts:
             with part.open("rb") as rows:
                 shutil.copyfileobj(rows, file, 2**20)
@@ -208,6 +209,11 @@ class _CsvWriter(_TextWriter):
         self._file.writelines(map(self._line, rows))
 
 
+def _csv_header(form: TableFormat) -> list[str]:
+    first, *others = table_columns(form.top_k)
+    return ["\ufeff" + first if form.safe_csv else first, *others]
+
+
 def _csv_line(values: Sequence[str | float | None]) -> str:
     fields = ["" if value is None else str(value) for value in values]
     line = ",".join(fields)
@@ -285,7 +291,7 @@ class _ParquetWriter:
 
 
 def _read_csv(path: Path, form: TableFormat, part: bool) -> Iterator[list[str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8" if part else "utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         if not part:
             _check_columns(next(rows, []), form)

@@ -63,9 +63,15 @@ def _without_chatter() -> Iterator[None]:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Else TensorFlow takes all memory of a GPU, and the export that follows in the same process gets none.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever ~/.keras/keras.json or the environment says
-with _without_chatter():
+# No setting of Keras comes from the environment or from the keras.json in a user's home: it would decide over the type
+# of the weights or the number of epochs, and no record of the run would say so.
+for _name in [name for name in os.environ if name.startswith("KERAS_")]:
+    del os.environ[_name]
+os.environ["KERAS_BACKEND"] = "tensorflow"
+with _without_chatter(), tempfile.TemporaryDirectory() as os.environ["KERAS_HOME"]:
     import keras
+
+    del os.environ["KERAS_HOME"]  # read at the import only
     import tensorflow as tf
 
     # Lanes run side by side, and each operation takes its part of the cores. Said here, because it holds for the whole

@@ -1,19 +1,45 @@
-"""What all pictures share: fonts for any class name, and PNG files that are small and the same every time."""
+"""What all pictures share: matplotlib, fonts for any class name, and PNG files that are small and always the same.
+
+`cnnpipe.training.plots` takes matplotlib from here, where it is imported without the settings of a user.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+from contextlib import chdir, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from matplotlib import font_manager
-from matplotlib.figure import Figure
 from PIL import Image
 
 from cnnpipe.storage import write_bytes
 
-__all__ = ["save_figure", "shorten_name", "text_style"]
+# A user's style would need what is not installed here, such as LaTeX, or give other pictures of the same run.
+os.environ["MATPLOTLIBRC"] = os.devnull
+os.environ.pop("MPLBACKEND", None)
+# A file in the working folder comes before that.
+with chdir(Path(os.__file__).parent) if Path("matplotlibrc").exists() else nullcontext():
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.ticker import MaxNLocator
+matplotlib.rcdefaults()  # for a program that had imported it before
+
+__all__ = [
+    "Axes",
+    "AxesImage",
+    "Figure",
+    "MaxNLocator",
+    "PowerNorm",
+    "save_figure",
+    "shorten_name",
+    "text_style",
+]
 
 _RESOLUTIONS: Final = (120, 96, 76, 60)  # dots an inch
 _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",

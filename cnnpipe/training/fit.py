@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cnnpipe.config import RetrainSettings, TrainSettings, dataset_location, dump_toml
 from cnnpipe.environment import describe_environment
 from cnnpipe.errors import TrainingError
+from cnnpipe.files import display_path
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 from cnnpipe.training.augmentation import Augmentation, ResidentImages, shrink, stay_on_device
@@ -108,7 +109,7 @@ def train_model(
     environment = {
         "device": device,
         "precision": precision,
-        "dataset": str(dataset.path.resolve()),
+        "dataset": display_path(str(dataset.path.resolve())),
         "source": dataset_location(settings.prepare.dataset),
     }
     write_json(run / "environment.json", {**describe_environment(), **environment})

@@ -18,16 +18,20 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
 
 from cnnpipe.errors import DatasetError, RegistryError, one_line
 from cnnpipe.training.datasets import PreparedDataset
 from cnnpipe.training.evaluation import PREDICTIONS_FILE, read_evaluation
-from cnnpipe.training.figures import save_figure, shorten_name, text_style
+from cnnpipe.training.figures import (
+    Axes,
+    AxesImage,
+    Figure,
+    MaxNLocator,
+    PowerNorm,
+    save_figure,
+    shorten_name,
+    text_style,
+)
 
 __all__ = [
     "HISTORY_FILE",

@@ -81,7 +81,7 @@ def load_run(run: Path) -> tuple[RetrainSettings, PreparedDataset]:
     """
     try:
         environment = json.loads((run / "environment.json").read_bytes())
-        prepared = Path(environment["dataset"])
+        prepared = user_path(environment["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RegistryError(
             f"{run} is no run folder: its environment.json cannot be read ({error}); check the path"
