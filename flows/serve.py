@@ -23,7 +23,7 @@ import cnnpipe
 from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.console import command, run_app
 from cnnpipe.errors import DatasetError, ServerError, UsageError
-from cnnpipe.files import user_path
+from cnnpipe.files import display_path, user_path
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from flows.runs import close_dead_runs, unfinished_states
 from flows.server import Server, ensure_server, prefect_home, prepare_environment, serve_pidfile
@@ -158,7 +158,7 @@ def build_deployments(
     nightly = retrain.to_deployment(
         "nightly",
         schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
-        parameters={**settings.model_dump(mode="json"), "data": str(data), **folders},
+        parameters={**settings.model_dump(mode="json"), "data": display_path(str(data)), **folders},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         tags=["retrain", settings.prepare.resolved_name],
         version=cnnpipe.__version__,

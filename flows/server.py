@@ -26,8 +26,8 @@ import typer
 from filelock import FileLock, Timeout
 
 from cnnpipe.console import JsonOption, command, run_app, show_result
-from cnnpipe.errors import ServerError
-from cnnpipe.files import user_path
+from cnnpipe.errors import ServerError, UsageError
+from cnnpipe.files import display_path, user_path
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
 from flows.launcher import DEFAULT_PORT, HOST, QUIET, START_TIMEOUT_SECONDS, api_url_at, server_pidfile, start_server
@@ -74,9 +74,16 @@ class Server:
 
 
 def prefect_home(artifacts: Path) -> Path:
-    """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
+    """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts.
+
+    Raises:
+        UsageError: its path has bytes that are not text, which Prefect cannot send to its server.
+    """
     configured = os.environ.get("PREFECT_HOME")
-    return (user_path(configured) if configured else artifacts / ".prefect").resolve()
+    home = (user_path(configured) if configured else artifacts / ".prefect").resolve()
+    if (shown := display_path(str(home))) != str(home):
+        raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
+    return home
 
 
 def serve_pidfile(home: Path) -> PidFile:
