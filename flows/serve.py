@@ -24,7 +24,7 @@ import cnnpipe
 from cnnpipe.config import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.console import command, run_app
 from cnnpipe.errors import DatasetError, ServerError, UsageError
-from cnnpipe.files import user_path
+from cnnpipe.files import display_path, user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.storage import make_folder
@@ -185,7 +185,7 @@ def build_deployments(
     nightly = retrain.to_deployment(
         "nightly",
         schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
-        parameters={**settings.model_dump(mode="json"), "data": str(data), **folders},
+        parameters={**settings.model_dump(mode="json"), "data": display_path(str(data)), **folders},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         tags=["retrain", settings.prepare.resolved_name],
         version=cnnpipe.__version__,

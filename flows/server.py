@@ -27,7 +27,8 @@ import typer
 from filelock import FileLock, Timeout
 
 from cnnpipe.console import JsonOption, command, run_app, show_result
-from cnnpipe.errors import ServerError
+from cnnpipe.errors import ServerError, UsageError
+from cnnpipe.files import display_path
 from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
 from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
@@ -81,10 +82,13 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
         home: folder of a server of our own, see `prefect_home`; also keeps the results of tasks.
         port: where to start a server; default: 4200, or any free port if that is taken.
     Raises:
+        UsageError: the path of `home` has bytes that are not text, which Prefect cannot send to its server.
         ServerError: the configured server does not answer, or none could be started; tells what its log says.
         StorageError: `home` cannot be written.
     """
     home = home.resolve()
+    if (shown := display_path(str(home))) != str(home):
+        raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
     prepare_environment(home)
     configured = configured_api_url()
     if configured is not None:

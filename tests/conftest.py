@@ -23,6 +23,9 @@ from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
+# Said by the Makefile too: without them Prefect's servers try to send telemetry, and log that they could not.
+os.environ.update({"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
+
 SETTINGS = RetrainSettings(prepare=PrepareSettings(), train=TrainSettings(epochs=3, seed=1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -325,6 +326,13 @@ def test_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_pa
     assert re.search(r"did not come up: it ended with status \d+; its log .*server\.log ends with: ", answer["error"])
     assert "\n" not in answer["error"]
     assert _server("status", tmp_path)["server"] is None
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_a_folder_whose_path_is_not_text_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    answer = _server("start", Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9")))
+    assert "a flow needs a folder whose path is UTF-8, received " in answer["error"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_server_module_loads_no_prefect() -> None:
