@@ -151,14 +151,14 @@ def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) 
         thread.join()
 
 
+# Before its first checkpoint; between a checkpoint and its weights; before the next one; after the last file.
+@pytest.mark.parametrize("moments", [[3.5, 11.5], pytest.param([4.0, 3.5, 5.0, 11.5], marks=pytest.mark.slow)])
 def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_weights(
-    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult
+    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult, moments: list[float]
 ) -> None:
-    # Before its first checkpoint; between a checkpoint and its weights; before the next one; behind the last file.
-    moments = [("rename", 4.0), ("rename", 3.5), ("rename", 5.0), ("rename", 11.5)]
-    values = train_in_attempts(SETTINGS, digits, tmp_path, moments)
+    values = train_in_attempts(SETTINGS, digits, tmp_path, [("rename", moment) for moment in moments])
 
-    assert values["statuses"] == [-9, -9, -9, -9, 0]
+    assert values["statuses"] == [*([-9] * len(moments)), 0]
     run = only_run(tmp_path)
     assert_same_weights(run, unbroken.run)
     assert not (run / "training").exists()

@@ -345,9 +345,11 @@ tf.config.threading.set_inter_op_parallelism_threads(1)  # refused once TensorFl
 @pytest.mark.parametrize(
     ("settings", "environment"),
     [
-        ({"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "torch"}, {}),
+        (
+            {"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "torch"},
+            {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "many"},
+        ),
         ({"floatx": "int8"}, {}),
-        ({}, {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "many"}),
     ],
 )
 def test_settings_of_keras_in_a_home_or_the_environment_decide_nothing(

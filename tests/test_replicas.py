@@ -63,6 +63,7 @@ def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Pa
     assert two["kept"] == pytest.approx(two["accuracy"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_devices_share_batches_of_fast(digits: PreparedDataset, tmp_path: Path) -> None:
     result = train_on(2, digits, tmp_path / "run", preset="fast", epochs=2, batch_size=64, precision="float32")
 
