@@ -1,4 +1,4 @@
-"""What a training step is made of where a GPU runs it, counted on any machine: `python -m benchmarks.steps PREPARED`.
+"""Count the parts of a training step as a GPU runs it, on any machine: `python -m benchmarks.steps PREPARED`.
 
 Prints for each preset the nodes of the step's graph, the instructions of the code that XLA makes of it, and the seconds
 that XLA takes to compile it, on this machine's CPU.

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of its GPUs, asked without any library of CUDA."""
+"""GPUs and their memory as the NVIDIA driver reports them, asked without any library of CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What systems, other programs and cnnpipe itself leave in a folder of images: no input, for training or classifying.
+"""Files that systems, other programs and cnnpipe itself leave in a folder of images: never an input.
 
 A name of a system's is enough. What cnnpipe wrote is told by more than a name, so that no user's file of the kind is
 taken for it: a table by the summary beside it, a folder by the files that only such a folder has.
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 OWN: Final = "written by cnnpipe"
-"""What `name_leftover` calls all that cnnpipe wrote."""
+"""Name that `name_leftover` gives to everything that cnnpipe wrote."""
 
 TABLE_SUFFIXES: Final = (".csv", ".jsonl", ".parquet")
 

@@ -1,4 +1,4 @@
-"""What training does to images: mirror images, shifts and smaller sizes."""
+"""Changes to training images: mirror images, shifts, cutout and smaller sizes."""
 
 from __future__ import annotations
 

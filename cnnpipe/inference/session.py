@@ -40,7 +40,7 @@ __all__ = ["ClassifierSession", "device_report", "open_session"]
 CPU: Final = "CPUExecutionProvider"
 
 _CPU_BATCH_SIZE: Final = 32
-"""So many small images stay in a CPU's cache: 17,900 images/s against 13,500 at 256."""
+"""Number of small images that stay in a CPU's cache: 17,900 images/s against 13,500 at 256."""
 
 # The exceptions of onnxruntime have no common base but Exception.
 _NOT_A_MODEL = (_ort.InvalidProtobuf, _ort.InvalidGraph, _ort.NoModel, _ort.NotImplemented, _ort.InvalidArgument)

@@ -1,4 +1,4 @@
-"""What training does to a batch of images before the network sees it: fetch, mirror, shift and shrink, on the device.
+"""Changes to a batch of training images on the device: fetch, mirror, shift, hide a part, shrink.
 
 What is random is drawn by `batches.Batches` on the host. Here it is one gather, whatever is done to an image.
 """

@@ -66,7 +66,7 @@ class _LeftOut:
     passed_over: Counter[str] = field(default_factory=Counter)
     """As `find_files` counts."""
     suffixes: Counter[str] = field(default_factory=Counter)
-    """Of files that are not images."""
+    """Counts of the suffixes of files that are not images."""
 
     def warnings(self) -> list[str]:
         warnings = []

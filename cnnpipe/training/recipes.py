@@ -101,7 +101,7 @@ ON_A_GPU: Final[dict[str, dict[str, Any]]] = {
     "fast": {"epochs": 12},
     "accurate": {"network": "wide", "max_shift": 1 / 8, "cutout": 3 / 8},
 }
-"""What is changed on a GPU, which does an epoch in less than a second or two.
+"""Changes to the presets on a GPU, which does an epoch in less than a second or two.
 
 Small images first are left away: compiling for a second size takes tens of seconds, and would save one. Widths, shifts
 of 4 pixels in 32 and cutout of 12 (DeVries & Taylor 2017, arXiv:1708.04552) are those of airbench96,
