@@ -16,12 +16,12 @@ from cnnpipe.nightly import server_log, server_pidfile
 from cnnpipe.storage import storage_errors
 from flows.probe import answers_health
 
-__all__ = ["DEFAULT_PORT", "HOST", "QUIET", "START_TIMEOUT_SECONDS", "api_url_at", "start_server"]
+__all__ = ["HOST", "QUIET", "START_TIMEOUT_SECONDS", "start_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
 HOST: Final = "127.0.0.1"
-DEFAULT_PORT: Final = 4200  # Prefect's own
+_DEFAULT_PORT: Final = 4200  # Prefect's own
 START_TIMEOUT_SECONDS: Final = 120.0  # 20 s with an empty database and 5 s after, on 2 idle cores
 _ATTEMPTS: Final = 2  # `prefect server start` was seen to die without a word, and to come up the next time
 _POLL_SECONDS: Final = 0.1
@@ -49,7 +49,7 @@ _SERVER_SETTINGS: Final = {
 }
 
 
-def api_url_at(port: int) -> str:
+def _api_url_at(port: int) -> str:
     """Return the address of the API of a server on this machine."""
     return f"http://{HOST}:{port}/api"
 
@@ -69,17 +69,17 @@ def start_server(home: Path, port: int | None) -> tuple[str, int]:
         raise ServerError(f"port {port} on {HOST} is taken by another program; free it or choose another")
     problem = ""
     for _ in range(_ATTEMPTS):
-        chosen = port or (DEFAULT_PORT if _is_free(DEFAULT_PORT) else _free_port())
+        chosen = port or (_DEFAULT_PORT if _is_free(_DEFAULT_PORT) else _free_port())
         logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
         process = _spawn(home, chosen)
         try:
-            exit_status = _wait_until_ready(process, api_url_at(chosen))
+            exit_status = _wait_until_ready(process, _api_url_at(chosen))
         except BaseException:  # also Ctrl-C: no half-started server stays behind
             process.kill()
             process.wait()
             raise
         if exit_status is None:
-            return api_url_at(chosen), process.pid
+            return _api_url_at(chosen), process.pid
         problem = f"it ended with status {exit_status}"
     raise ServerError(f"the Prefect server did not come up: {problem}; {_log_tail(server_log(home))}")
 
@@ -109,7 +109,7 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
                 )
     finally:
         os.close(lock)
-    pidfile.write({"pid": process.pid, "api_url": api_url_at(port)})
+    pidfile.write({"pid": process.pid, "api_url": _api_url_at(port)})
     return process
 
 

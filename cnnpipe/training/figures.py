@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, fonts for any class name, and PNG files that are small and always the same.
+"""Shared by all pictures: matplotlib, fonts for any class name, and PNG files that are small and always the same.
 
 `cnnpipe.training.plots` takes matplotlib from here, where it is imported without the settings of a user.
 """

@@ -20,6 +20,7 @@ import numpy as np
 
 from cnnpipe.config import RetrainSettings, dataset_location, load_toml
 from cnnpipe.errors import DatasetError, RegistryError
+from cnnpipe.files import user_path
 from cnnpipe.inference.session import open_session
 from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
@@ -143,7 +144,7 @@ def read_location(run: Path) -> str:
 def _shares_images(champion: Path, dataset: PreparedDataset) -> bool:
     """Whether most images that the champion was tested on are in the dataset too: then its folder was only moved."""
     try:
-        tested = load_prepared(Path(_read_environment(champion)["dataset"])).images("test")
+        tested = load_prepared(user_path(_read_environment(champion)["dataset"])).images("test")
     except (KeyError, TypeError, DatasetError):  # nothing is left to compare with
         return False
     return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
