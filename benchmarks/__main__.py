@@ -12,9 +12,9 @@ from benchmarks.contenders import find_models, line_up
 from benchmarks.memory import Layout, measure_memory
 from benchmarks.photos import make_photos
 from benchmarks.training import compare_training
-from cnnpipe.config import PrepareSettings
 from cnnpipe.console import command
 from cnnpipe.options import ArtifactsOption, DataOption
+from cnnpipe.settings import PrepareSettings
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -46,7 +46,7 @@ def training(
     data: DataOption = Path("data"),
 ) -> None:
     """Train the tutorial's script and the presets side by side; prints medians, and ratios pair by pair."""
-    from cnnpipe.training.datasets import prepare_dataset
+    from cnnpipe.prepare.dataset import prepare_dataset
 
     prepared = prepare_dataset(PrepareSettings(dataset=dataset), data).path
     for line in compare_training(prepared, epochs, rounds, preset, share):

@@ -21,7 +21,7 @@ from benchmarks.limits import both_per_second
 from benchmarks.processes import run_process
 from benchmarks.tables import markdown_lines
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.finding import find_files
+from cnnpipe.images.find import find_files
 
 __all__ = ["Comparison", "Measurement", "compare_classification", "compare_start_up"]
 

@@ -61,7 +61,7 @@ def find_models(model: str | None, artifacts: Path) -> Models:
     Raises:
         CnnpipeError: there is no such model.
     """
-    from cnnpipe.inference.session import open_session
+    from cnnpipe.session import open_session
 
     onnx = resolve_model_file(model, artifacts).absolute()
     in_run = onnx.name == "model.onnx" and onnx.with_name(MANIFEST_FILE).is_file()

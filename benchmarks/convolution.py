@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnpipe.environment import usable_cores
+from cnnpipe.machine import usable_cores
 
 SHAPES = ((32, 16, 32, 64), (32, 16, 64, 64), (32, 8, 128, 128))
 """(images a core, side in pixels, channels in, channels out) of 3x3 convolutions as they are in small networks."""
@@ -25,7 +25,7 @@ def main(precision: str) -> None:
     """
     import tensorflow as tf
 
-    import cnnpipe.training.backend  # noqa: F401  the threads that training has
+    import cnnpipe.train.backend  # noqa: F401  the threads that training has
 
     rates = []
     for number, side, channels_in, channels_out in SHAPES:

@@ -22,10 +22,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.decoding import decode_files
-from cnnpipe.environment import usable_cores
-from cnnpipe.finding import find_files
-from cnnpipe.workers import DecoderPool
+from cnnpipe.images.decoding import decode_files
+from cnnpipe.images.find import find_files
+from cnnpipe.images.workers import DecoderPool
+from cnnpipe.machine import usable_cores
 
 __all__ = ["InferenceLimit", "both_per_second", "measure_decoding", "measure_inference", "measure_pool"]
 
@@ -123,7 +123,7 @@ def _open_run(model: Path, threads: int) -> _Run:
 
 
 def _image_size(model: Path) -> tuple[int, int]:
-    from cnnpipe.inference.session import open_session
+    from cnnpipe.session import open_session
 
     return open_session(model, "cpu", threads=1).info.image_size
 

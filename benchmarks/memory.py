@@ -22,7 +22,7 @@ from benchmarks.contenders import CNNPIPE, Models, line_up
 from benchmarks.processes import ProcessRun, run_process
 from benchmarks.tables import markdown_lines
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.finding import find_files
+from cnnpipe.images.find import find_files
 
 __all__ = ["Layout", "make_tree", "measure_memory"]
 

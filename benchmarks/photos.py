@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.finding import find_files
+from cnnpipe.images.find import find_files
 from cnnpipe.storage import write_folder
 
 __all__ = ["make_photo", "make_photos"]

@@ -14,12 +14,12 @@ from typing import Any
 import tensorflow as tf
 
 from benchmarks.tables import markdown_lines
-from cnnpipe.config import TrainSettings
-from cnnpipe.training import fit
-from cnnpipe.training.backend import computing_in, pipeline
-from cnnpipe.training.datasets import PreparedDataset, load_prepared
-from cnnpipe.training.models import measure_input
-from cnnpipe.training.recipes import PRESETS, resolve_recipe
+from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
+from cnnpipe.settings import TrainSettings
+from cnnpipe.train import fit
+from cnnpipe.train.backend import computing_in, pipeline
+from cnnpipe.train.networks import measure_input
+from cnnpipe.train.presets import PRESETS, resolve_recipe
 
 
 def count_step(dataset: PreparedDataset, preset: str) -> tuple[str, ...]:

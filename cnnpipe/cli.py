@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 
 from cnnpipe import __version__
-from cnnpipe.config import ClassifySettings, EvaluateSettings, RetrainSettings
 from cnnpipe.console import JsonOption, command, field_lines, progress_bar, run_app, show_result, table_lines
-from cnnpipe.environment import describe_environment
 from cnnpipe.errors import RegistryError
+from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.nightly import look_at_nightly, prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
+from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings
 
 __all__ = ["app", "main"]
 
@@ -64,7 +64,7 @@ def _root(
 @takes_settings(RetrainSettings, "dataset", ("prepare",))
 def prepare(settings: RetrainSettings, data: DataOption = _DATA, as_json: JsonOption = False) -> None:
     """Decode a dataset into train, val and test arrays; does nothing where that is done already."""
-    from cnnpipe.training.datasets import prepare_dataset
+    from cnnpipe.prepare.dataset import prepare_dataset
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)
@@ -92,8 +92,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Prepare a dataset and train a network on it, in a new run folder."""
-    from cnnpipe.training.datasets import prepare_dataset
-    from cnnpipe.training.stages import train_run
+    from cnnpipe.prepare.dataset import prepare_dataset
+    from cnnpipe.stages import train_run
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)
@@ -122,7 +122,7 @@ def evaluate(
     A run that is still being made gets its metrics.json and the tables beside it from its model.keras; a complete run
     is scored by its model.onnx, and nothing in it changes.
     """
-    from cnnpipe.training.stages import evaluate_any
+    from cnnpipe.stages import evaluate_any
 
     with progress_bar() as progress:
         scored, evaluation = evaluate_any(model, dataset, settings, data, artifacts, progress)
@@ -135,7 +135,7 @@ def evaluate(
 @command
 def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Draw the plots of an evaluated run."""
-    from cnnpipe.training.stages import plot_run
+    from cnnpipe.stages import plot_run
 
     plots = [str(path) for path in plot_run(resolve_run(run, artifacts))]
     show_result({"plots": plots}, plots, as_json=as_json)
@@ -145,7 +145,7 @@ def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: Jso
 @command
 def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Write a run's model.onnx and check it against model.keras on the test images."""
-    from cnnpipe.training.stages import export_run
+    from cnnpipe.stages import export_run
 
     folder = resolve_run(run, artifacts)
     parity = export_run(folder)
@@ -158,8 +158,8 @@ def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: J
 @takes_settings(ClassifySettings, "folder")
 def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Classify every file of a folder; one row for each in a CSV, JSONL or Parquet table."""
-    from cnnpipe.inference.classify import predict_folder
-    from cnnpipe.inference.summary import check_failure_rate
+    from cnnpipe.classify.run import predict_folder
+    from cnnpipe.classify.summary import check_failure_rate
 
     with progress_bar() as progress:
         summary = predict_folder(settings, artifacts, progress=progress)
@@ -172,7 +172,7 @@ def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS
 @command
 def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Say what this machine has: versions, devices, cores, free disk, champions, and the nightly schedule."""
-    from cnnpipe.inference.session import device_report
+    from cnnpipe.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
     champions = [row for row in summarize_runs(artifacts) if row.champion]
@@ -235,7 +235,7 @@ def promote_model(
 
     A complete run keeps the decision it has: one that was refused then, or stepped back from, needs --force.
     """
-    from cnnpipe.training.stages import conclude_run
+    from cnnpipe.stages import conclude_run
 
     folder = resolve_run(run, artifacts)
     if force and (folder / MANIFEST_FILE).is_file():

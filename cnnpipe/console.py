@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from cnnpipe.environment import package_versions
 from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_line
 from cnnpipe.files import open_standard_descriptors, user_path
+from cnnpipe.machine import package_versions
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
 __all__ = [

@@ -86,7 +86,7 @@ class ImageError(DatasetError):
     """One image cannot be decoded.
 
     Args:
-        kind: short machine-readable reason, one of `cnnpipe.images.ERROR_KINDS`.
+        kind: short machine-readable reason, one of `cnnpipe.images.decode.ERROR_KINDS`.
         message: one line for a person.
     """
 

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic.fields import FieldInfo
 
-from cnnpipe.config import COMMAND_LINE, Settings, read_toml, validate_settings
 from cnnpipe.console import set_signature
 from cnnpipe.errors import UsageError
+from cnnpipe.settings import COMMAND_LINE, Settings, read_toml, validate_settings
 
 __all__ = ["ArtifactsOption", "DataOption", "takes_settings"]
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from prefect import flow, runtime, task
 
-from cnnpipe.config import ClassifySettings
+from cnnpipe.classify.run import open_classification
+from cnnpipe.classify.summary import check_failure_rate
 from cnnpipe.errors import FailureBudgetError
 from cnnpipe.files import display_path, user_path
-from cnnpipe.inference.classify import open_classification
-from cnnpipe.inference.summary import check_failure_rate
-from flows import reports
+from cnnpipe.settings import ClassifySettings
+from flows.artifacts import publish_classification
+from flows.dask_shards import classify_on_dask
+from flows.flow_runs import recorded_run, run_url
 from flows.logs import send_library_logs
-from flows.progress import progress_artifact
+from flows.progress_artifacts import progress_artifact
 from flows.runners import Runner, check_runner
-from flows.runs import recorded_run, run_url
-from flows.shards import classify_on_dask
 
 __all__ = ["TooManyFailuresError", "classify"]
 
@@ -93,7 +93,7 @@ def classify_images(
         else:
             classification.run(progress)
         summary = classification.finish()
-    reports.publish_classification(summary)
+    publish_classification(summary)
     try:
         check_failure_rate(summary)
     except FailureBudgetError as error:

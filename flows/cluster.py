@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from cnnpipe.environment import usable_cores
 from cnnpipe.errors import ServerError
+from cnnpipe.machine import usable_cores
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from distributed import Client, LocalCluster
@@ -95,7 +95,7 @@ def _check_workers(client: Client, scheduler: str | None) -> None:
             f"start some with `dask worker {scheduler}`"
         ) from error
     # A worker that cannot load a task ends without a word. `exec`, because it has that one whatever it lacks.
-    for address, problem in client.run(exec, "import flows.shards", on_error="return").items():
+    for address, problem in client.run(exec, "import flows.dask_shards", on_error="return").items():
         if problem is not None:
             raise ServerError(
                 f"the Dask worker at {address} cannot load cnnpipe: {' '.join(str(problem).split())}; "

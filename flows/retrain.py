@@ -22,7 +22,8 @@ from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from cnnpipe.config import (
+from cnnpipe.files import display_path, user_path
+from cnnpipe.settings import (
     EvaluateSettings,
     ExportSettings,
     PrepareSettings,
@@ -30,11 +31,10 @@ from cnnpipe.config import (
     RetrainSettings,
     TrainSettings,
 )
-from cnnpipe.files import display_path, user_path
-from flows import reports
+from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
+from flows.flow_runs import recorded_run, run_url
 from flows.logs import send_library_logs
-from flows.progress import progress_artifact
-from flows.runs import recorded_run, run_url
+from flows.progress_artifacts import progress_artifact
 
 __all__ = ["retrain"]
 
@@ -87,11 +87,11 @@ def retrain(
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     """Decode the dataset, or find it decoded; return the folder."""
-    from cnnpipe.training.datasets import check_gates, prepare_arrays
+    from cnnpipe.prepare.dataset import check_gates, prepare_arrays
 
     with progress_artifact("prepare-progress") as progress:
         dataset = prepare_arrays(prepare, user_path(data), progress=progress)
-    reports.publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
+    publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
     check_gates(dataset, prepare)
     return str(dataset.path)
 
@@ -99,7 +99,7 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
 @task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
     """Train a network; return the run folder."""
-    from cnnpipe.training.stages import train_run
+    from cnnpipe.stages import train_run
 
     with progress_artifact("training-progress") as progress:
         result = train_run(settings, Path(prepared), user_path(artifacts), progress)
@@ -109,27 +109,27 @@ def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str
 @task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
 def evaluate_model(run: str) -> float:
     """Score the best weights on the test split; return the accuracy."""
-    from cnnpipe.training.stages import evaluate_run
+    from cnnpipe.stages import evaluate_run
 
     evaluation = evaluate_run(Path(run))
-    reports.publish_metrics(evaluation)
+    publish_metrics(evaluation)
     return evaluation.accuracy
 
 
 @task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
 def plot_training(run: str) -> list[str]:
     """Draw the plots and show them in the UI; return their paths."""
-    from cnnpipe.training.stages import plot_run
+    from cnnpipe.stages import plot_run
 
     plots = plot_run(Path(run))
-    reports.publish_plots(Path(run))
+    publish_plots(Path(run))
     return [str(path) for path in plots]
 
 
 @task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
 def export_model(run: str) -> float:
     """Write the ONNX model, checked against the trained one; return the share of equal classes."""
-    from cnnpipe.training.stages import export_run
+    from cnnpipe.stages import export_run
 
     return export_run(Path(run)).agreement
 
@@ -139,8 +139,8 @@ def promote_model(run: str) -> dict[str, Any]:
     """Decide on the run, complete it, and move the champion alias if it passes."""
     from dataclasses import asdict
 
-    from cnnpipe.training.stages import conclude_run
+    from cnnpipe.stages import conclude_run
 
     decision = conclude_run(Path(run))
-    reports.publish_decision(Path(run), decision)
+    publish_decision(Path(run), decision)
     return asdict(decision)

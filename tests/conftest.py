@@ -16,9 +16,9 @@ from PIL import Image
 from servers import assert_quiet
 from tiny_models import write_digits, write_model
 
-from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
-from cnnpipe.training import stages
-from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
+from cnnpipe import stages
+from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
+from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -21,12 +21,12 @@ from benchmarks.limits import both_per_second, measure_decoding, measure_inferen
 from benchmarks.preset import flops_for_each_image
 from benchmarks.processes import run_process
 from benchmarks.tables import markdown_lines
-from cnnpipe.config import PrepareSettings, TrainSettings
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.finding import find_files
-from cnnpipe.training.backend import keras
-from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
-from cnnpipe.training.models import build_network, measure_input
+from cnnpipe.images.find import find_files
+from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
+from cnnpipe.settings import PrepareSettings, TrainSettings
+from cnnpipe.train.backend import keras
+from cnnpipe.train.networks import build_network, measure_input
 
 NUM_IMAGES = 20
 DATALOADER = "PyTorch DataLoader, 64"

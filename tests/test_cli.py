@@ -22,11 +22,11 @@ from typer.testing import CliRunner, Result
 
 from cnnpipe import __version__
 from cnnpipe.cli import app
-from cnnpipe.config import PrepareSettings, RetrainSettings, TrainSettings
-from cnnpipe.environment import usable_cores
+from cnnpipe.machine import usable_cores
+from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
 from cnnpipe.registry import champion_run, list_runs
-from cnnpipe.training.backend import keras
-from cnnpipe.training.datasets import PreparedDataset, prepare_dataset
+from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
+from cnnpipe.train.backend import keras
 
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
 
@@ -99,7 +99,7 @@ def test_a_settings_file_is_overridden_by_options(data: Path, tmp_path: Path) ->
 
     result = run("train", "--config", config, "--epochs", "1", "--data", data, "--artifacts", tmp_path / "a", "--json")
 
-    from cnnpipe.config import load_toml
+    from cnnpipe.settings import load_toml
 
     settings = load_toml(RetrainSettings, Path(last_json(result)["run"]) / "config.toml")
     assert (settings.train.epochs, settings.train.seed) == (1, 4)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cnnpipe.config import (
+from cnnpipe.errors import ConfigError
+from cnnpipe.settings import (
     ClassifySettings,
     PrepareSettings,
     RetrainSettings,
@@ -20,7 +21,6 @@ from cnnpipe.config import (
     load_toml,
     validate_settings,
 )
-from cnnpipe.errors import ConfigError
 
 
 def _round_trip(settings: Settings, folder: Path) -> Settings:

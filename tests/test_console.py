@@ -160,7 +160,7 @@ def test_an_error_within_fit_is_one_line_that_begins_with_what_and_ends_with_the
         import tempfile, typer
         import numpy as np
         from cnnpipe.console import command
-        from cnnpipe.training.backend import keras
+        from cnnpipe.train.backend import keras
 
         @command
         def learn() -> None:
@@ -255,8 +255,8 @@ def test_library_with_a_closed_stderr_classifies_too(model: Path, tmp_path: Path
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from cnnpipe.config import ClassifySettings\n"
-        "from cnnpipe.inference.classify import classify_folder\n"
+        "from cnnpipe.settings import ClassifySettings\n"
+        "from cnnpipe.classify.run import classify_folder\n"
         f"settings = ClassifySettings(folder='images', model={str(model)!r}, output='t.csv', device='cpu')\n"
         "classify_folder(settings, Path('artifacts'))\n"
     )

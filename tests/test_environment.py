@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnpipe.environment import Processor, describe_environment, find_processor, usable_cores
+from cnnpipe.machine import Processor, describe_environment, find_processor, usable_cores
 
 CPUINFO = """\
 processor\t: 0

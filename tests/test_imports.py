@@ -9,17 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cnnpipe"
 TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
-GROUND_FLOOR = (
-    "config", "decoding", "decoding_process", "devices", "environment", "errors", "files", "finding", "images",
-    "leftovers", "listing", "manifest", "nightly", "pidfile", "progress", "registry", "selection", "storage",
-    "variants", "workers",
-)  # fmt: skip
+LIGHT_FOLDERS = ("images", "classify")
+"""Stages that run where no training package is loaded."""
+STAGES = ("images", "prepare", "train", "evaluate", "plot", "export", "promote", "classify")
+TOP = ("cli", "console", "options", "stages")
+"""Modules that stand above the stages."""
+GROUND_FLOOR = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *TOP))
 
 
 def loaded_packages(modules: str) -> set[str]:
@@ -48,18 +47,19 @@ def test_cnnpipe_itself_loads_nothing() -> None:
     assert loaded_packages("cnnpipe") - loaded_packages("builtins") == {"cnnpipe"}
 
 
-def test_ground_floor_loads_no_heavy_package() -> None:
-    loaded = loaded_packages(", ".join(f"cnnpipe.{name}" for name in GROUND_FLOOR))
-    assert not loaded & {*TRAINING, *FLOWS, "onnxruntime", "pyarrow", "httpx"}
+def test_ground_floor_and_images_load_no_heavy_package() -> None:
+    floor = [f"cnnpipe.{name}" for name in GROUND_FLOOR]
+    images = [module_name(path) for path in (PACKAGE / "images").glob("[!_]*.py")]
+    assert not loaded_packages(", ".join([*floor, *images])) & {*TRAINING, *FLOWS, "pyarrow", "httpx"}
 
 
-@pytest.mark.parametrize("module", ["session", "engine", "predictions", "classify", "summary"])
-def test_inference_loads_no_training_package(module: str) -> None:
-    assert not loaded_packages(f"cnnpipe.inference.{module}") & {*TRAINING, *FLOWS, "httpx", "pyarrow"}
+def test_light_stages_load_no_training_package() -> None:
+    modules = [module_name(path) for folder in LIGHT_FOLDERS for path in (PACKAGE / folder).glob("[!_]*.py")]
+    assert not loaded_packages(", ".join(modules)) & {*TRAINING, *FLOWS, "httpx", "pyarrow"}
 
 
 def test_decoding_worker_loads_only_the_decoder() -> None:
-    loaded = loaded_packages("cnnpipe.decoding")
+    loaded = loaded_packages("cnnpipe.images.decoding")
     assert {"numpy", "PIL"} <= loaded
     assert not loaded & {*TRAINING, *FLOWS, "onnxruntime", "pydantic", "pyarrow", "typer", "rich"}
 
@@ -82,31 +82,24 @@ def test_cnnpipe_never_imports_prefect_or_the_flows() -> None:
     assert not wrong
 
 
-def test_ground_floor_imports_no_wing() -> None:
+def test_ground_floor_imports_no_stage() -> None:
+    above = tuple(f"cnnpipe.{name}." for name in (*STAGES, *TOP))
     wrong = [
         (floor, name)
         for floor in GROUND_FLOOR
         for name in imported_modules(PACKAGE / f"{floor}.py")
-        if name.startswith(("cnnpipe.training", "cnnpipe.inference", "cnnpipe.cli", "cnnpipe.console"))
+        if f"{name}.".startswith(above) and not name.startswith("cnnpipe.images.")
     ]
     assert not wrong
 
 
-def test_inference_never_imports_training() -> None:
-    wrong = [
-        (module_name(path), name)
-        for path in (PACKAGE / "inference").glob("*.py")
-        for name in imported_modules(path)
-        if name.startswith(("cnnpipe.training", "cnnpipe.cli", "cnnpipe.console"))
-    ]
-    assert not wrong
+def test_no_stage_imports_the_command_line() -> None:
+    above = tuple(f"cnnpipe.{name}." for name in TOP)
+    paths = [path for folder in STAGES for path in (PACKAGE / folder).glob("*.py")]
+    assert not [(path.name, name) for path in paths for name in imported_modules(path) if f"{name}.".startswith(above)]
 
 
-def test_training_uses_of_inference_only_the_session() -> None:
-    wrong = [
-        (module_name(path), name)
-        for path in (PACKAGE / "training").glob("*.py")
-        for name in imported_modules(path)
-        if name.startswith("cnnpipe.inference") and not name.startswith("cnnpipe.inference.session")
-    ]
-    assert not wrong
+def test_images_and_classify_import_no_other_stage() -> None:
+    others = tuple(f"cnnpipe.{name}." for name in STAGES if name not in LIGHT_FOLDERS)
+    paths = [path for folder in LIGHT_FOLDERS for path in (PACKAGE / folder).glob("*.py")]
+    assert not [(path.name, name) for path in paths for name in imported_modules(path) if name.startswith(others)]

@@ -10,10 +10,10 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner, Result
 
-from cnnpipe.config import ClassifySettings, Settings, UserPath, dump_toml, load_toml
 from cnnpipe.console import command
 from cnnpipe.files import user_path
 from cnnpipe.options import ArtifactsOption, takes_settings
+from cnnpipe.settings import ClassifySettings, Settings, UserPath, dump_toml, load_toml
 
 
 class _Wanted(Settings):

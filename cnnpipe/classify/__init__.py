@@ -1,0 +1,1 @@
+"""Classify folders of images."""

@@ -1,0 +1,1 @@
+"""Find image files and decode them."""

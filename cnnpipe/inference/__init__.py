@@ -1,1 +1,0 @@
-"""The wing that applies a model: needs only onnxruntime, Pillow and NumPy."""

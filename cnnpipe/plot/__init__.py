@@ -1,0 +1,1 @@
+"""Plot the curves and the pictures of a run."""

@@ -1,0 +1,1 @@
+"""Decide whether a run becomes the champion."""

@@ -1,0 +1,166 @@
+"""How each preset is trained: epochs, batches, optimizer and its rate, loss, augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from cnnpipe.settings import TrainSettings
+from cnnpipe.train.backend import keras
+from cnnpipe.train.optimizers import Muon, TriangularRate
+
+__all__ = ["ON_A_GPU", "PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe", "small_size"]
+
+_MIN_SHRUNK: Final = 16
+"""Side of the smallest images that are shrunk at first, pixels."""
+
+_MOMENTUM: Final = 0.8
+
+_MIN_BATCH_SIZE: Final = 32
+_MIN_STEPS_PER_EPOCH: Final = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: the preset's values, overridden by the user's."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    """The highest, where it changes."""
+    augment: bool
+    network: str = "baseline"
+    """One of `cnnpipe.train.networks.build_network`."""
+    max_shift: float = 1 / 16
+    """Largest random shift of an image, as a fraction of each side; only with `augment`."""
+    cutout: float = 0.0
+    """Side of the square that hides a random part of each image, as a fraction of its sides; only with `augment`."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """`adam` at a constant rate; `muon` at a triangular one."""
+    weight_decay: float = 0.0
+    """Of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
+    label_smoothing: float = 0.0
+    small_share: float = 0.0
+    """Of the training, the first of it: its images have three quarters of the side."""
+    average_flips: bool = False
+    """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
+    average_weights: bool = False
+    """Validate and keep the running average of the weights, see `cnnpipe.train.candidate`."""
+    calibrate: bool = False
+    """Give the network that is kept the temperature that suits it, see `cnnpipe.train.calibrate`."""
+    min_steps: int = 0
+    """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
+
+    def small_until(self, image_size: tuple[int, int]) -> float:
+        """Return up to which share of the training its images are of `small_size`, 0 where they are always whole.
+
+        Args:
+            image_size: (height, width) of the dataset.
+        """
+        return self.small_share if min(image_size) >= _MIN_SHRUNK else 0.0
+
+
+def small_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of the small images that belong to whole ones."""
+    height, width = image_size
+    return height * 3 // 4, width * 3 // 4
+
+
+_FAST: Final = Recipe(
+    epochs=7,
+    batch_size=512,
+    learning_rate=0.8,
+    augment=True,
+    network="fast",
+    optimizer="muon",
+    weight_decay=5e-3,
+    label_smoothing=0.1,
+    small_share=2 / 3,
+    average_flips=True,
+    calibrate=True,
+    min_steps=300,
+)
+
+PRESETS: Final = {
+    "baseline": Recipe(epochs=15, batch_size=64, learning_rate=1e-3, augment=False),
+    "fast": _FAST,
+    "accurate": replace(_FAST, epochs=36, network="accurate", min_steps=600),
+}
+"""The settings of each preset on a CPU.
+
+`baseline` is the classic CIFAR-10 tutorial's, with Adam at its default rate. Source:
+https://www.tensorflow.org/tutorials/images/cnn; here with "same" padding, softmax and one-hot labels.
+
+`fast` follows the line of work on training CIFAR-10 in seconds: Page 2018 (the rate and its triangle, weight decay),
+Howard 2018 (small images first), Jordan 2024, arXiv:2404.00498 (label smoothing, averaged flips), and Muon. `accurate`
+does the same for longer with a deeper network.
+"""
+
+ON_A_GPU: Final[dict[str, dict[str, Any]]] = {
+    "fast": {"epochs": 12},
+    "accurate": {"network": "wide", "max_shift": 1 / 8, "cutout": 3 / 8},
+}
+"""Changes to the presets on a GPU, which does an epoch in less than a second or two.
+
+Small images first are left away: compiling for a second size takes tens of seconds, and would save one. Widths, shifts
+of 4 pixels in 32 and cutout of 12 (DeVries & Taylor 2017, arXiv:1708.04552) are those of airbench96,
+github.com/KellerJordan/cifar10-airbench.
+"""
+
+_CHOSEN: Final = ("epochs", "batch_size", "learning_rate", "augment", "label_smoothing", "average_weights")
+"""Fields of a recipe that a user may set."""
+
+
+def resolve_recipe(settings: TrainSettings, num_images: int, device: str = "cpu") -> Recipe:
+    """Return the preset's recipe for a dataset and a device, with what the user set in its place.
+
+    Args:
+        num_images: number of images to train on.
+        device: what `backend.select_device` returned.
+    """
+    recipe = PRESETS[settings.preset]
+    if device != "cpu":
+        recipe = replace(recipe, small_share=0.0, **ON_A_GPU.get(settings.preset, {}))
+    recipe = _fit_to(recipe, num_images)
+    chosen = {name: getattr(settings, name) for name in _CHOSEN}
+    recipe = replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
+    # Without augmentation a mirror image may mean something else.
+    return replace(recipe, average_flips=recipe.average_flips and recipe.augment)
+
+
+def _fit_to(recipe: Recipe, num_images: int) -> Recipe:
+    """Return the recipe with enough steps for so many images."""
+    if recipe.min_steps <= recipe.epochs * math.ceil(num_images / recipe.batch_size):
+        return recipe
+    batch_size = recipe.batch_size
+    while batch_size > _MIN_BATCH_SIZE and num_images < _MIN_STEPS_PER_EPOCH * batch_size:
+        batch_size //= 2
+    epochs = math.ceil(recipe.min_steps / math.ceil(num_images / batch_size))
+    rate = recipe.learning_rate * batch_size / recipe.batch_size
+    return replace(recipe, batch_size=batch_size, learning_rate=rate, epochs=max(recipe.epochs, epochs))
+
+
+def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
+    """Make the optimizer of a recipe, with its rate; `muon` must be told the course of that."""
+    if recipe.optimizer == "adam":
+        return keras.optimizers.Adam(recipe.learning_rate)
+    return Muon(TriangularRate(recipe.learning_rate), _MOMENTUM, weight_decay=recipe.weight_decay)
+
+
+def compile_model(
+    model: keras.Model, recipe: Recipe, optimizer: keras.optimizers.Optimizer | None = None, *, xla: bool = False
+) -> None:
+    """Compile a network with the loss of a recipe and the metric `accuracy`.
+
+    Args:
+        optimizer: None compiles for validation alone.
+        xla: whether XLA compiles the steps; Keras would decide by itself.
+    """
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        auto_scale_loss=False,  # the optimizer is one that does, where it must
+        jit_compile=xla,
+    )

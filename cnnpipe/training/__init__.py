@@ -1,1 +1,0 @@
-"""The wing that trains: needs TensorFlow/Keras."""

@@ -1,0 +1,328 @@
+"""The flows under a real Prefect server: states, caching of finished stages, artifacts, logs, parameters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+from PIL import Image
+from prefect import State
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.exceptions import ParameterTypeError
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry
+from tiny_models import write_digits, write_model
+
+import flows.classify
+from cnnpipe.classify.run import predict_folder
+from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
+from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.progress import ProgressCallback
+from cnnpipe.registry import champion_run, list_runs
+from cnnpipe.settings import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
+from flows import progress_artifacts
+from flows.artifacts import _code, _text
+from flows.classify import classify
+from flows.retrain import retrain
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+ONE_EPOCH = TrainSettings(epochs=1)
+
+
+@pytest.fixture
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as opened:
+        yield opened
+
+
+def run_retrain(**parameters: Any) -> State[Any]:
+    state: State[Any] = retrain(**parameters, return_state=True)
+    return state
+
+
+def run_classify(settings: ClassifySettings, artifacts: Path) -> State[Any]:
+    state: State[Any] = classify(settings, artifacts=str(artifacts), return_state=True)
+    return state
+
+
+def flow_run_id(state: State[Any]) -> UUID:
+    identifier = state.state_details.flow_run_id
+    assert identifier is not None
+    return identifier
+
+
+def artifacts_of(client: SyncPrefectClient, state: State[Any]) -> dict[str, Any]:
+    found = client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
+    )
+    return {artifact.key: artifact.data for artifact in found if artifact.key}
+
+
+def task_states(client: SyncPrefectClient, state: State[Any]) -> dict[str, list[str]]:
+    """Return the names of the states of each task's runs, by the task's name."""
+    runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id(state)])))
+    states: dict[str, list[str]] = {}
+    for run in sorted(runs, key=lambda each: each.expected_start_time or each.created):  # type: ignore[arg-type,return-value]
+        states.setdefault(run.name.rsplit("-", 1)[0], []).append(run.state_name or "")
+    return states
+
+
+def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
+    client: SyncPrefectClient, data: Path, tmp_path: Path
+) -> None:
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+
+    assert (state.type.value, state.name) == ("COMPLETED", "Promoted")
+    run = champion_run(tmp_path, "digits")
+    assert run is not None
+    assert state.result()["run"] == str(run)
+    assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote"}
+
+    shown = artifacts_of(client, state)
+    keys = {"dataset", "metrics", "training-report", "confusion-matrix", "promotion-decision", "training-progress"}
+    assert keys <= set(shown)
+    assert shown["training-report"].count("](data:image/png;base64,") == 4
+    assert shown["confusion-matrix"].count("](data:image/png;base64,") == 1
+    assert shown["promotion-decision"].startswith("# Promoted")
+    assert shown["training-progress"] == 100.0
+
+
+def test_a_run_is_named_by_its_dataset_and_date(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+
+    flow_run = client.read_flow_run(flow_run_id(state))
+    assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
+
+
+def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
+    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+
+    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(state)]))
+    text, deadline = "", time.monotonic() + 20
+    while "promoted:" not in text and time.monotonic() < deadline:
+        time.sleep(0.5)  # logs are sent in batches, every two seconds
+        text = "\n".join(log.message for log in client.read_logs(log_filter=own, limit=200))
+    assert "319,178" in text
+    assert "epoch 1/1" in text
+    assert "test: accuracy" in text
+
+
+def write_photos(root: Path, digits: PreparedDataset, names: list[str], per_class: int) -> None:
+    """Write test digits as a folder dataset of classes with these names."""
+    images, labels = digits.images("test"), digits.labels("test")
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in np.flatnonzero(labels == label)[:per_class]:
+            Image.fromarray(images[index]).save(root / name / f"{index:03d}.png")
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a line of a markdown table."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_a_dataset_that_a_gate_stops_is_shown_with_its_warnings_as_plain_text(
+    client: SyncPrefectClient, digits: PreparedDataset, tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    write_photos(root, digits, ["re d\n|x", "<b>"], per_class=15)
+    (root / "<b>" / "![](http:x).png").write_bytes(b"spoilt")
+    prepare = PrepareSettings(dataset=str(root), max_unreadable_fraction=0.0)
+
+    state = run_retrain(prepare=prepare, data=str(tmp_path / "data"), artifacts=str(tmp_path / "artifacts"))
+
+    with pytest.raises(DatasetError, match="1 of 31 files are unreadable, more than 0 "):
+        state.result()
+    shown = artifacts_of(client, state)["dataset"]
+    table = [cells(line) for line in shown.splitlines() if line.startswith("|")]
+    assert table[0] == ["class", "train", "val", "test"]
+    assert [row[0] for row in table[2:]] == [r"\<b\>", r"re d \|x", "all"]
+    assert {len(row) for row in table} == {4}
+    warnings = [line for line in shown.splitlines() if line.startswith("- ")]
+    left_out = r"- 1 of 31 files are unreadable and were left out: \<b\>/\!\[\](http:x).png (not_an_image)"
+    assert warnings[0] == left_out
+    assert "fewer than 50 images" in warnings[1]
+    assert "Nothing to warn about" not in shown
+
+
+def test_code_in_a_report_is_code_whatever_is_in_it() -> None:
+    assert [_code(text) for text in ("a b", "a``b", "`a\nb`")] == ["`a b`", "``` a``b ```", "`` `a b` ``"]
+
+
+def test_text_in_a_report_begins_no_markup() -> None:
+    assert _text(r"a*b `c` __init__ not_an_image \d &lt; [x](y)") == (
+        r"a\*b \`c\` \_\_init\_\_ not_an_image \\d \&lt; \[x\](y)"
+    )
+
+
+def test_a_model_below_the_floor_completes_the_run_unpromoted(data: Path, tmp_path: Path) -> None:
+    state = run_retrain(
+        train=ONE_EPOCH,
+        promote=PromoteSettings(min_accuracy=1.0),
+        data=str(data),
+        artifacts=str(tmp_path),
+    )
+
+    assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
+    assert state.message is not None
+    assert "below the floor of 1.0000" in state.message
+    assert champion_run(tmp_path, "digits") is None
+
+
+def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
+    client: SyncPrefectClient, data: Path, tmp_path: Path
+) -> None:
+    alias = tmp_path / "digits" / "champion"
+    alias.parent.mkdir()
+    alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
+    failed = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+    with pytest.raises(RegistryError, match="20200101T000000Z"):
+        failed.result()
+    (run,) = list_runs(tmp_path, "digits")
+    before = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+
+    alias.unlink()
+    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
+    retried = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+
+    assert isinstance(retried, State)
+    assert retried.name == "Promoted"
+    assert list_runs(tmp_path, "digits") == [run]
+    after = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+    assert set(after) - set(before) == {"promotion.json", "manifest.json"}
+    del after["promotion.json"], after["manifest.json"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train", {"epochs": 0}),
+        ("train", {"epoch": 3}),
+        ("prepare", {"val_fraction": 2}),
+        ("promote", {"min_accuracy": 50}),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dict[str, Any], tmp_path: Path) -> None:
+    state = run_retrain(**{name: value}, artifacts=str(tmp_path))
+
+    with pytest.raises(ParameterTypeError, match=next(iter(value))):
+        state.result()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_form_offers_every_setting_with_its_description() -> None:
+    schema = retrain.parameters
+    assert list(schema.properties) == ["prepare", "train", "evaluate", "export", "promote", "data", "artifacts"]
+    assert not schema.required
+    fields = schema.definitions["TrainSettings"]["properties"]
+    assert set(fields) == set(TrainSettings.model_fields)
+    assert all(field.get("description") for field in fields.values())
+    assert set(classify.parameters.definitions["ClassifySettings"]["properties"]) == set(ClassifySettings.model_fields)
+    assert classify.parameters.properties["runner"]["enum"] == ["local", "dask"]
+    assert all(field.get("description") for field in classify.parameters.properties.values())
+
+
+def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path) -> None:
+    report = tmp_path / "sheet.html"
+    settings = ClassifySettings(
+        folder=str(photos), output=str(tmp_path / "table.csv"), min_probability=1.0, report=str(report)
+    )
+
+    state = run_classify(settings, artifacts)
+
+    summary = state.result()
+    assert summary["found"] == 13
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 13
+    shown = artifacts_of(client, state)
+    assert shown["classification-progress"] == 100.0
+    text = shown["classification-summary"]
+    assert text.startswith("# 13 files of")
+    rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:5] == [["classified", "12"], ["failed", "1"], ["found", "13"]]
+    assert [f"uncertain: a probability below {1:g}", str(summary["uncertain"])] in rows
+    assert all([name, str(count)] in rows for name, count in summary["classes"].items())
+    assert ["not_an_image", "1"] in rows
+    assert f"in {summary['precision']}; slowest stage: {summary['slowest_stage']}." in text
+    assert f"Contact sheet, with thumbnails of each class and of the errors: `{report}`." in text
+
+
+def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_model(tmp_path / "model.onnx")
+    write_digits(tmp_path / "images", range(75))
+    settings = ClassifySettings(folder=str(tmp_path / "images"), model=str(model), shard_size=16, workers=1)
+    unbroken = settings.model_copy(update={"output": str(tmp_path / "unbroken.csv")})
+    predict_folder(unbroken, tmp_path)
+    monkeypatch.setattr(progress_artifacts, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(progress_artifacts, "_SECONDS_BETWEEN_LINES", 0.0)
+
+    with monkeypatch.context() as context:
+        context.setattr(flows.classify, "progress_artifact", progress_until_the_disk_is_full)
+        failed = run_classify(settings, tmp_path / "artifacts")
+    with pytest.raises(StorageError, match="the disk is full"):
+        failed.result()
+    assert 0 < artifacts_of(client, failed)["classification-progress"] < 100
+    assert re.search(r"classify: 0 failed: \d+/75 images \(\d+ %\), [\d,]+ images/s, \d+ s left", caplog.text)
+
+    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
+    retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+
+    assert isinstance(retried, State)
+    summary = retried.result()
+    assert (summary["found"], summary["resumed"] % 16, summary["resumed"] >= 16) == (75, 0, True)
+    assert Path(summary["table"]).read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
+    shown = artifacts_of(client, retried)["classification-summary"]
+    assert ["resumed: made by an attempt that was broken off", str(summary["resumed"])] in map(
+        cells, shown.splitlines()
+    )
+
+
+@contextmanager
+def progress_until_the_disk_is_full(key: str) -> Iterator[ProgressCallback]:
+    with progress_artifacts.progress_artifact(key) as update:
+
+        def fail(what: str, done: int, total: int) -> None:
+            time.sleep(0.1)  # the files are counted meanwhile
+            update(what, done, total)
+            if done >= 40:
+                raise StorageError("the disk is full")
+
+        yield fail
+
+
+def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
+    client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"), max_failure_rate=0.0)
+
+    state = run_classify(settings, artifacts)
+
+    assert state.type.value == "FAILED"
+    with pytest.raises(FailureBudgetError, match="1 of 13 files failed") as caught:
+        state.result()
+    summary = pickle.loads(pickle.dumps(caught.value)).summary
+    assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "summary.json").read_bytes())
+    assert (tmp_path / "table.csv").exists()
+    assert "classification-summary" in artifacts_of(client, state)

@@ -1,0 +1,1044 @@
+"""Sources become prepared arrays: complete, split without leaks, reported on, and made only once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from cnnpipe.classify.run import classify_folder
+from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
+from cnnpipe.images.decode import decode_image
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
+from cnnpipe.prepare.dataset import (
+    DATASET_FILE,
+    SPLITS,
+    PreparedDataset,
+    check_gates,
+    load_prepared,
+    prepare_arrays,
+    prepare_dataset,
+)
+from cnnpipe.prepare.download import Archive
+from cnnpipe.prepare.sources import open_source
+from cnnpipe.prepare.splits import TEST, TRAIN, VAL, assign_splits
+from cnnpipe.settings import ClassifySettings, PrepareSettings
+
+DIGITS = load_digits()
+
+
+def digit_image(label: int, index: int) -> Image.Image:
+    """The index-th real handwritten digit of a class, 8x8 grey."""
+    rows = np.flatnonzero(DIGITS.target == label)
+    return Image.fromarray((DIGITS.images[rows[index]] * 15).astype(np.uint8))
+
+
+def write_class(folder: Path, label: int, indices: range, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in indices:
+        digit_image(label, index).save(folder / f"{index:03d}{suffix}")
+
+
+def write_flat(root: Path, per_class: int = 20, num_classes: int = 3) -> Path:
+    for label in range(num_classes):
+        write_class(root / f"digit{label}", label, range(per_class))
+    return root
+
+
+def write_splits(root: Path, **per_class: int) -> Path:
+    """Write <root>/<split>/<class>/*, different images in each split."""
+    for label in range(3):
+        start = 0
+        for split, count in per_class.items():
+            write_class(root / split / f"digit{label}", label, range(start, start + count), ".jpg")
+            start += count
+    return root
+
+
+def prepare(root: Path | str, data: Path, **overrides: Any) -> PreparedDataset:
+    options = {key: overrides.pop(key) for key in ("workers", "progress", "archive") if key in overrides}
+    return prepare_dataset(PrepareSettings(dataset=str(root), **overrides), data, **options)
+
+
+def all_paths(dataset: PreparedDataset) -> list[str]:
+    return [path for split in SPLITS for path in dataset.paths(split)]
+
+
+def digests(dataset: PreparedDataset) -> dict[str, str]:
+    """SHA-256 of every file of a prepared dataset."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in dataset.path.iterdir()}
+
+
+# --- the digits
+
+
+def test_digits_are_prepared_without_a_network(tmp_path: Path) -> None:
+    dataset = prepare("digits", tmp_path)
+    assert dataset.class_names == tuple("0123456789")
+    assert sum(dataset.num_images.values()) == 1797
+    assert dataset.source == dataset.name == "digits"
+    for split in SPLITS:
+        images, labels = dataset.images(split), dataset.labels(split)
+        assert isinstance(images, np.memmap)
+        assert images.shape == (dataset.num_images[split], 32, 32, 3)
+        assert images.dtype == np.uint8
+        assert labels.dtype == np.int64
+        assert len(labels) == len(dataset.paths(split)) == dataset.num_images[split]
+    assert dataset.num_images["test"] == pytest.approx(0.2 * 1797, abs=6)
+    assert dataset.num_images["val"] == pytest.approx(0.2 * 0.8 * 1797, abs=6)
+
+
+def test_a_digit_looks_as_if_decoded_from_a_file(tmp_path: Path) -> None:
+    dataset = prepare("digits", tmp_path)
+    index = int(dataset.paths("test")[0].removeprefix("digits/"))
+    assert dataset.labels("test")[0] == DIGITS.target[index]
+    file = io.BytesIO()
+    Image.fromarray(np.round(DIGITS.images[index] * 255 / 16).astype(np.uint8)).save(file, "PNG")
+    assert np.array_equal(dataset.images("test")[0], decode_image(file.getvalue(), (32, 32)))
+
+
+# --- folders
+
+
+def test_a_flat_folder_is_split_and_every_image_is_in_one_split(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "digits three")
+    dataset = prepare(root, tmp_path / "data")
+    assert dataset.name == "digits-three"
+    assert dataset.class_names == ("digit0", "digit1", "digit2")
+    assert dataset.num_images == {"train": 39, "val": 9, "test": 12}
+    expected = sorted(str(file.relative_to(root)) for file in root.rglob("*.png"))
+    assert sorted(all_paths(dataset)) == expected
+    for split in SPLITS:
+        for path, label, pixels in zip(dataset.paths(split), dataset.labels(split), dataset.images(split), strict=True):
+            assert path.startswith(f"digit{label}/")
+            assert np.array_equal(pixels, decode_image((root / path).read_bytes(), (32, 32)))
+
+
+def test_given_splits_are_kept_and_val_is_taken_from_train(tmp_path: Path) -> None:
+    dataset = prepare(write_splits(tmp_path / "root", train=20, test=5), tmp_path / "data")
+    assert dataset.num_images == {"train": 48, "val": 12, "test": 15}
+    assert all(path.startswith("test/") for path in dataset.paths("test"))
+    assert all(path.startswith("train/") for path in dataset.paths("train") + dataset.paths("val"))
+
+
+def test_three_given_splits_are_all_kept(tmp_path: Path) -> None:
+    dataset = prepare(write_splits(tmp_path / "root", train=12, val=4, test=5), tmp_path / "data")
+    assert dataset.num_images == {"train": 36, "val": 12, "test": 15}
+
+
+def test_a_missing_test_is_taken_from_train_and_val_is_left_alone(tmp_path: Path) -> None:
+    dataset = prepare(write_splits(tmp_path / "root", train=20, val=4), tmp_path / "data")
+    assert dataset.num_images == {"train": 48, "val": 12, "test": 12}
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("training", "validation", "testing"), ("Train", "VAL", "Test")]
+)
+def test_splits_may_be_called_as_others_call_them(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    root = write_splits(tmp_path / "root", **dict(zip(names, (12, 4, 5), strict=True)))
+    dataset = prepare(root, tmp_path / "data")
+    assert dataset.num_images == {"train": 36, "val": 12, "test": 15}
+    assert dataset.paths("val")[0].startswith(f"{names[1]}/")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_folder_called_like_a_built_in_dataset_is_told_and_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write_flat(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert prepare(f"./{name}", tmp_path / "data").source == "folder"
+    assert "built-in" not in caplog.text
+    settings = PrepareSettings(dataset=name)
+    assert open_source(settings, tmp_path, CIFAR10_ARCHIVE, 1, lambda *_: None).kind == name
+    assert caplog.messages[-1] == (
+        f"{name} is the built-in dataset here, not the folder of that name; for the folder give ./{name}"
+    )
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    root = tmp_path / "vehicles"
+    for label, name in enumerate(("car", "train", "bus")):
+        write_class(root / name, label, range(15))
+    assert prepare(root, tmp_path / "data").class_names == ("bus", "car", "train")
+
+
+def test_classes_are_sorted_bytewise(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for label, name in enumerate(("b", "a10", "a9", "É", "Z")):
+        write_class(root / name, label, range(20))
+    assert prepare(root, tmp_path / "data").class_names == ("Z", "a10", "a9", "b", "É")
+
+
+def test_any_image_size_mode_and_depth_of_folders_will_do(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", num_classes=2)
+    Image.new("CMYK", (300, 200), (0, 255, 255, 0)).save(root / "digit0" / "photo.jpg")
+    (root / "digit1" / "more" / "still").mkdir(parents=True)
+    Image.new("LA", (3, 9)).save(root / "digit1" / "more" / "still" / "icon.png")
+    dataset = prepare(root, tmp_path / "data", image_size=(24, 40))
+    assert {"digit0/photo.jpg", "digit1/more/still/icon.png"} <= set(all_paths(dataset))
+    assert dataset.images("train").shape[1:] == (24, 40, 3)
+
+
+def grey(low: int, high: int, index: int, kind: type[np.generic] = np.uint8) -> Image.Image:
+    values = np.random.default_rng(index).integers(low, high, (16, 16 + index), endpoint=True)
+    return Image.fromarray(values.astype(kind))
+
+
+def grey_palette(index: int) -> Image.Image:
+    image = grey(0, 3, index).convert("P")
+    image.putpalette([128] * 768)
+    return image
+
+
+def commented(index: int) -> Image.Image:
+    image = grey(0, 255, 0)
+    image.info["comment"] = str(index)
+    return image
+
+
+WRONG = "check that the files show what they should"
+LOW_CONTRAST: dict[str, tuple[str, Callable[[int], Image.Image], str, str]] = {
+    # name -> suffix of the files, image by its number, what is said of its values, and how to fix it
+    "16 bits, 60 and 200": (
+        ".png",
+        lambda index: grey(*((60, 64), (200, 200))[index % 2], index, np.uint16),
+        "16-bit values up to 200 of 65,535",
+        "multiply their values by up to 327, or save them with 8 bits",
+    ),
+    "PGM of 16 bits": (".pgm", lambda index: grey(0, 255, index, np.uint16), "16-bit values up to 255", "up to 257"),
+    "12 bits in 16": (".tif", lambda index: grey(0, 4095, index, np.uint16), "16-bit values up to 4,095", "up to 16,"),
+    "16 bits, one colour": (".png", lambda index: grey(30000, 30000, index, np.uint16), "up to 30,000 of", WRONG),
+    "black": (".png", lambda index: grey(0, 0, index), "8-bit values up to 0 of 255", WRONG),
+    "one colour": (".png", lambda index: Image.new("RGB", (16, 16 + index), (200, 30, 30)), "up to 200 of 255", WRONG),
+    "class numbers": (".png", lambda index: grey(0, 2, index), "8-bit values up to 2 of 255", WRONG),
+    "one palette colour": (".png", grey_palette, "8-bit values up to 128 of 255", WRONG),
+    "one picture": (".gif", commented, "8-bit values up to 255 of 255", WRONG),
+}
+
+
+@pytest.mark.parametrize("name", LOW_CONTRAST)
+def test_pictures_that_hardly_differ_once_decoded_stop_the_run_with_the_range_of_their_values(
+    tmp_path: Path, name: str
+) -> None:
+    suffix, image, values, remedy = LOW_CONTRAST[name]
+    for index in range(40):
+        file = tmp_path / "root" / "ab"[index % 2] / f"{index}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image(index).save(file)
+    for _ in range(2):  # the second time they are prepared already
+        with pytest.raises(DatasetError, match=rf"the decoded pictures hardly differ \(.*{values}.*{remedy}"):
+            prepare(tmp_path / "root", tmp_path / "data", image_size=(16, 16))
+
+
+@pytest.mark.parametrize(
+    "image", [lambda index: grey(0, 15, index), lambda index: grey(0, 65535, index, np.uint16)], ids=["night", "16"]
+)
+def test_dark_pictures_of_8_bits_and_whole_ranges_of_16_are_prepared(
+    tmp_path: Path, image: Callable[[int], Image.Image]
+) -> None:
+    for index in range(40):
+        file = tmp_path / "root" / "ab"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image(index).save(file)
+    assert sum(prepare(tmp_path / "root", tmp_path / "data", image_size=(16, 16)).num_images.values()) == 40
+
+
+def test_what_systems_leave_is_passed_over_with_one_warning(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    image = (root / "digit0" / "000.png").read_bytes()
+    left = (
+        *(".DS_Store", "digit0/.hidden.png", "digit0/Thumbs.db", "digit1/desktop.ini", ".git/x/y.png"),
+        *("digit0/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/S-1-5/$R1.png", "__MACOSX/digit0/._1.png"),
+        *("digit1/._2.png", "digit1/~$x.docx", "lost+found/x.png", "digit2/1.png:Zone.Identifier"),
+    )
+    for path in left:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(image)
+    dataset = prepare(root, tmp_path / "data")
+    assert sum(dataset.num_images.values()) == 60
+    assert dataset.class_names == ("digit0", "digit1", "digit2")
+    assert dataset.report.unreadable == ()
+    told = [warning for warning in dataset.report.warnings if "passed over" in warning]
+    assert [warning.partition(":")[0] for warning in told] == [
+        "12 files and folders that systems leave or cnnpipe wrote were passed over"
+    ]
+    assert "@eaDir (1)" in told[0]
+
+
+def test_what_cnnpipe_wrote_into_a_dataset_is_neither_image_nor_class(
+    tmp_path: Path, finished_run: Path, model: Path
+) -> None:
+    root = write_flat(tmp_path / "root")
+    shutil.copytree(finished_run.parents[2], root / "artifacts")
+    prepare(root, root / "data")
+    for table in ("digit0/t.csv", "t.jsonl", "artifacts/predictions/x/predictions.csv"):
+        chosen = {"folder": str(root), "model": str(model), "device": "cpu", "include": ("*.png",)}
+        sort_into = str(tmp_path / "sorted")
+        classify_folder(
+            ClassifySettings(**chosen, output=str(root / table), sort_into=sort_into), tmp_path / "artifacts"
+        )
+    shutil.move(tmp_path / "sorted", root)
+    dataset = prepare(root, root / "data")
+    assert dataset.class_names == ("digit0", "digit1", "digit2")
+    assert sum(dataset.num_images.values()) == 60
+    assert len(list((root / "data" / "prepared").iterdir())) == 1
+    assert prepare(root / "sorted", tmp_path / "data", min_images_per_class=1).num_images["train"] > 0
+
+
+def test_files_that_no_suffix_calls_an_image_are_left_out_and_counted(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for file in sorted(root.rglob("*.png")):
+        file.with_name(f"{file.name}.json").write_text("{}")
+    (root / "digit0" / "LABELS.CSV").write_text("a")
+    (root / "digit1" / "unknown.xyz").write_text("a")
+    report = prepare(root, tmp_path / "data").report
+    assert report.warnings[0] == "61 files that are not images by their suffixes were left out: .json (60), .csv (1)"
+    assert [file.path for file in report.unreadable] == ["digit1/unknown.xyz"]
+
+
+def test_patterns_choose_the_files_of_a_dataset(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", num_classes=4)
+    (root / "digit0" / "thumbs").mkdir()
+    shutil.copy(root / "digit0" / "000.png", root / "digit0" / "thumbs")
+    whole = prepare(root, tmp_path / "data")
+    chosen = prepare(root, tmp_path / "data", include=("*.png",), exclude=("digit3/*", "*/thumbs/*"))
+    assert chosen.class_names == ("digit0", "digit1", "digit2")
+    assert sum(chosen.num_images.values()) == 60
+    assert chosen.path != whole.path
+    with pytest.raises(DatasetError, match="has no class folders with files that are wanted"):
+        prepare(root, tmp_path / "data", exclude=("*",))
+
+
+def test_one_damaged_image_of_a_small_folder_stops_nothing_unless_none_is_allowed(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    (root / "digit0" / "000.png").write_bytes(b"spoilt")
+    assert sum(prepare(root, tmp_path / "data").num_images.values()) == 59
+    with pytest.raises(DatasetError, match=r"1 of 60 files are unreadable, more than 0 \(max_unreadable_fraction\)"):
+        prepare(root, tmp_path / "data", max_unreadable_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("caf\u00e9", "cafe\u0301"), r"'cafe\u0301' and 'caf\xe9'"),
+        (("Cat", "cat"), "'Cat' and 'cat'"),
+        (("cat", "cat "), "'cat' and 'cat '"),
+        (("red cat", "red  cat"), r"'red \x20cat' and 'red cat'"),
+        (("cat", "cat\u200b"), r"'cat' and 'cat\u200b'"),
+    ],
+)
+def test_classes_whose_names_look_alike_are_told_apart(tmp_path: Path, names: tuple[str, str], shown: str) -> None:
+    for label, name in enumerate(names):
+        write_class(tmp_path / "flat" / name, label, range(15))
+        write_class(tmp_path / "split" / "train" / name, label, range(15))
+    try:
+        assert len(list((tmp_path / "flat").iterdir())) == 2
+    except AssertionError:
+        pytest.skip("this file system takes them for one")
+    assert prepare(tmp_path / "flat", tmp_path / "data").report.warnings[0] == (
+        f"classes have names that look alike: {shown}; merge those that mean one class"
+    )
+    write_class(tmp_path / "split" / "train" / "other", 5, range(15))
+    (tmp_path / "split" / "test").mkdir()
+    shutil.move(tmp_path / "split" / "train" / names[1], tmp_path / "split" / "test")
+    first, second = sorted([shown.partition(" and ")[0], shown.partition(" and ")[2]])
+    with pytest.raises(DatasetError, match="is in test, but not in train, which has") as caught:
+        prepare(tmp_path / "split", tmp_path / "data")
+    assert first in str(caught.value)
+    assert second in str(caught.value)
+
+
+def test_unreadable_files_are_reported_and_left_out(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    (root / "digit0" / "notes.x").write_text("not an image")
+    (root / "digit1" / "cut.png").write_bytes((root / "digit1" / "000.png").read_bytes()[:60])
+    (root / "digit2" / "empty.png").touch()
+    (root / "digit2" / "gone.png").symlink_to(root / "nowhere")
+    dataset = prepare(root, tmp_path / "data", max_unreadable_fraction=0.1)
+    assert sum(dataset.num_images.values()) == 60
+    assert {(file.path, file.kind) for file in dataset.report.unreadable} == {
+        ("digit0/notes.x", "not_an_image"),
+        ("digit1/cut.png", "truncated"),
+        ("digit2/empty.png", "empty"),
+        ("digit2/gone.png", "not_found"),
+    }
+    assert dataset.report.warnings[0] == (
+        "4 of 64 files are unreadable and were left out: digit0/notes.x (not_an_image), digit1/cut.png (truncated), "
+        "digit2/empty.png (empty), …"
+    )
+
+
+def test_stray_files_beside_classes_are_a_warning(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for name in ("a.png", "b.txt"):
+        (root / name).touch()
+    assert prepare(root, tmp_path / "data").report.warnings[0] == (
+        f"2 files in {root} are in no class folder and were left out: a.png, b.txt"
+    )
+
+
+def test_classes_missing_in_test_are_a_warning(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, test=5)
+    shutil.rmtree(root / "test" / "digit1")
+    report = prepare(root, tmp_path / "data").report
+    assert report.warnings[0] == "test has no images of 1 classes: digit1 (15 different in all)"
+    assert report.class_counts["test"] == {"digit0": 5, "digit1": 0, "digit2": 5}
+
+
+def remove_class(root: Path) -> None:
+    for label in (1, 2):
+        shutil.rmtree(root / f"digit{label}")
+
+
+def empty_class(root: Path) -> None:
+    for file in (root / "digit1").iterdir():
+        file.unlink()
+
+
+def empty_root(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def only_files(root: Path) -> None:
+    empty_root(root)
+    (root / "a.png").touch()
+
+
+def spoil_all(root: Path) -> None:
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"spoilt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "there is no dataset .*root; need digits, cifar10 or the path of a folder"),
+        (empty_root, "root holds nothing; need <root>/{train,val,test}/<class>"),
+        (only_files, "root holds 1 files and no folders; need"),
+        (remove_class, "need at least two classes, received only 'digit0'"),
+        (empty_class, "class 'digit1' of .* has no images in train"),
+        (spoil_all, "none of the 60 files in .* can be read as an image; the first, digit0/000.png: no image format"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_says_why(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    root = write_flat(tmp_path / "root")
+    spoil(root)
+    with pytest.raises(DatasetError, match=message):
+        prepare(root, tmp_path / "data")
+    assert not list((tmp_path / "data").glob("prepared/*"))
+
+
+def test_a_file_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(DatasetError, match=r"x\.zip is a file; need <root>"):
+        prepare(tmp_path / "x.zip", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, and both mean val; merge them, or rename one"),
+        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, and both mean test; merge them, or rename one"),
+        ({"test": 15, "val": 3}, "has test and val, but no train"),
+    ],
+)
+def test_folders_that_look_like_splits_are_never_taken_for_classes(
+    tmp_path: Path, splits: dict[str, int], message: str
+) -> None:
+    root = write_splits(tmp_path / "root", **splits)
+    with pytest.raises(DatasetError, match=message):
+        prepare(root, tmp_path / "data")
+
+
+def test_a_class_that_train_lacks_is_an_error(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, test=5)
+    write_class(root / "test" / "digit9", 9, range(3))
+    with pytest.raises(DatasetError, match=r"class 'digit9' of .* is in test, but not in train"):
+        prepare(root, tmp_path / "data")
+
+
+def test_an_empty_given_split_is_an_error(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15)
+    (root / "test" / "digit0").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="test holds no images in class folders"):
+        prepare(root, tmp_path / "data")
+
+
+def test_a_given_split_of_unreadable_images_is_an_error(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, test=2)
+    for file in (root / "test").rglob("*.jpg"):
+        file.write_bytes(b"spoilt")
+    with pytest.raises(DatasetError, match="leaves no readable image for test"):
+        prepare(root, tmp_path / "data")
+
+
+# --- splitting
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    images=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), min_size=1, max_size=150),
+    val_fraction=st.one_of(st.none(), st.floats(0.01, 0.9)),
+    test_fraction=st.one_of(st.none(), st.floats(0.01, 0.9)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_splits_are_whole_stratified_without_leaks_and_repeatable(
+    images: list[tuple[int, int]], val_fraction: float | None, test_fraction: float | None, seed: int
+) -> None:
+    labels = np.array([label for label, _ in images])
+    contents = [f"{label}-{content}" for label, content in images]
+    given_splits = np.zeros(len(images), np.int8)
+    options = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+
+    splits = assign_splits(labels, contents, given_splits, seed=seed, **options)
+    assert np.array_equal(splits, assign_splits(labels, contents, given_splits, seed=seed, **options))
+    assert splits.shape == labels.shape
+    assert set(splits.tolist()) <= {TRAIN, VAL, TEST}
+    split_of: dict[str, set[int]] = {}
+    for content, split in zip(contents, splits.tolist(), strict=True):
+        split_of.setdefault(content, set()).add(split)
+    assert all(len(found) == 1 for found in split_of.values())
+
+    for label in set(labels.tolist()):
+        distinct = {content: found for content, found in split_of.items() if content.startswith(f"{label}-")}
+        counts = [sum(found == {split} for found in distinct.values()) for split in (TRAIN, VAL, TEST)]
+        assert counts[TRAIN] >= 1
+        assert test_fraction is not None or counts[TEST] == 0
+        assert val_fraction is not None or counts[VAL] == 0
+        if len(distinct) >= 3:
+            assert test_fraction is None or counts[TEST] >= 1
+            assert val_fraction is None or counts[VAL] >= 1
+        if test_fraction is not None and len(distinct) * min(test_fraction, 1 - test_fraction) >= 3:
+            assert abs(counts[TEST] - test_fraction * len(distinct)) <= 1
+
+
+def test_another_seed_is_another_split() -> None:
+    labels, contents = np.zeros(100, np.int64), [str(index) for index in range(100)]
+    one, two = (
+        assign_splits(labels, contents, np.zeros(100, np.int8), val_fraction=0.2, test_fraction=0.2, seed=seed)
+        for seed in range(2)
+    )
+    assert not np.array_equal(one, two)
+
+
+def test_given_splits_lose_nothing_but_from_train() -> None:
+    given_splits = np.array([TRAIN] * 20 + [TEST] * 10, np.int8)
+    contents = [str(index) for index in range(30)]
+    splits = assign_splits(np.zeros(30, np.int64), contents, given_splits, val_fraction=0.2, test_fraction=None, seed=0)
+    assert (splits[20:] == TEST).all()
+    assert (splits == VAL).sum() == 4
+
+
+def test_a_growing_folder_keeps_its_images_in_their_splits() -> None:
+    contents = [str(index) for index in range(1050)]
+
+    def test_split(count: int) -> set[str]:
+        splits = assign_splits(
+            np.zeros(count, np.int64),
+            contents[:count],
+            np.zeros(count, np.int8),
+            val_fraction=None,
+            test_fraction=0.2,
+            seed=0,
+        )
+        return {content for content, split in zip(contents, splits, strict=False) if split == TEST}
+
+    before, after = test_split(1000), test_split(1050)
+    assert len(before - after) <= 10  # a shuffled list would move 160 of 200
+    assert len(after) == 210
+
+
+def test_copies_of_an_image_are_never_parted(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for label in range(3):
+        for index in range(20):
+            shutil.copy(root / f"digit{label}" / f"{index:03d}.png", root / f"digit{label}" / f"copy{index}.png")
+    report = prepare(root, tmp_path / "data").report
+    assert report.leaks == ()
+    assert report.duplicates == 60
+    assert re.fullmatch(
+        r"60 images repeat another one of their split: digit0/\w+\.png = digit0/\w+\.png, .*, …", report.warnings[0]
+    )
+
+
+# --- the report and its gates
+
+
+@pytest.mark.parametrize(("classes", "different"), [((0, 1), 2), ((0, 0), 1)])
+def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], different: int) -> None:
+    for name, label in zip("ab", classes, strict=True):
+        write_class(tmp_path / "root" / name, label, range(1))
+        for number in range(1, 20):
+            shutil.copy(tmp_path / "root" / name / "000.png", tmp_path / "root" / name / f"{number}.png")
+    with pytest.raises(DatasetError, match=f"no readable image for val: its 40 images are copies of {different}, and"):
+        prepare(tmp_path / "root", tmp_path / "data")
+
+
+def test_a_class_that_our_own_split_leaves_unmeasured_is_named(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    for file in sorted((root / "digit1").iterdir())[2:]:
+        shutil.copy(root / "digit1" / f"00{int(file.stem) % 2}.png", file)
+    warnings = prepare(root, tmp_path / "data").report.warnings
+    for split in ("val", "test"):
+        assert f"{split} has no images of 1 classes: digit1 (2 different in all)" in warnings
+
+
+def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, val=5, test=5)
+    shutil.copy(root / "train" / "digit1" / "003.jpg", root / "test" / "digit1" / "leaked.jpg")
+    expected = (
+        r"1 of 16 images of test are also in another split, more than 0\.01 \(max_leaked_fraction\): "
+        r"test/digit1/leaked\.jpg = train/digit1/003\.jpg; remove"
+    )
+    with pytest.raises(DatasetError, match=expected):
+        prepare(root, tmp_path / "data")
+    report = prepare(root, tmp_path / "data", max_leaked_fraction=0.1).report
+    assert [asdict(leak) for leak in report.leaks] == [
+        {
+            "path": "test/digit1/leaked.jpg",
+            "split": "test",
+            "other_path": "train/digit1/003.jpg",
+            "other_split": "train",
+        }
+    ]
+    assert report.warnings[0] == (
+        "1 of 16 images of test are also in another: test/digit1/leaked.jpg = train/digit1/003.jpg"
+    )
+
+
+def test_the_same_image_in_two_classes_is_a_warning(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    shutil.copy(root / "digit0" / "000.png", root / "digit1" / "zero.png")
+    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in (
+        prepare(root, tmp_path / "data").report.warnings
+    )
+
+
+def test_small_classes_and_unequal_ones_are_warnings(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=2)
+    write_class(root / "few", 2, range(16))
+    assert prepare(root, tmp_path / "data").report.warnings == (
+        "class 'digit0' has 109 images in train and 'few' has 10, 10.9 times fewer",
+        "1 classes have fewer than 50 images in train: few (10)",
+    )
+
+
+def test_a_good_dataset_has_no_warnings(tmp_path: Path) -> None:
+    assert prepare("digits", tmp_path).report.warnings == ()
+
+
+def test_every_warning_is_a_line_of_the_log_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=2)
+    (root / "digit0" / "line\nbreak.png").write_bytes(b"spoilt")
+    for _ in range(2):
+        caplog.clear()
+        prepare(root, tmp_path / "data")
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "root: 1 of 341 files are unreadable and were left out: digit0/line break.png (not_an_image)"
+        ]
+
+
+def test_a_dataset_that_fails_a_gate_is_prepared_all_the_same(tmp_path: Path) -> None:
+    strict = PrepareSettings(dataset=str(write_flat(tmp_path / "root")), min_images_per_class=100)
+    dataset = prepare_arrays(strict, tmp_path / "data")
+    assert load_prepared(dataset.path) == dataset
+    with pytest.raises(DatasetError, match=r"class 'digit0' has 13 images in train, need at least 100"):
+        check_gates(dataset, strict)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"min_images_per_class": 14}, r"class 'digit0' has 13 images in train, need at least 14 \(min_images_per"),
+        (
+            {"max_unreadable_fraction": 0.02},
+            r"2 of 77 files are unreadable, more than 0\.02 \(max_unreadable_fraction\)",
+        ),
+        ({"max_imbalance": 1.5, "max_unreadable_fraction": 1}, r"'digit2' has 22 images in train and 'digit0' has 13"),
+    ],
+)
+def test_a_passed_limit_names_itself_what_it_received_and_the_report(
+    tmp_path: Path, limits: dict[str, float], message: str
+) -> None:
+    root = write_flat(tmp_path / "root")
+    write_class(root / "digit2", 2, range(20, 35))
+    for name in ("a.png", "b.png"):
+        (root / "digit1" / name).write_bytes(b"spoilt")
+    options = {"max_unreadable_fraction": 0.1, **limits}
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepare(root, tmp_path / "data", **options)
+    report = str(caught.value).rpartition("see ")[2]
+    assert len(json.loads(Path(report).read_bytes())["report"]["unreadable"]) == 2
+
+
+def test_a_milder_limit_decodes_nothing_again(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    with pytest.raises(DatasetError, match="min_images_per_class"):
+        prepare(root, tmp_path / "data", min_images_per_class=100)
+    stages: set[str] = set()
+    prepare(root, tmp_path / "data", progress=lambda stage, _, __: stages.add(stage))
+    assert stages == {"hash"}
+    with pytest.raises(DatasetError, match="min_images_per_class"):
+        prepare(root, tmp_path / "data", min_images_per_class=100)
+
+
+def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
+    dataset = prepare(write_flat(tmp_path / "root"), tmp_path / "data")
+    images, statistics = dataset.images("train").astype(float), dataset.statistics
+    assert statistics.num_images == len(images)
+    assert statistics.channel_mean == pytest.approx(images.mean(axis=(0, 1, 2)))
+    assert statistics.channel_std == pytest.approx(images.std(axis=(0, 1, 2)))
+    brightness = images.mean(axis=(1, 2, 3))
+    assert statistics.brightness_deciles == pytest.approx(np.percentile(brightness, range(0, 101, 10)))
+    assert statistics.class_shares == pytest.approx([1 / 3] * 3)
+
+
+# --- prepared once, and told apart by what is in it
+
+
+def test_a_prepared_folder_is_found_again_without_decoding(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    stages: list[str] = []
+    first = prepare(root, tmp_path / "data", progress=lambda stage, _, __: stages.append(stage))
+    assert set(stages) == {"decode", "write"}  # one pass: nothing to compare a digest with
+    stages.clear()
+    second = prepare(root, tmp_path / "data", progress=lambda stage, _, __: stages.append(stage))
+    assert set(stages) == {"hash"}
+    assert first == second == load_prepared(first.path)
+    assert first.path.name == f"root-{first.fingerprint[:12]}"
+
+
+def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    other = tmp_path / "elsewhere"
+    for file in sorted(root.rglob("*.png"), reverse=True):
+        copy = other / file.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        os.utime(copy, (1, 1))
+    one = prepare(root, tmp_path / "data", workers=1)
+    two = prepare(other, tmp_path / "data2", name="root", min_images_per_class=2, workers=2)
+    assert one.fingerprint == two.fingerprint
+    assert digests(one) == digests(two)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": (16, 16)},
+        {"seed": 1},
+        {"val_fraction": 0.3},
+        {"test_fraction": 0.1},
+        {"include": ("*.png",)},
+        {"exclude": ("*.jpg",)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_settings_that_change_an_array_change_the_fingerprint(tmp_path: Path, change: dict[str, Any]) -> None:
+    root = write_flat(tmp_path / "root")
+    assert (
+        prepare(root, tmp_path / "data").fingerprint
+        != prepare(root, tmp_path / "data", min_images_per_class=1, **change).fingerprint
+    )
+
+
+def test_a_changed_image_is_noticed_even_if_its_size_and_time_are_not(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    before = prepare(root, tmp_path / "data")
+    file = root / "digit0" / "000.png"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = prepare(root, tmp_path / "data", max_unreadable_fraction=1)
+    assert after.fingerprint != before.fingerprint
+    assert before.path.is_dir()
+
+
+def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=4)  # enough files for the pool
+    (root / "digit0" / "spoilt.png").write_bytes(b"spoilt")
+    seen: list[tuple[str, int, int]] = []
+    many = prepare(root, tmp_path / "many", workers=3, progress=lambda *args: seen.append(args))
+    one = prepare(root, tmp_path / "one", workers=1)
+    assert digests(many) == digests(one)
+    assert ("decode", 681, 681) in seen
+
+
+def test_it_works_from_a_thread(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=3)
+    found: list[PreparedDataset] = []
+    thread = threading.Thread(target=lambda: found.append(prepare(root, tmp_path / "data", workers=2)))
+    thread.start()
+    thread.join()
+    assert sum(found[0].num_images.values()) == 510
+
+
+def child_processes() -> list[str]:
+    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
+def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root", per_class=170, num_classes=4)
+    before = child_processes()
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        assert len(child_processes()) > len(before)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(root, tmp_path / "data", workers=2, progress=interrupt)
+    assert child_processes() == before
+    assert list((tmp_path / "data" / "prepared").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    prepared = tmp_path / "data" / "prepared"
+    for name, age in ((".scratch.old", 2 * 24 * 3600), (".scratch.new", 60)):
+        (prepared / name).mkdir(parents=True)
+        (prepared / name / "pixels").touch()
+        moment = (prepared / name).stat().st_mtime - age
+        os.utime(prepared / name, (moment, moment))
+    dataset = prepare(write_flat(tmp_path / "root"), tmp_path / "data")
+    assert {folder.name for folder in prepared.iterdir()} == {".scratch.new", dataset.path.name}
+
+
+@pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
+def test_a_damaged_prepared_folder_is_refused_and_made_anew(tmp_path: Path, spoil: str) -> None:
+    root = write_flat(tmp_path / "root")
+    dataset = prepare(root, tmp_path / "data")
+    before = digests(dataset)
+    images = dataset.path / "train_images.npy"
+    if spoil == "no dataset.json":
+        (dataset.path / DATASET_FILE).unlink()
+    elif spoil == "bad json":
+        (dataset.path / DATASET_FILE).write_text('{"name": "root"}')
+    elif spoil == "array cut":
+        images.write_bytes(images.read_bytes()[:-100])
+    else:
+        images.unlink()
+    with pytest.raises(DatasetError, match="prepare it again"):
+        load_prepared(dataset.path)
+    assert digests(prepare(root, tmp_path / "data")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(StorageError, match=r"cannot write .*prepared: Not a directory; check"):
+        prepare(write_flat(tmp_path / "root"), tmp_path / "data")
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    root = write_flat(tmp_path / "root")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a disk with room for 32 images
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*: File too large; "):
+            prepare(root, tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "data" / "prepared").iterdir()) == []
+
+
+def test_an_unknown_split_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    dataset = prepare("digits", tmp_path)
+    with pytest.raises(ValueError, match="split must be one of"):
+        dataset.images("valid")
+
+
+# --- cifar10
+
+
+_PythonPickler: Any = vars(pickle)["_Pickler"]  # the one written in Python, whose parts can be replaced
+
+
+class Python2Pickler(_PythonPickler):  # type: ignore[misc]
+    """Writes what Python 2 wrote: `bytes` and `str` alike as its byte strings, NumPy's functions where they were."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(_PythonPickler.dispatch)
+
+    def save_string(self, value: bytes | str) -> None:
+        data = value.encode() if isinstance(value, str) else value
+        short = len(data) < 256
+        self.write(b"U" + bytes([len(data)]) + data if short else b"T" + len(data).to_bytes(4, "little") + data)
+        self.memoize(value)
+
+    def save_global(self, value: Any, name: str | None = None) -> None:
+        module = value.__module__.replace("numpy._core", "numpy.core")
+        self.write(f"c{module}\n{name or value.__name__}\n".encode())
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+    dispatch[type] = dispatch[type(len)] = dispatch[type(lambda: None)] = save_global
+
+
+def python2_pickle(value: object) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue()
+
+
+CIFAR_CLASSES = ["airplane", "automobile", "bird"]
+
+
+def cifar_batch(count: int, seed: int) -> tuple[dict[str, object], npt.NDArray[np.uint8]]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+    labels = [index % 3 for index in range(count)]
+    batch = {"data": pixels, "labels": labels, "filenames": [f"{seed}_{index}.png" for index in range(count)]}
+    return batch, pixels
+
+
+def cifar_members() -> dict[str, bytes]:
+    batches = {f"data_batch_{number}": cifar_batch(30, number)[0] for number in range(1, 6)}
+    batches["test_batch"] = cifar_batch(24, 6)[0]
+    batches["batches.meta"] = {"label_names": CIFAR_CLASSES, "num_vis": 3072}
+    return {f"cifar-10-batches-py/{name}": python2_pickle(batch) for name, batch in batches.items()}
+
+
+def write_archive(data: Path, members: dict[str, bytes], extra: tarfile.TarInfo | None = None) -> Archive:
+    """Write data/raw/cifar.tar.gz and return how it is to be recognised."""
+    (data / "raw").mkdir(parents=True, exist_ok=True)
+    path = data / "raw" / "cifar.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo("cifar-10-batches-py")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        if extra is not None:
+            archive.addfile(extra)
+    content = path.read_bytes()
+    return Archive("http://127.0.0.1:1/", hashlib.sha256(content).hexdigest(), path.name, len(content))
+
+
+def test_the_archive_of_cifar10_is_read_with_its_own_test_split(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path, cifar_members())
+    dataset = prepare("cifar10", tmp_path, archive=archive)
+    assert dataset.class_names == tuple(CIFAR_CLASSES)
+    assert dataset.num_images == {"train": 120, "val": 30, "test": 24}
+    assert dataset.paths("test")[1] == "test_batch/automobile/6_1.png"
+    expected = cifar_batch(24, 6)[1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(dataset.images("test"), expected)
+    assert dataset.labels("test").tolist() == [0, 1, 2] * 8
+
+
+def test_prepared_cifar10_outlives_its_archive(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path, cifar_members())
+    before = prepare("cifar10", tmp_path, archive=archive)
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare("cifar10", tmp_path, archive=archive) == before
+
+
+def test_cifar10_comes_in_the_size_asked_for(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path, cifar_members())
+    assert prepare("cifar10", tmp_path, archive=archive, image_size=(48, 40)).images("val").shape == (30, 48, 40, 3)
+
+
+class Malice:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "it ran"
+    members = cifar_members()
+    members["cifar-10-batches-py/data_batch_3"] = pickle.dumps({b"data": Malice(f"touch '{marker}'")})
+    archive = write_archive(tmp_path, members)
+    with pytest.raises(DatasetError, match=r"the pickle data_batch_3 is refused: it asks for (posix|nt)\.system"):
+        prepare("cifar10", tmp_path, archive=archive)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "numpy.core.multiarray.scalar", "numpy.load", "os.system"])
+def test_a_pickle_may_ask_for_nothing_but_arrays(tmp_path: Path, name: str) -> None:
+    module, _, function = name.rpartition(".")
+    members = cifar_members()
+    members["cifar-10-batches-py/test_batch"] = f"\x80\x02c{module}\n{function}\n.".encode("latin-1")
+    with pytest.raises(DatasetError, match=f"it asks for {name}"):
+        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "cifar-10-batches-py/../../outside"])
+def test_a_member_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
+    archive = write_archive(tmp_path, cifar_members(), tarfile.TarInfo(name))
+    with pytest.raises(DatasetError, match=r"holds the member '.*outside', which leads out of the archive"):
+        prepare("cifar10", tmp_path, archive=archive)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_a_member_that_is_a_link_or_a_device_is_refused(tmp_path: Path, kind: bytes) -> None:
+    link = tarfile.TarInfo("cifar-10-batches-py/link")
+    link.type, link.linkname = kind, "/etc/passwd"
+    with pytest.raises(DatasetError, match="leads out of the archive"):
+        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, cifar_members(), link))
+
+
+def spoilt_members() -> list[tuple[dict[str, bytes], str]]:
+    batch, pixels = cifar_batch(30, 1)
+    wrong: dict[str, tuple[object, str]] = {
+        "shape": ({**batch, "data": pixels[:, :3000]}, "is not N rows of 3,072 uint8"),
+        "dtype": ({**batch, "data": pixels.astype(np.int16)}, "is not N rows of 3,072 uint8"),
+        "label": ({**batch, "labels": [3] * 30}, "is not N rows of 3,072 uint8"),
+        "list": ([1, 2], "must be a dict, received list"),
+    }
+    name = "cifar-10-batches-py/data_batch_1"
+    spoilt = [({name: python2_pickle(value)}, message) for value, message in wrong.values()]
+    return [*spoilt, ({name: b"no pickle"}, "the pickle data_batch_1 is refused")]
+
+
+@pytest.mark.parametrize(("members", "message"), spoilt_members(), ids=["shape", "dtype", "label", "list", "garbage"])
+def test_a_batch_of_another_form_is_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    archive = write_archive(tmp_path, {**cifar_members(), **members})
+    with pytest.raises(DatasetError, match=message):
+        prepare("cifar10", tmp_path, archive=archive)
+
+
+def test_an_archive_that_lacks_a_batch_is_refused(tmp_path: Path) -> None:
+    members = cifar_members()
+    del members["cifar-10-batches-py/data_batch_5"]
+    with pytest.raises(DatasetError, match="lacks cifar-10-batches-py/data_batch_5; need the python version"):
+        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
+
+
+def test_an_archive_that_is_no_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "cifar.tar.gz").write_bytes(b"no tar")
+    archive = Archive("http://127.0.0.1:1/", hashlib.sha256(b"no tar").hexdigest(), "cifar.tar.gz", 6)
+    with pytest.raises(DatasetError, match=r"cannot be read as a \.tar\.gz"):
+        prepare("cifar10", tmp_path, archive=archive)
+
+
+def test_every_error_here_is_one_line(tmp_path: Path) -> None:
+    for dataset in (tmp_path / "missing", tmp_path):
+        with pytest.raises(CnnpipeError) as caught:
+            prepare(dataset, tmp_path)
+        assert "\n" not in str(caught.value)
