@@ -12,8 +12,7 @@ from benchmarks.contenders import find_models, line_up
 from benchmarks.memory import Layout, measure_memory
 from benchmarks.photos import make_photos
 from benchmarks.training import compare_training
-from cnnpipe.console import command
-from cnnpipe.options import ArtifactsOption, DataOption
+from cnnpipe.console import ArtifactsOption, DataOption, command
 from cnnpipe.settings import PrepareSettings
 
 app = typer.Typer(

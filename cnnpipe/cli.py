@@ -14,14 +14,23 @@ from typing import Annotated
 import typer
 
 from cnnpipe import __version__
-from cnnpipe.console import JsonOption, command, field_lines, progress_bar, run_app, show_result, table_lines
+from cnnpipe.console import (
+    ArtifactsOption,
+    DataOption,
+    JsonOption,
+    command,
+    field_lines,
+    progress_bar,
+    run_app,
+    show_result,
+    table_lines,
+)
 from cnnpipe.errors import RegistryError
 from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.nightly import look_at_nightly, prefect_home
-from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
-from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings
+from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
 __all__ = ["app", "main"]
 

@@ -29,16 +29,18 @@ from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_lin
 from cnnpipe.files import open_standard_descriptors, user_path
 from cnnpipe.machine import package_versions
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
+from cnnpipe.settings import set_signature
 
 __all__ = [
     "DEBUG_VARIABLE",
+    "ArtifactsOption",
+    "DataOption",
     "JsonOption",
     "command",
     "field_lines",
     "print_note",
     "progress_bar",
     "run_app",
-    "set_signature",
     "show_result",
     "table_lines",
 ]
@@ -50,6 +52,10 @@ TERMINATED = 143
 """Exit status after SIGTERM, likewise."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", envvar="CNNPIPE_ARTIFACTS", help="Folder of runs and champions.")
+]
+DataOption = Annotated[Path, typer.Option("--data", envvar="CNNPIPE_DATA", help="Folder of raw and prepared datasets.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")]
 
 _LINE_LENGTH = 300
@@ -61,8 +67,6 @@ _SECONDS_UNTIL_SENT_AGAIN = 0.05
 
 DEBUG_VARIABLE = "CNNPIPE_DEBUG"
 """Set in the environment while a command runs with `--debug`."""
-
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def run_app(app: typer.Typer) -> None:
@@ -115,7 +119,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise _failed(f"error: {message}", type(error).__name__, status, as_json) from error
 
     own = inspect.signature(function, eval_str=True).parameters.values()
-    set_signature(run, [*own, inspect.Parameter("debug", _KEYWORD, default=False, annotation=DebugOption)])
+    set_signature(
+        run, [*own, inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)]
+    )
     return run
 
 
@@ -210,13 +216,6 @@ def _lost_signals_sent_again() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
-    """Give a function the keyword parameters that typer is to make options of."""
-    keywords = [each.replace(kind=_KEYWORD) for each in parameters]
-    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    function.__annotations__ = {each.name: each.annotation for each in keywords}
 
 
 def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, status: str = "ok") -> None:

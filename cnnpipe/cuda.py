@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from cnnpipe.devices import ask_driver
+from cnnpipe.machine import ask_driver
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME
 
 __all__ = ["CUDA", "BoundBuffers", "built_for_cuda", "cuda_batch_size", "cuda_options", "cuda_problem",

@@ -29,9 +29,8 @@ from cnnpipe.cuda import (
     is_out_of_memory,
     missing_libraries,
 )
-from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
-from cnnpipe.machine import usable_cores
+from cnnpipe.machine import ask_driver, free_gpu_memory, usable_cores
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
 from cnnpipe.model_files import PRECISIONS, ChosenFile, Precision, choose_model_file
 

@@ -5,15 +5,20 @@ The same models are the parameters of the Prefect flows, so the descriptions bel
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import tomli_w
+import typer
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,6 +29,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from cnnpipe.errors import ConfigError, UsageError, one_line
@@ -46,6 +52,8 @@ __all__ = [
     "dump_toml",
     "load_toml",
     "read_toml",
+    "set_signature",
+    "takes_settings",
     "validate_settings",
 ]
 
@@ -383,3 +391,143 @@ def read_toml(path: Path) -> dict[str, Any]:
 def dump_toml(settings: Settings) -> str:
     """Return settings as TOML that `load_toml` reads back to an equal value; TOML has no null, so None is left out."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+_RENAMED: Final = {("prepare", "seed"): "split_seed"}
+"""Options whose plain names would be taken twice."""
+
+_ALIASES: Final = {"top_k": ("--topk",)}
+"""Further ways to write an option; help shows them, messages name the plain one."""
+
+
+def takes_settings(
+    model: type[Settings], argument: str, sections: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command's first parameter `settings` be filled from options, over the values of a `--config` file.
+
+    Args:
+        model: what `settings` is.
+        argument: the field that is the command's one positional argument.
+        sections: the fields of `model` that are settings themselves and are offered; none for a flat model.
+    """
+    fields = _fields(model, sections)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            config: Path | None = values.pop("config")
+            given = {place: (_option(key, argument), values.pop(key)) for key, (place, _) in fields.items()}
+            settings = _build_settings(model, config, given)
+            function(settings=settings, **values)
+
+        own = [
+            each for name, each in inspect.signature(function, eval_str=True).parameters.items() if name != "settings"
+        ]
+        offered = [_parameter(key, field, key == argument) for key, (_, field) in fields.items()]
+        offered.sort(key=lambda each: each.name != argument)  # the positional one first
+        set_signature(run, [*offered, _CONFIG_PARAMETER, *own])
+        return run
+
+    return decorate
+
+
+_CONFIG_PARAMETER: Final = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")],
+)
+
+
+def _fields(model: type[Settings], sections: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], FieldInfo]]:
+    """Return, by option name, where each setting sits in the model and what it is."""
+    if not sections:
+        return {name: ((name,), field) for name, field in model.model_fields.items()}
+    return {
+        _RENAMED.get((section, name), name): ((section, name), field)
+        for section in sections
+        for name, field in model.model_fields[section].annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
+    description = (field.description or "").strip()
+    text = description[:1].upper() + description[1:] + "." if not description.startswith("`") else description + "."
+    kind = _plain_type(field.annotation)
+    metavar, between = None, "x"
+    if typing.get_origin(kind) is list:
+        text += " [repeatable]"
+        metavar, between = f"<{typing.get_args(kind)[0].__name__}>", ", "  # what is given at a time
+    if not field.is_required() and field.default not in (None, ()) and "default:" not in description:
+        text += f" [default: {_show_default(field.default, between)}]"
+    if positional:
+        # Optional even where the setting is not: a --config file may hold it.
+        argument = Annotated[str | None, typer.Argument(help=text, show_default=False, metavar=name.upper())]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=argument)
+    option = _option(name)
+    declaration = f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option
+    details = typer.Option(declaration, *_ALIASES.get(name, ()), help=text, show_default=False, metavar=metavar)
+    annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(name: str, argument: str | None = None) -> str:
+    """Return how a setting is written on the command line."""
+    return name.upper() if name == argument else "--" + name.replace("_", "-")
+
+
+def _show_default(value: Any, between: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type that the command line parses: int, float, bool, a list of one or, for anything else, text.
+
+    A tuple of any length is a list: an option that may be given again and again. One of fixed length is written as
+    one text, such as an image size.
+    """
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation)[1:] == (Ellipsis,):
+        return list[_plain_type(typing.get_args(annotation)[0])]  # type: ignore[misc]
+    if typing.get_origin(annotation) is Annotated:
+        return _plain_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _plain_type(next(each for each in typing.get_args(annotation) if each is not type(None)))
+    return annotation if annotation in (int, float, bool) else str
+
+
+def _build_settings(
+    model: type[Settings], config: Path | None, given: dict[tuple[str, ...], tuple[str, Any]]
+) -> Settings:
+    """Lay the options over the values of the settings file, and validate the whole.
+
+    Args:
+        given: by the place of a setting, the name of its option and its value, None where it was not given.
+    """
+    values: dict[str, Any] = read_toml(config) if config else {}
+    chosen = {place: option for place, (option, value) in given.items() if value is not None}
+    for place in chosen:
+        value = given[place][1]
+        target = values
+        for section in place[:-1]:
+            inner = target.setdefault(section, {})
+            target = inner if isinstance(inner, dict) else {}  # no table there: told by the validation
+        target[place[-1]] = _image_size(value) if place[-1] == "image_size" else value
+    return validate_settings(model, values, str(config) if config else COMMAND_LINE, chosen)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Read `HEIGHTxWIDTH`, or one number for a square."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise UsageError(f"--image-size must be HEIGHTxWIDTH in pixels, such as 32x32, received {text!r}")
+    height, width = match.groups()
+    return int(height), int(width or height)
+
+
+def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function the keyword parameters that typer is to make options of."""
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in keywords}

@@ -16,10 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cnnpipe.devices import ask_driver
 from cnnpipe.errors import CnnpipeError, RegistryError
 from cnnpipe.files import user_path
-from cnnpipe.machine import package_versions, usable_cores
+from cnnpipe.machine import ask_driver, package_versions, usable_cores
 from cnnpipe.manifest import MANIFEST_FILE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,

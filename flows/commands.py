@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, run_app, show_result
+from cnnpipe.console import (
+    DEBUG_VARIABLE,
+    ArtifactsOption,
+    DataOption,
+    JsonOption,
+    command,
+    field_lines,
+    print_note,
+    run_app,
+    show_result,
+)
 from cnnpipe.errors import FailureBudgetError, ServerError, one_line
 from cnnpipe.files import display_path
 from cnnpipe.nightly import prefect_home
-from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.settings import ClassifySettings, RetrainSettings
+from cnnpipe.settings import ClassifySettings, RetrainSettings, takes_settings
 from flows.flow_runs import close_dead_runs, run_url
 from flows.runners import Runner, check_runner
 from flows.server import Server, ensure_server

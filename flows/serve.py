@@ -21,12 +21,11 @@ import typer
 from pydantic import ValidationError
 
 import cnnpipe
-from cnnpipe.console import command, run_app
+from cnnpipe.console import ArtifactsOption, DataOption, command, run_app
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.files import display_path, user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
-from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings
+from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, takes_settings
 from cnnpipe.storage import make_folder
 from flows.flow_runs import close_dead_runs, unfinished_states
 from flows.server import Server, ensure_server, prepare_environment

@@ -26,11 +26,10 @@ from typing import Annotated, Final
 import typer
 from filelock import FileLock, Timeout
 
-from cnnpipe.console import JsonOption, command, run_app, show_result
+from cnnpipe.console import ArtifactsOption, JsonOption, command, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.files import display_path
 from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
-from cnnpipe.options import ArtifactsOption
 from cnnpipe.storage import make_folder, storage_errors
 from flows.launcher import HOST, QUIET, START_TIMEOUT_SECONDS, start_server
 from flows.probe import answers_health, check_configured, configured_api_url

@@ -10,10 +10,9 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner, Result
 
-from cnnpipe.console import command
+from cnnpipe.console import ArtifactsOption, command
 from cnnpipe.files import user_path
-from cnnpipe.options import ArtifactsOption, takes_settings
-from cnnpipe.settings import ClassifySettings, Settings, UserPath, dump_toml, load_toml
+from cnnpipe.settings import ClassifySettings, Settings, UserPath, dump_toml, load_toml, takes_settings
 
 
 class _Wanted(Settings):

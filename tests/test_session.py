@@ -16,8 +16,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_info, write_model
 
 from cnnpipe.cuda import BoundBuffers, cuda_batch_size, cuda_options, is_out_of_memory
-from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
+from cnnpipe.machine import ask_driver, free_gpu_memory
 from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.session import device_report, open_session
@@ -293,7 +293,7 @@ def test_free_memory_is_the_drivers_and_every_context_is_given_back(
     failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = _FakeDriver(failing)
-    monkeypatch.setattr("cnnpipe.devices.ctypes.CDLL", lambda _: driver)
+    monkeypatch.setattr("cnnpipe.machine.ctypes.CDLL", lambda _: driver)
     if failing:
         with pytest.raises(ProviderError, match="cuda:1 does not tell its free memory: error 201"):
             free_gpu_memory(1)

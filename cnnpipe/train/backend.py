@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from cnnpipe.devices import ask_driver
 from cnnpipe.errors import ProviderError, one_line
-from cnnpipe.machine import find_processor, usable_cores
+from cnnpipe.machine import ask_driver, find_processor, usable_cores
 
 __all__ = [
     "LANES",
