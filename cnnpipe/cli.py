@@ -1,6 +1,6 @@
 """The command `cnnpipe`: every stage by hand, without Prefect.
 
-Each command imports its wing only when it runs, so that `cnnpipe classify` loads no TensorFlow and `--help` is quick.
+Each command imports its stage only when it runs, so `cnnpipe classify` loads no TensorFlow and `--help` is quick.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cnnpipe.console import (
     JsonOption,
     command,
     field_lines,
+    make_app,
     progress_bar,
     run_app,
     show_result,
@@ -29,28 +30,27 @@ from cnnpipe.errors import RegistryError
 from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.nightly import look_at_nightly, prefect_home
-from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
+from cnnpipe.registry import (
+    champion_run,
+    list_names,
+    promote_run,
+    registry_place,
+    resolve_run,
+    rollback,
+    summarize_runs,
+)
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="cnnpipe",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-models_app = typer.Typer(
-    help="The registry: list runs, show one, promote one, roll back.", no_args_is_help=True, rich_markup_mode=None
-)
+app = make_app("Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.")
+models_app = make_app("List, show, promote and roll back trained models.")
 app.add_typer(models_app, name="models")
 
 _ARTIFACTS = Path("artifacts")
 _DATA = Path("data")
 
-RunArgument = Annotated[str, typer.Argument(help="A run folder, <name>/<run id>, or a name (its champion).")]
-NameArgument = Annotated[str, typer.Argument(help="A model's name, such as digits.")]
+RunArgument = Annotated[
+    str, typer.Argument(help="Run folder, <name>/<run id>, or name (its champion).", metavar="RUN", show_default=False)
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,36 +59,37 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+]
+
+
 @app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk."""
+def _root(version: VersionOption = False) -> None:
+    pass
 
 
 @app.command()
 @command
 @takes_settings(RetrainSettings, "dataset", ("prepare",))
 def prepare(settings: RetrainSettings, data: DataOption = _DATA, as_json: JsonOption = False) -> None:
-    """Decode a dataset into train, val and test arrays; does nothing where that is done already."""
+    """Decode a dataset into train, val and test arrays.
+
+    Does nothing if that was done before with the same images and settings.
+    """
     from cnnpipe.prepare.dataset import prepare_dataset
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)
-    show_result(
-        {
-            "path": str(dataset.path),
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "num_images": dataset.num_images,
-            "class_names": list(dataset.class_names),
-            "warnings": list(dataset.report.warnings),
-        },
-        [str(dataset.path)],
-        as_json=as_json,
-    )
+    values = {
+        "path": str(dataset.path),
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "num_images": dataset.num_images,
+        "class_names": list(dataset.class_names),
+        "warnings": list(dataset.report.warnings),
+    }
+    show_result(values, [str(dataset.path)], as_json=as_json)
 
 
 @app.command()
@@ -110,26 +111,36 @@ def train(
     show_result({**asdict(result), "run": str(result.run)}, [str(result.run)], as_json=as_json)
 
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Name (its champion), run folder, or .keras or .onnx file.", metavar="MODEL", show_default=False
+    ),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of images to score on: all of them, or those in its `test` folder if it has one. "
+        "Default: the test split of the run."
+    ),
+]
+
+
 @app.command()
 @command
 @takes_settings(EvaluateSettings, "model")
 def evaluate(
     settings: EvaluateSettings,
-    model: Annotated[str, typer.Argument(help="A name (its champion), a run folder, or a .keras or .onnx file.")],
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of images to score on, as a whole or by its `test`; default: the run's own test split."
-        ),
-    ] = None,
+    model: ModelArgument,
+    dataset: DatasetOption = None,
     data: DataOption = _DATA,
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on its test split, or on all images of a folder.
+    """Score a model on its test split or on the images of a folder.
 
-    A run that is still being made gets its metrics.json and the tables beside it from its model.keras; a complete run
-    is scored by its model.onnx, and nothing in it changes.
+    An incomplete run is scored with model.keras, and gets its metrics.json and tables. A complete run is scored with
+    model.onnx, and its files do not change.
     """
     from cnnpipe.stages import evaluate_any
 
@@ -153,7 +164,7 @@ def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: Jso
 @app.command()
 @command
 def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Write a run's model.onnx and check it against model.keras on the test images."""
+    """Write model.onnx of a run, and check it against its model.keras."""
     from cnnpipe.stages import export_run
 
     folder = resolve_run(run, artifacts)
@@ -166,7 +177,7 @@ def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: J
 @command
 @takes_settings(ClassifySettings, "folder")
 def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Classify every file of a folder; one row for each in a CSV, JSONL or Parquet table."""
+    """Classify every file of a folder into a table, one row per file."""
     from cnnpipe.classify.run import predict_folder
     from cnnpipe.classify.summary import check_failure_rate
 
@@ -180,11 +191,14 @@ def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS
 @app.command()
 @command
 def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Say what this machine has: versions, devices, cores, free disk, champions, and the nightly schedule."""
+    """Show versions, devices, disk, champions and the nightly schedule.
+
+    The exit status is 1 if a champion alias is broken.
+    """
     from cnnpipe.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
-    champions = [row for row in summarize_runs(artifacts) if row.champion]
+    champions, problems = _find_champions(artifacts)
     nightly = look_at_nightly(prefect_home(artifacts))
     report = {
         **describe_environment(),
@@ -193,25 +207,43 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
             "path": str(artifacts.resolve()),
             "writable": (artifacts.is_dir() or not artifacts.exists()) and os.access(existing, os.W_OK),
             "free_gigabytes": round(shutil.disk_usage(existing).free / 1e9, 1),
-            "champions": {row.name: row.run_id for row in champions},
+            "champions": champions,
+            "problems": problems,
         },
     }
     lines = field_lines({**report, "nightly": nightly.shown()})
-    show_result({**report, "nightly": asdict(nightly)}, lines, as_json=as_json)
+    status = "failed" if problems else "ok"
+    show_result({**report, "nightly": asdict(nightly)}, lines, as_json=as_json, status=status)
+    if problems:
+        error = RegistryError("; ".join(problems))
+        error.follows_result = True
+        raise error
+
+
+def _find_champions(artifacts: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the run id of the champion of each name, and what is wrong with broken aliases."""
+    champions, problems = {}, []
+    for name in list_names(artifacts):
+        try:
+            if (run := champion_run(artifacts, name)) is not None:
+                champions[name] = run.name
+        except RegistryError as error:
+            problems.append(str(error))
+    return champions, problems
 
 
 @models_app.command("list")
 @command
 def list_models(
-    name: Annotated[str | None, typer.Argument(help="Only this name's runs.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show only the runs of this name.", metavar="NAME")] = None,
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """List runs, newest first; * marks the champion."""
-    known = list_names(artifacts)
-    if name is not None and name not in known:
+    names = list_names(artifacts)
+    if name is not None and name not in names:
         raise RegistryError(
-            f"no runs of {name!r} in {artifacts}; there are {', '.join(known) or 'none'}; check the name"
+            f"no runs of {name!r} in {artifacts}, which has runs of: {', '.join(names) or 'none'}; check the name"
         )
     rows = summarize_runs(artifacts, name)
     table = [("", "NAME", "RUN", "PRESET", "ACCURACY", "STATE")]
@@ -224,25 +256,32 @@ def list_models(
 @models_app.command("show")
 @command
 def show_model(model: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Show a complete run's manifest; `--json` with the digests of its files."""
+    """Show the manifest of a complete run.
+
+    With --json it includes the SHA-256 of every file.
+    """
     run = resolve_run(model, artifacts)
     manifest = read_manifest(run).model_dump(mode="json")
     shown = {"run": str(run), **{key: value for key, value in manifest.items() if key != "files"}}
     show_result({"run": str(run), "manifest": manifest}, field_lines(shown), as_json=as_json)
 
 
+ForceOption = Annotated[bool, typer.Option("--force", help="Promote the run even if it does not pass.")]
+ReasonOption = Annotated[str, typer.Option(help="Reason to record in promotions.jsonl.")]
+
+
 @models_app.command("promote")
 @command
 def promote_model(
     run: RunArgument,
-    force: Annotated[bool, typer.Option("--force", help="Promote it whatever the decision was.")] = False,
-    reason: Annotated[str, typer.Option(help="Why, for the history; with --force.")] = "promoted by hand",
+    force: ForceOption = False,
+    reason: ReasonOption = "promoted by hand",
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Decide on an exported run and make it the champion if it passes.
+    """Make an exported run the champion if it passes the promotion rules.
 
-    A complete run keeps the decision it has: one that was refused then, or stepped back from, needs --force.
+    A complete run keeps the decision that was made for it: one that was refused or rolled back needs --force.
     """
     from cnnpipe.stages import conclude_run
 
@@ -260,13 +299,13 @@ def promote_model(
 @models_app.command("rollback")
 @command
 def rollback_model(
-    name: NameArgument,
-    to: Annotated[str | None, typer.Option(help="Run id to go back to; default: the champion before.")] = None,
-    reason: Annotated[str, typer.Option(help="Why, for the history.")] = "rolled back by hand",
+    name: Annotated[str, typer.Argument(help="Name of the model, such as digits.", metavar="NAME")],
+    to: Annotated[str | None, typer.Option(help="Run id of the new champion. Default: the previous champion.")] = None,
+    reason: ReasonOption = "rolled back by hand",
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Give the champion alias back to the champion before, or to a given run."""
+    """Make the previous champion, or another run, the champion again."""
     move = rollback(artifacts, name, reason, to)
     show_result(asdict(move), [f"{name}: champion is {move.run_id} again, was {move.previous}"], as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""What a command shows: log and progress on stderr, the result on stdout, one line for an error, the exit status."""
+"""What every command shows: log and progress on stderr, its result on stdout, one line for an error, an exit status."""
 
 from __future__ import annotations
 
@@ -18,63 +18,67 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_line
+from cnnpipe.errors import CnnpipeError, UsageError, one_line
 from cnnpipe.files import open_standard_descriptors, user_path
 from cnnpipe.machine import package_versions
-from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
+from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import set_signature
 
-__all__ = [
-    "DEBUG_VARIABLE",
-    "ArtifactsOption",
-    "DataOption",
-    "JsonOption",
-    "command",
-    "field_lines",
-    "print_note",
-    "progress_bar",
-    "run_app",
-    "show_result",
-    "table_lines",
-]
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as in a shell."""
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as shells give it."""
+TERMINATED: Final = 143
+"""Exit status after SIGTERM: 128 + SIGTERM, as in a shell."""
 
-TERMINATED = 143
-"""Exit status after SIGTERM, likewise."""
+DEBUG_VARIABLE: Final = "CNNPIPE_DEBUG"
+"""Environment variable that is set while a command runs with `--debug`."""
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ArtifactsOption = Annotated[
     Path, typer.Option("--artifacts", envvar="CNNPIPE_ARTIFACTS", help="Folder of runs and champions.")
 ]
 DataOption = Annotated[Path, typer.Option("--data", envvar="CNNPIPE_DATA", help="Folder of raw and prepared datasets.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, the last of stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show debug messages, and the traceback of an error.")]
 
-_LINE_LENGTH = 300
-"""Characters of the line about an unexpected error; a longer path of the file with the rest is never cut."""
+_MAX_ERROR_CHARACTERS: Final = 300
+"""Length of the line about an unexpected error; the path of the file with the rest is never cut."""
+
+_SECONDS_BETWEEN_LINES: Final = 10.0
+_SECONDS_OF_RATE: Final = 120.0
 
 _stderr = Console(stderr=True, highlight=False)
-_SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_UNTIL_SENT_AGAIN = 0.05
 
-DEBUG_VARIABLE = "CNNPIPE_DEBUG"
-"""Set in the environment while a command runs with `--debug`."""
+
+def make_app(help_text: str | None = None) -> typer.Typer:
+    """Return an empty command line: plain help on up to 120 columns, and no tracebacks by typer.
+
+    Args:
+        help_text: description of a command line of several commands.
+    """
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=help_text is not None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"max_content_width": 120},
+    )
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line as a process of its own, with open standard streams, and with UTF-8 whatever the locale.
+    """Run a command line as a process of its own, with open standard streams, in UTF-8 whatever the locale.
 
-    Where the locale has another encoding, Python is started again in its UTF-8 mode: nothing else changes how it reads
-    the names of files and the command line. Printing never fails: bytes in a path that are not text are the same bytes
-    on stdout, so that a shell can use them.
+    If the locale has another encoding, Python is started again in its UTF-8 mode: nothing else changes how it decodes
+    file names and arguments. Printing never fails: bytes of a path that are not text are printed as they are on stdout,
+    so that a shell can use them.
     """
     open_standard_descriptors()
     if sys.getfilesystemencoding() != "utf-8":
@@ -90,23 +94,23 @@ def run_app(app: typer.Typer) -> None:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Run a command's body with its log on stderr, and turn what goes wrong into one line and an exit status.
+    """Run a command with its log on stderr, and turn an error into one line and an exit status.
 
-    Adds the option `--debug`. A command that offers `JsonOption` calls its parameter `as_json`. The body gets what
-    `user_path` makes of its options that are paths.
+    Adds the option `--debug`, and expands options that are paths with `user_path`. A command with `JsonOption` must
+    call that parameter `as_json`.
     """
 
     @functools.wraps(function)
     def run(*, debug: bool = False, **options: Any) -> None:
         as_json = bool(options.get("as_json"))
         try:
-            with _log_to_stderr(debug), _ended_by_sigterm(), _lost_signals_sent_again():
+            with _log_to_stderr(debug), _signals_end_the_block():
                 function(**{name: _resolve_path(name, value) for name, value in options.items()})
         except _TerminatedError:
-            raise _failed("ended by SIGTERM; what was finished is kept", "interrupted", TERMINATED, as_json) from None
+            raise _failed("ended by SIGTERM; finished work is kept", "interrupted", TERMINATED, as_json) from None
         except KeyboardInterrupt:
-            raise _failed("interrupted; what was finished is kept", "interrupted", INTERRUPTED, as_json) from None
-        except BrokenPipeError:  # the reader of our output has gone, such as `head`; nothing can be told any more
+            raise _failed("interrupted; finished work is kept", "interrupted", INTERRUPTED, as_json) from None
+        except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(1) from None
         except Exception as error:
@@ -114,8 +118,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 _stderr.print_exception()
             message = str(error) if isinstance(error, CnnpipeError) else _unexpected(error)
             status = error.exit_status if isinstance(error, CnnpipeError) else 1
-            # Past the failure budget the work is done, and its result has been printed as the last line already.
-            as_json = as_json and not isinstance(error, FailureBudgetError)
+            as_json = as_json and not getattr(error, "follows_result", False)
             raise _failed(f"error: {message}", type(error).__name__, status, as_json) from error
 
     own = inspect.signature(function, eval_str=True).parameters.values()
@@ -144,19 +147,19 @@ def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return an error that nobody foresaw on one line that names the file with all of it."""
+    """Return a message for an error that is not a `CnnpipeError`, which names a file with the traceback."""
     try:
-        rest = f"the whole error is in {_write_whole(error)}"
+        rest = f"the whole error is in {_write_report(error)}"
     except OSError as failure:
         rest = f"the whole error could not be written ({failure.strerror}); --debug shows it"
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f", {error.filename!r}" if error.filename else "")
     start, end = f"unexpected {type(error).__name__}: ", f"; {rest}"
-    return start + one_line(text, max(_LINE_LENGTH - len(f"error: {start}{end}"), 3)) + end
+    return start + one_line(text, max(_MAX_ERROR_CHARACTERS - len(f"error: {start}{end}"), 3)) + end
 
 
-def _write_whole(error: Exception) -> str:
+def _write_report(error: Exception) -> str:
     """Write an error with its traceback, the command line and the versions to a temporary file; return its path."""
     number, path = tempfile.mkstemp(".txt", f"cnnpipe-error-{time.strftime('%Y%m%dT%H%M%S')}-")
     with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -166,56 +169,38 @@ def _write_whole(error: Exception) -> str:
     return path
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM has come; like KeyboardInterrupt no Exception, so that nobody takes it for an error of theirs."""
-
-    signal = signal.SIGTERM
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM has arrived; not an Exception, so that no code takes it for an error of its own."""
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does: with its clean-up, so that nothing half-written stays behind."""
+def _signals_end_the_block() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does: with its clean-up.
 
-    def end(*_: object) -> None:
+    Either signal is sent again if it arrives in a finalizer, where Python discards the exception: without this, one of
+    264 presses of Ctrl-C during a training with TensorFlow had no effect.
+    """
+
+    def terminate(*_: object) -> None:
         raise _TerminatedError
 
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(lost.exc_value, _TerminatedError) else signal.SIGINT
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # after the finalizer
+        else:
+            hook(lost)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _lost_signals_sent_again() -> Iterator[None]:
-    """Send Ctrl-C and SIGTERM once more where they came up in a finaliser, which Python lets no exception out of.
-
-    Of a few hundred interrupts in the middle of a training with TensorFlow, one came up in the callback of a weak
-    reference: the training went on as if nothing had happened.
-    """
-    before = sys.unraisablehook
-
-    def send_again(lost: sys.UnraisableHookArgs) -> None:
-        error, number = lost.exc_value, None
-        if isinstance(error, KeyboardInterrupt):
-            number = signal.SIGINT
-        elif not isinstance(error, Exception):  # ours, or Prefect's, which takes its place within a flow
-            number = getattr(error, "signal", None)
-        if number is None:
-            before(lost)
-            return
-        timer = threading.Timer(_SECONDS_UNTIL_SENT_AGAIN, os.kill, (os.getpid(), number))  # the finaliser is done then
-        timer.daemon = True
-        timer.start()
-
+    handler, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
     sys.unraisablehook = send_again
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        signal.signal(signal.SIGTERM, handler)
+        sys.unraisablehook = hook
 
 
 def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, status: str = "ok") -> None:
@@ -228,21 +213,19 @@ def show_result(values: dict[str, Any], lines: list[str], *, as_json: bool, stat
 
 
 def _print_json(values: dict[str, Any]) -> None:
-    """Print an object as one line of valid UTF-8; a byte of a path that is not text is the escape of a surrogate."""
+    """Print an object as one line of valid UTF-8; bytes of a path that are not text become `\\udcNN`."""
     text = json.dumps(values, ensure_ascii=False)
     typer.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def print_note(line: str) -> None:
-    """Print a line beside the result, on stderr."""
+    """Print a line on stderr that is not part of the result."""
     _stderr.print(line, soft_wrap=True, markup=False)
 
 
 def field_lines(values: dict[str, Any]) -> list[str]:
     """Return nested values as aligned lines, `outer.inner  value`."""
-    flat = list(_flatten(values))
-    width = max((len(key) for key, _ in flat), default=0)
-    return [f"{key:<{width}}  {value}" for key, value in flat]
+    return table_lines(list(_flatten(values)))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -260,13 +243,14 @@ def _plain(value: object) -> str:
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of text, the header first, as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """Return rows of text as lines with aligned columns; not rich's Table, which wraps or cuts a long path."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]
 
 
 class _StderrHandler(logging.Handler):
-    """Print log lines above a progress bar instead of through it."""
+    """Prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else ""
@@ -277,7 +261,7 @@ class _StderrHandler(logging.Handler):
 def _log_to_stderr(debug: bool) -> Iterator[None]:
     """Print the library's log records on stderr while a command runs."""
     if debug:
-        os.environ[DEBUG_VARIABLE] = "1"  # for what is imported only later, such as Keras
+        os.environ[DEBUG_VARIABLE] = "1"  # for modules that are imported only later, such as Keras
     logger, handler = logging.getLogger("cnnpipe"), _StderrHandler()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -293,44 +277,79 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
             os.environ.pop(DEBUG_VARIABLE, None)
 
 
+class _CountColumn(ProgressColumn):
+    """Number of images that are done, or megabytes of a download, and their total."""
+
+    def render(self, task: Task) -> Text:
+        scale, unit = _unit(task)
+        total = f"/{task.total * scale:,.0f}" if task.total else ""
+        return Text(f"{task.completed * scale:,.0f}{total} {unit}")
+
+
+class _RateColumn(ProgressColumn):
+    """Images or megabytes per second, over the last two minutes."""
+
+    def render(self, task: Task) -> Text:
+        scale, unit = _unit(task)
+        rate = (task.speed or 0.0) * scale
+        return Text(f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s" if rate else "")
+
+
+def _unit(task: Task) -> tuple[float, str]:
+    return (1e-6, "MB") if task.fields["stage"] == "download" else (1.0, "images")
+
+
+class StageProgress(Progress):
+    """rich's progress bar for one stage at a time, also as a line of text.
+
+    A new stage, or a count that has become smaller, starts a new bar: rate and total belong to one stage.
+
+    Args:
+        disable: whether nothing is drawn, and only the line of text is used.
+    """
+
+    def __init__(self, *, disable: bool = True) -> None:
+        self._figures = (_CountColumn(), TaskProgressColumn("{task.percentage:.0f} %"), _RateColumn())
+        super().__init__(
+            *(BarColumn(), TextColumn("{task.description}", markup=False), *self._figures, TimeRemainingColumn()),
+            console=_stderr,
+            transient=True,
+            speed_estimate_period=_SECONDS_OF_RATE,
+            get_time=time.monotonic,
+            disable=disable,
+        )
+
+    def report(self, label: str, done: int, total: int) -> None:
+        """Show the state of a stage; a `ProgressCallback`."""
+        stage = label.partition(":")[0]
+        task = self.tasks[0] if self.tasks else None
+        if task is not None and task.fields["stage"] == stage and done >= task.completed:
+            self.update(task.id, description=label, completed=done, total=total or None)
+            return
+        if task is not None:
+            self.remove_task(task.id)
+        self.add_task(label, completed=done, total=total or None, stage=stage)
+
+    def text(self) -> str:
+        """Return the state as one line, with what is known of: count, total, percentage, rate, time left."""
+        task = self.tasks[0]
+        figures = [column.render(task).plain for column in self._figures]
+        if task.time_remaining:
+            figures.append(f"{TimeRemainingColumn().render(task)} left")
+        return f"{task.description}: {', '.join(filter(None, figures))}"
+
+
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
-    """Give a callback `(what, done, total)` that shows a bar with the rate and the time left.
+    """Give a callback that shows a progress bar, or prints a line every ten seconds where stderr is not a terminal."""
+    with StageProgress(disable=not _stderr.is_terminal) as progress:
+        printed = time.monotonic()
 
-    Where stderr is no terminal, such as a nightly log, a line every ten seconds takes the bar's place.
-    A total of 0 means that it is not known yet.
-    """
-    if not _stderr.is_terminal:
-        yield _print_lines()
-        return
-    with Progress(BarColumn(), TextColumn("{task.description}"), console=_stderr, transient=True) as bar:
-        clock = StageClock()
-        shown: dict[str, TaskID] = {}
+        def report(label: str, done: int, total: int) -> None:
+            nonlocal printed
+            progress.report(label, done, total)
+            if progress.disable and time.monotonic() - printed >= _SECONDS_BETWEEN_LINES:
+                printed = time.monotonic()
+                _stderr.print(progress.text(), soft_wrap=True, markup=False)
 
-        def update(what: str, done: int, total: int) -> None:
-            stage = stage_of(what)
-            if stage not in shown:  # a bar cannot forget a total, so each stage has one of its own
-                for task in shown.values():
-                    bar.remove_task(task)
-                shown.clear()
-                shown[stage] = bar.add_task(what, total=None)
-            text = progress_text(what, done, total, clock.rate(what, done))
-            bar.update(shown[stage], description=text, completed=done, total=total or None)
-
-        yield update
-
-
-def _print_lines() -> ProgressCallback:
-    clock = StageClock()
-    printed = time.monotonic()
-
-    def update(what: str, done: int, total: int) -> None:
-        nonlocal printed
-        now = time.monotonic()
-        rate = clock.rate(what, done)
-        if now - printed < _SECONDS_BETWEEN_LINES or not rate:
-            return
-        printed = now
-        _stderr.print(progress_text(what, done, total, rate), soft_wrap=True)
-
-    return update
+        yield report

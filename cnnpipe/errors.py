@@ -4,54 +4,33 @@ CnnpipeError                     exit status 1
 ├── ConfigError                  a setting or a settings file is wrong
 │   └── UsageError               exit status 2: an option of the command line is wrong
 ├── DatasetError                 a dataset cannot be prepared or read
-│   ├── DownloadError            a dataset could not be fetched whole
-│   └── ImageError               one image cannot be decoded; carries its `kind`
-├── TrainingError                training cannot start or went wrong
-├── ModelError                   a model is missing, damaged or not one of ours
+│   ├── DownloadError            a dataset could not be downloaded completely
+│   └── ImageError               one image cannot be decoded; has its `kind`
+├── TrainingError                training cannot start, or failed
+├── ModelError                   a model is missing, damaged or not made by cnnpipe
 │   └── ParityError              an exported model disagrees with its original
-├── RegistryError                a run or an alias is missing or half written
-├── ProviderError                the device asked for cannot be used
-│   └── GpuMemoryError           the GPU has no room for a batch
+├── RegistryError                a run or a champion alias is missing or incomplete
+├── ProviderError                the requested device cannot be used
+│   └── GpuMemoryError           the GPU has too little memory for a batch
 ├── PredictionsError             the table of predictions cannot be written
-├── StorageError                 a file cannot be written (full, read-only)
-│   └── AlreadyThereError        a file is there already and may not be replaced
+├── StorageError                 a file cannot be written: the disk is full, read-only or forbidden
+│   └── AlreadyThereError        a file exists and may not be replaced
 ├── ServerError                  no Prefect server or Dask scheduler could be reached or started
 └── FailureBudgetError           exit status 3: finished, but too many images failed
 
-Every message is one line: what is wrong, what was received, how to mend it.
+Every message is one line: what is wrong, what was received, how to fix it.
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "AlreadyThereError",
-    "CnnpipeError",
-    "ConfigError",
-    "DatasetError",
-    "DownloadError",
-    "FailureBudgetError",
-    "GpuMemoryError",
-    "ImageError",
-    "ModelError",
-    "ParityError",
-    "PredictionsError",
-    "ProviderError",
-    "RegistryError",
-    "ServerError",
-    "StorageError",
-    "TrainingError",
-    "UsageError",
-    "one_line",
-]
-
 
 def one_line(text: object, max_length: int = 200) -> str:
-    """Return what another library says, such as an exception, on one line.
+    """Return the text of another library, such as an exception, as one line.
 
-    What is too long loses its middle: some libraries begin with the reason, others end with it.
+    A line that is too long loses its middle: some libraries begin with the reason, others end with it.
 
     Args:
-        max_length: of the line, characters; at least 3.
+        max_length: largest number of characters; at least 3.
     """
     line = " ".join(str(text).split())
     start = (max_length - 2) // 2
@@ -62,6 +41,8 @@ class CnnpipeError(Exception):
     """Base of every error that is shown to the user as one line."""
 
     exit_status = 1
+    follows_result = False
+    """Whether the command printed its result before: then no JSON object about the error follows it."""
 
 
 class ConfigError(CnnpipeError):
@@ -79,7 +60,7 @@ class DatasetError(CnnpipeError):
 
 
 class DownloadError(DatasetError):
-    """A dataset could not be fetched whole."""
+    """A dataset could not be downloaded completely."""
 
 
 class ImageError(DatasetError):
@@ -100,27 +81,27 @@ class ImageError(DatasetError):
 
 
 class TrainingError(CnnpipeError):
-    """Training cannot start or went wrong."""
+    """Training cannot start, or failed."""
 
 
 class ModelError(CnnpipeError):
-    """A model is missing, damaged or not one of ours."""
+    """A model is missing, damaged or not made by cnnpipe."""
 
 
 class ParityError(ModelError):
-    """An exported model disagrees with the model it came from."""
+    """An exported model disagrees with its original."""
 
 
 class RegistryError(CnnpipeError):
-    """A run or an alias is missing or half written."""
+    """A run or a champion alias is missing or incomplete."""
 
 
 class ProviderError(CnnpipeError):
-    """The device asked for cannot be used."""
+    """The requested device cannot be used."""
 
 
 class GpuMemoryError(ProviderError):
-    """The GPU has no room for a batch."""
+    """The GPU has too little memory for a batch."""
 
 
 class PredictionsError(CnnpipeError):
@@ -132,14 +113,15 @@ class StorageError(CnnpipeError):
 
 
 class AlreadyThereError(StorageError):
-    """A file is there already and may not be replaced."""
+    """A file exists and may not be replaced."""
 
 
 class ServerError(CnnpipeError):
-    """No Prefect server, or no Dask scheduler with workers, could be reached or started."""
+    """No Prefect server or Dask scheduler could be reached or started."""
 
 
 class FailureBudgetError(CnnpipeError):
-    """The work is finished and written, but more images failed than allowed."""
+    """Finished, but more images failed than allowed."""
 
     exit_status = 3
+    follows_result = True

@@ -1,6 +1,7 @@
-"""The settings of every step, as frozen pydantic models: validated once, written to every run, read back from TOML.
+"""Settings of every stage: frozen pydantic models, read from options, TOML files and the form of the Prefect UI.
 
-The same models are the parameters of the Prefect flows, so the descriptions below are what the UI's form shows.
+A field's docstring is its help text on the command line and in the form, so neither can lag behind the code.
+Settings are validated once, written to `config.toml` of every run, and read back from it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import tomli_w
-import typer
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -30,45 +31,28 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cnnpipe.errors import ConfigError, UsageError, one_line
 from cnnpipe.files import NO_URL, display_path, user_path
 
-__all__ = [
-    "BUILT_IN_DATASETS",
-    "COMMAND_LINE",
-    "ClassifySettings",
-    "Device",
-    "EvaluateSettings",
-    "ExportSettings",
-    "PrepareSettings",
-    "PromoteSettings",
-    "RetrainSettings",
-    "Settings",
-    "TrainSettings",
-    "dataset_location",
-    "dataset_name",
-    "dump_toml",
-    "load_toml",
-    "read_toml",
-    "set_signature",
-    "takes_settings",
-    "validate_settings",
-]
+BUILT_IN_DATASETS: Final = ("digits", "cifar10")
 
-BUILT_IN_DATASETS = ("digits", "cifar10")
+COMMAND_LINE: Final = "the command line"
+"""Origin of settings that come from no file."""
 
-COMMAND_LINE = "the command line"
-"""The origin of settings that come from no file."""
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
-TrainDevice = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|cuda:all)$")]
+_DEVICE: Final = r"^(auto|cpu|cuda|cuda:\d+)$"
+_TRAIN_DEVICE: Final = r"^(auto|cpu|cuda|cuda:\d+|cuda:all)$"
+_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_PATTERNS_IN_WORDS: Final = {
+    _DEVICE: "must be auto, cpu, cuda or cuda:N",
+    _TRAIN_DEVICE: "must be auto, cpu, cuda, cuda:N or cuda:all",
+    _NAME: "must be at most 64 ASCII letters, digits, `.`, `_` or `-`, and begin with a letter or digit",
+}
 
 
 def _check_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Admit a path whose bytes are not text, which pydantic refuses in a string, and no URL."""
+    """Accept a path with bytes that are not text, which pydantic refuses in a string, but not a URL."""
     if not isinstance(value, str):
         return check(value)
     check(display_path(value))
@@ -79,73 +63,82 @@ def _check_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     return value
 
 
-UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(display_path, when_used="json")]
-"""Text that `user_path` makes a path of; in JSON and TOML bytes that are not text stand there as `\\xNN`."""
+def _parse_image_size(value: Any) -> Any:
+    """Read `HEIGHTxWIDTH`, or one number for a square, as (height, width)."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+    if match is None:
+        raise PydanticCustomError("image_size", "must be HEIGHTxWIDTH in pixels, such as 32x32")
+    return int(match[1]), int(match[2] or match[1])
 
-ImageSize = Annotated[int, Field(ge=8, le=1024)]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Device = Annotated[str, Field(pattern=_DEVICE)]
+UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(display_path, when_used="json")]
+"""Text that `user_path` makes a path of. In JSON and TOML, bytes that are not text become `\\xNN`."""
+_Pixels = Annotated[int, Field(ge=8, le=1024)]
+ImageSize = Annotated[tuple[_Pixels, _Pixels], BeforeValidator(_parse_image_size)]
+"""(height, width) in pixels, also written as the text `32x32`."""
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and a misspelt name is an error rather than a default."""
+    """Base of all settings: frozen, and a misspelt name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class PrepareSettings(Settings):
     """Which images to learn from, and how to split them."""
 
-    dataset: UserPath = Field(
-        "digits",
-        min_length=1,
-        description="`digits` (built in), `cifar10` (the official archive), or the path of a folder of images: "
-        "FOLDER/{train,val,test}/CLASS/* or FOLDER/CLASS/*",
-    )
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="what the model is called; default: the dataset's or the folder's own name",
-    )
-    include: tuple[str, ...] = Field(
-        (),
-        description="only files of a folder that match one of these patterns; one without `/` is compared with the "
-        "file's name",
-    )
-    exclude: tuple[str, ...] = Field((), description="no files of a folder that match one of these patterns")
-    image_size: tuple[ImageSize, ImageSize] = Field((32, 32), description="(height, width) of the model, pixels")
-    val_fraction: float = Field(0.2, gt=0.0, lt=1.0, description="share of train that becomes val if there is none")
-    test_fraction: float = Field(
-        0.2, gt=0.0, lt=1.0, description="share of all but val that becomes test if there is none"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="decides which images go to which split")
-    min_images_per_class: int = Field(10, ge=1, description="a class with fewer images in train stops the run")
-    max_unreadable_fraction: Fraction = Field(
-        0.01, description="a larger share of unreadable images, and more than one, stops the run; 0 allows none"
-    )
-    max_leaked_fraction: Fraction = Field(0.01, description="a larger share of test images also in train stops the run")
-    max_imbalance: float = Field(100.0, ge=1.0, description="a larger ratio of largest to smallest class stops the run")
+    dataset: UserPath = Field("digits", min_length=1)
+    """`digits` (built in), `cifar10` (downloaded once), or a folder of images: FOLDER/CLASS/* or
+    FOLDER/{train,val,test}/CLASS/*."""
+    name: str | None = Field(None, pattern=_NAME)
+    """Name of the model and of its folder in artifacts. Default: the name of the dataset or of its folder."""
+    include: tuple[str, ...] = ()
+    """Use only the files of the folder that match this shell pattern, such as `*.jpg` or `cats/*`."""
+    exclude: tuple[str, ...] = ()
+    """Leave out the files of the folder that match this shell pattern, such as `*_thumb.*`."""
+    image_size: ImageSize = (32, 32)
+    """Height and width to which every image is resized, in pixels. Photos need more than the default."""
+    val_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Fraction of the train split that becomes val, for a dataset without a val split."""
+    test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Fraction of the images (without those of a given val split) that becomes test, for a dataset without a test
+    split."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the random split into train, val and test."""
+    min_images_per_class: int = Field(10, ge=1)
+    """Fewest train images that a class may have. The run stops before training if a class has fewer."""
+    max_unreadable_fraction: Fraction = 0.01
+    """Largest fraction of images that may be unreadable before the run stops. One is always allowed, unless this
+    is 0."""
+    max_leaked_fraction: Fraction = 0.01
+    """Largest fraction of val or test images that may also be in another split before the run stops."""
+    max_imbalance: float = Field(100.0, ge=1.0)
+    """Largest ratio of the biggest class to the smallest before the run stops."""
 
     @model_validator(mode="after")
     def _name_is_usable(self) -> Self:
         if self.resolved_name in ("", "predictions"):
-            raise ValueError(f"{self.dataset!r} gives no usable name for the model; give one with --name")
+            raise ValueError(f"{self.dataset!r} gives no usable name for the model; choose one with --name")
         return self
 
     @model_validator(mode="after")
     def _patterns_have_a_folder(self) -> Self:
         if self.dataset in BUILT_IN_DATASETS and (self.include or self.exclude):
-            raise ValueError(f"include and exclude choose files of a folder, received the dataset {self.dataset!r}")
+            raise ValueError(f"include and exclude need a folder of images, received the dataset {self.dataset!r}")
         return self
 
     @property
     def resolved_name(self) -> str:
-        """The name of the dataset, of its models and of their folder: `name`, or made from `dataset`."""
-        if self.name is not None:
-            return self.name
-        return dataset_name(self.dataset)
+        """Name of the dataset, of its models and of their folder: `name`, or made from `dataset`."""
+        return dataset_name(self.dataset) if self.name is None else self.name
 
 
 def dataset_name(dataset: str) -> str:
-    """Return the name that a dataset gives to itself and its models; empty where its folder's has no ASCII letter."""
+    """Return the default name of a dataset; empty if its folder's name has no ASCII letter or digit."""
     if dataset in BUILT_IN_DATASETS:
         return dataset
     return re.sub(r"[^A-Za-z0-9._-]+", "-", user_path(dataset).resolve().name).strip("-._")[:64]
@@ -159,69 +152,74 @@ def dataset_location(dataset: str) -> str:
 
 
 class TrainSettings(Settings):
-    """Which network to train, and how. What is left empty is the preset's."""
+    """Which network to train, and how. Settings left empty take the value of the preset."""
 
-    preset: Literal["baseline", "fast", "accurate"] = Field(
-        "baseline",
-        description="`baseline`: the classic tutorial's CNN and settings; `fast`: a network that learns in few epochs; "
-        "`accurate`: a deeper one, for longer; on a GPU both are trained longer or wider",
-    )
-    epochs: int | None = Field(None, ge=1, le=100_000, description="passes over the training images")
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="images a step")
-    learning_rate: float | None = Field(None, gt=0.0, description="the optimizer's rate")
-    augment: bool | None = Field(None, description="random flips and shifts of the training images")
-    label_smoothing: float | None = Field(
-        None, ge=0.0, lt=1.0, description="share of each label that is spread over all classes, against overconfidence"
-    )
-    average_weights: bool = Field(
-        False,
-        description="keep running averages of the weights of the last few epochs, not those of one epoch",
-    )
-    class_weights: bool = Field(False, description="let every class weigh the same in the loss, however rare it is")
-    patience: int | None = Field(
-        None, ge=1, description="epochs without better weights by validation after which training stops; default: never"
-    )
-    max_minutes: float | None = Field(
-        None,
-        gt=0.0,
-        description="for training: where it is too short for all epochs, fewer are planned, and the rate of `fast` and "
-        "`accurate` falls to zero in them; default: no limit",
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="the initial weights, the order of images and their augmentation")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="of the arithmetic, on weights of float32; `auto`: less than float32 where the "
-        "device is known to be faster so",
-    )
-    resume: bool = Field(True, description="go on with the newest run that was broken off at the same training")
-    device: TrainDevice = Field(
-        "auto", description="`auto`, `cpu`, `cuda`, `cuda:N`, or `cuda:all` for all GPUs; only `auto` may choose"
-    )
+    preset: Literal["baseline", "fast", "accurate"] = "baseline"
+    """`baseline`: the CNN of the classic tutorial. `fast`: more accurate, in fewer epochs. `accurate`: deeper, for the
+    best accuracy in several times the time."""
+    epochs: int | None = Field(None, ge=1, le=100_000)
+    """Passes over the train images. Default: those of the preset."""
+    batch_size: int | None = Field(None, ge=1, le=65_536)
+    """Images per training step. Default: that of the preset. Lower it if the memory is too small."""
+    learning_rate: float | None = Field(None, gt=0.0)
+    """Highest learning rate. Default: that of the preset."""
+    augment: bool | None = None
+    """Flip and shift train images at random. Default: that of the preset. Turn it off where a mirror image means
+    something else, such as letters."""
+    label_smoothing: float | None = Field(None, ge=0.0, lt=1.0)
+    """Fraction of each label that is spread over all classes, against overconfidence. Default: that of the preset."""
+    average_weights: bool = False
+    """Use a running average of the weights of the last few epochs instead of the weights of one epoch."""
+    class_weights: bool = False
+    """Give every class the same total weight in the loss. Use it when rare classes matter as much as common ones."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this number of epochs without an improvement on val. Default: never."""
+    max_minutes: float | None = Field(None, gt=0.0)
+    """Time budget for training. If not all epochs fit, fewer are run and the learning-rate schedule is shortened to
+    match. Default: no limit."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the initial weights, of the order of the images and of their augmentation."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute precision (weights stay float32). `auto` lowers it only where that is known to be faster."""
+    resume: bool = True
+    """Continue the newest interrupted run of the same dataset and settings, if there is one."""
+    device: str = Field("auto", pattern=_TRAIN_DEVICE)
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `cuda:all` for all GPUs. Only `auto` may fall back to the CPU."""
 
 
 class EvaluateSettings(Settings):
     """How to score a model on the test split."""
 
-    top_k: int = Field(5, ge=1, description="an image is top-k correct if its class is among the k likeliest")
-    calibration_bins: int = Field(15, ge=1, le=1000, description="equal-width bins of the expected calibration error")
+    top_k: int = Field(5, ge=1)
+    """Report also how often the right class is among the k most probable ones."""
+    calibration_bins: int = Field(15, ge=1, le=1000)
+    """Number of equal-width confidence bins for the expected calibration error."""
 
 
 class ExportSettings(Settings):
     """How to write the ONNX model, and how closely it must agree with the trained one."""
 
-    opset: int = Field(17, ge=13, le=21, description="version of the ONNX operator set")
-    min_agreement: Fraction = Field(0.999, description="share of test images that must get the same class")
-    max_difference: float = Field(1e-4, gt=0.0, description="largest allowed difference of any probability")
-    int8: bool = Field(True, description="also write an int8 model, for CPUs, if it is accurate enough")
-    fp16: bool = Field(True, description="also write an fp16 model, for CUDA, if it is accurate enough")
-    max_accuracy_loss: Fraction = Field(0.005, description="test accuracy that an int8 or fp16 model may lose")
-    calibration_images: int = Field(512, ge=1, le=100_000, description="training images that int8's ranges come from")
+    opset: int = Field(17, ge=13, le=21)
+    """Version of the ONNX operator set. Lower it for an older ONNX runtime."""
+    min_agreement: Fraction = 0.999
+    """Fraction of test images for which model.onnx must predict the same class as Keras, or the export fails."""
+    max_difference: float = Field(1e-4, gt=0.0)
+    """Largest difference between a probability of model.onnx and that of Keras before the export fails."""
+    int8: bool = True
+    """Write an int8 model too, for CPUs, unless it loses more than max_accuracy_loss."""
+    fp16: bool = True
+    """Write an fp16 model too, for GPUs, unless it loses more than max_accuracy_loss."""
+    max_accuracy_loss: Fraction = 0.005
+    """Test accuracy that an int8 or fp16 model may lose: 0.005 is half a percentage point."""
+    calibration_images: int = Field(512, ge=1, le=100_000)
+    """Number of train images from which the value ranges of the int8 model are measured."""
 
 
 class PromoteSettings(Settings):
-    """When a new model takes the champion's place."""
+    """When a new model becomes the champion."""
 
-    min_accuracy: Fraction = Field(0.5, description="test accuracy below this is never promoted, first run included")
+    min_accuracy: Fraction = 0.5
+    """Lowest test accuracy of a champion. A model below it is never promoted, not even the first one."""
 
 
 class RetrainSettings(Settings):
@@ -237,57 +235,54 @@ class RetrainSettings(Settings):
 class ClassifySettings(Settings):
     """Which images to classify, with which model, and where the table goes."""
 
-    folder: UserPath = Field(min_length=1, description="folder of images; searched to the bottom")
-    files: UserPath | None = Field(
-        None,
-        description="text file of paths in the folder to classify, one a line or each ended by NUL; `-` is standard "
-        "input; without a folder they are relative to the current one",
-    )
-    include: tuple[str, ...] = Field(
-        (), description="only files that match one of these patterns; one without `/` is held against the file's name"
-    )
-    exclude: tuple[str, ...] = Field((), description="no files that match one of these patterns")
-    model: UserPath | None = Field(
-        None,
-        description="a name (its champion), an alias file, a run folder or an .onnx file; "
-        "default: the only champion there is",
-    )
-    output: UserPath | None = Field(
-        None,
-        description="table to write; .csv, .jsonl or .parquet; "
-        "default: a new folder below artifacts/predictions with predictions.csv",
-    )
-    resume: bool = Field(True, description="go on with the rows of an attempt of the same settings that was broken off")
-    overwrite: bool = Field(False, description="replace `output` if it exists, and a half-done one of other settings")
-    retry_failed: bool = Field(False, description="try only the rows of `output` that failed, and keep the others")
-    incremental: bool = Field(
-        False, description="bring `output` up to date: files of the same content and model keep their rows"
-    )
-    device: Device = Field("auto", description="`auto`, `cpu`, `cuda`, or `cuda:N`; only `auto` may choose")
-    precision: Literal["auto", "fp32", "int8", "fp16"] = Field(
-        "auto",
-        description="of the model; `auto`: int8 on cpu, fp16 on cuda, if measured faster at export; else fp32",
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=65_536,
-        description="images a step; default: 32 on cpu; on cuda up to 2048, by image size and memory",
-    )
-    workers: int | None = Field(None, ge=1, le=1024, description="decoding processes; default: one a core")
-    file_timeout: float = Field(60.0, gt=0.0, description="seconds that decoding one file may take")
-    shard_size: int = Field(4096, ge=1, le=1_000_000, description="files whose rows are written, and kept, together")
-    top_k: int = Field(1, ge=1, description="classes to report for each image")
-    min_probability: Fraction = Field(0.0, description="images below it count as uncertain, and are sorted apart")
-    safe_csv: bool = Field(
-        False,
-        description="for a spreadsheet: a .csv with a byte order mark, and an apostrophe before texts like formulas",
-    )
-    sort_into: UserPath | None = Field(
-        None, description="folder to sort the files into, by class: hard links, else copies"
-    )
-    report: UserPath | None = Field(None, description="contact sheet of the result to write; .html")
-    max_failure_rate: Fraction = Field(0.1, description="a larger share of unreadable images ends with exit status 3")
+    folder: UserPath = Field(min_length=1)
+    """Folder of images to classify, with all its subfolders."""
+    files: UserPath | None = None
+    """Text file of the paths to classify, one a line or NUL-separated; `-` reads standard input. They are relative to
+    the folder, or to the current folder if none is named."""
+    include: tuple[str, ...] = ()
+    """Classify only files that match this shell pattern, such as `*.jpg` or `cats/*`."""
+    exclude: tuple[str, ...] = ()
+    """Leave out files that match this shell pattern, such as `*_thumb.*`."""
+    model: UserPath | None = None
+    """Name (its champion), alias file, run folder or .onnx file. Default: the champion, if there is only one."""
+    output: UserPath | None = None
+    """Table to write: .csv, .jsonl or .parquet. Default: predictions.csv in a new folder below
+    artifacts/predictions."""
+    resume: bool = True
+    """Continue an interrupted classification of the same settings."""
+    overwrite: bool = False
+    """Replace an existing table, and an interrupted one of other settings."""
+    retry_failed: bool = False
+    """Classify again only the files whose row in the table is an error, and keep the other rows."""
+    incremental: bool = False
+    """Update an existing table: classify new and changed files, and keep the rows of the others."""
+    device: Device = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Only `auto` may fall back to the CPU."""
+    precision: Literal["auto", "fp32", "int8", "fp16"] = "auto"
+    """Precision of the model. `auto`: int8 on a CPU or fp16 on a GPU if export measured it to be faster, else fp32."""
+    batch_size: int | None = Field(None, ge=1, le=65_536)
+    """Images per step of the model. Default: 32 on a CPU; on a GPU up to 2048, by image size and free memory."""
+    workers: int | None = Field(None, ge=1, le=1024)
+    """Number of processes that decode images. Default: one per core."""
+    file_timeout: float = Field(60.0, gt=0.0)
+    """Seconds that decoding one file may take before its row becomes an error."""
+    shard_size: int = Field(4096, ge=1, le=1_000_000)
+    """Number of rows that are saved together: at most these are classified again after an interruption."""
+    top_k: int = Field(1, ge=1)
+    """Number of classes to report for each image, the most probable first."""
+    min_probability: Fraction = 0.0
+    """Images with a lower probability count as uncertain, and --sort-into puts them into a folder of their own."""
+    safe_csv: bool = False
+    """Write a .csv for spreadsheets: with a byte order mark, and an apostrophe before text that looks like a
+    formula."""
+    sort_into: UserPath | None = None
+    """Folder to sort the files into, one subfolder per class, as hard links or, on another disk, copies."""
+    report: UserPath | None = None
+    """Contact sheet to write: an .html page with counts, pictures of every class, and errors."""
+    max_failure_rate: Fraction = 0.1
+    """Largest fraction of files that may be unreadable. If more are, the table is complete but the exit status is
+    3."""
 
     @model_validator(mode="before")
     @classmethod
@@ -297,31 +292,31 @@ class ClassifySettings(Settings):
         return values
 
     @model_validator(mode="after")
-    def _files_have_known_suffixes(self) -> Self:
+    def _suffixes_name_a_format(self) -> Self:
         if self.output is not None and Path(self.output).suffix not in (".csv", ".jsonl", ".parquet"):
             raise ValueError(f"output must end in .csv, .jsonl or .parquet, received {self.output!r}")
         if self.safe_csv and self.output is not None and Path(self.output).suffix != ".csv":
-            raise ValueError(f"safe_csv is for a table that ends in .csv, received {self.output!r}")
+            raise ValueError(f"safe_csv needs a table that ends in .csv, received {self.output!r}")
         if self.report is not None and Path(self.report).suffix not in (".html", ".htm"):
             raise ValueError(f"report must end in .html, received {self.report!r}")
         return self
 
     @model_validator(mode="after")
-    def _earlier_table_is_named(self) -> Self:
+    def _update_names_its_table(self) -> Self:
         if not (self.retry_failed or self.incremental):
             return self
         if self.retry_failed and self.incremental:
-            raise ValueError("incremental tries failed files again too; leave out retry_failed")
-        mode = "retry_failed" if self.retry_failed else "incremental"
+            raise ValueError("incremental classifies failed files again too; leave out retry_failed")
         if self.output is None:
-            raise ValueError(f"{mode} needs output, the table to bring up to date")
+            mode = "retry_failed" if self.retry_failed else "incremental"
+            raise ValueError(f"{mode} needs output: name the table to update")
         if self.retry_failed and (self.files or self.include or self.exclude):
             raise ValueError("retry_failed takes its files from the table; leave out files, include and exclude")
         return self
 
     @property
     def replaces_output(self) -> bool:
-        """Whether what is at `output` and `report` may give way."""
+        """Whether existing files at `output` and `report` may be replaced."""
         return self.overwrite or self.retry_failed or self.incremental
 
 
@@ -338,38 +333,45 @@ def validate_settings(
 
     Args:
         origin: where the values come from, for the message, such as a file's name.
-        options: of the values that came from the command line, the option's name by the place of the value.
+        options: name of the option for each value that came from the command line, by the keys that lead to it.
     Raises:
-        ConfigError: a value does not fit; names the first setting, what it received and what it must be.
-        UsageError: the same, of a value from the command line.
+        ConfigError: a value is not valid; names the first one, what it received and what it must be.
+        UsageError: the same, for a value from the command line.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        received = one_line(repr(first["input"]))
-        place = tuple(part for part in first["loc"] if isinstance(part, str))
-        option = next((name for key, name in options.items() if place[: len(key)] == key), None)
-        if option is not None:
-            raise UsageError(" ".join(f"{option}: {first['msg']}, received {received}".split())) from error
-        setting = ".".join(str(part) for part in first["loc"]) or "settings"
-        if first["type"] == "extra_forbidden":
-            message = f"no setting is called {setting}, in {origin}; see the settings in the README"
-        elif first["type"] == "missing":
-            message = f"{setting} is missing in {origin}; give it"
-        elif first["type"] == "value_error":  # written in this module, and complete
-            message = f"{first['ctx']['error']}, in {origin}"
-        else:
-            message = f"{setting}: {first['msg']}, received {received}, in {origin}"
-        error_type = UsageError if origin == COMMAND_LINE else ConfigError
-        raise error_type(" ".join(message.split())) from error
+        keys = tuple(key for key in first["loc"] if isinstance(key, str))
+        option = next((name for place, name in options.items() if keys[: len(place)] == place), None)
+        usage = option is not None or origin == COMMAND_LINE
+        message = _say_what_is_wrong(first, option or ".".join(map(str, first["loc"])) or "settings")
+        message = message if usage else f"{message}, in {origin}"
+        raise (UsageError if usage else ConfigError)(" ".join(message.split())) from error
+
+
+def _say_what_is_wrong(error: ErrorDetails, name: str) -> str:
+    if error["type"] == "value_error":  # raised in this module, and complete
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        return f"no setting is called {name}; see --help for their names"
+    if error["type"] == "missing":
+        return f"{name} is missing; give it"
+    received = one_line(repr(error["input"]))
+    if error["type"] == "model_type":
+        return f"{name} must be a table of settings, received {received}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{name} {_PATTERNS_IN_WORDS[error['ctx']['pattern']]}, received {received}"
+    problem = re.sub(r"^\w+ should ", "must ", error["msg"]).partition(", unable to parse")[0]
+    problem = problem.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return f"{name} {problem}, received {received}"
 
 
 def load_toml(model: type[SettingsT], path: Path) -> SettingsT:
-    """Read settings from a TOML file; what it leaves out has its default.
+    """Read settings from a TOML file; settings that are not in it have their defaults.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or a value does not fit.
+        ConfigError: the file is missing, is not TOML, or has a value that is not valid.
     """
     return validate_settings(model, read_toml(path), str(path))
 
@@ -393,87 +395,98 @@ def dump_toml(settings: Settings) -> str:
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
 
 
-_RENAMED: Final = {("prepare", "seed"): "split_seed"}
-"""Options whose plain names would be taken twice."""
+_RENAMED: Final[Mapping[tuple[str, ...], str]] = {("prepare", "seed"): "split_seed"}
+"""Option names, with `_` for `-`, of settings whose plain name would be taken twice, by their keys."""
 
-_ALIASES: Final = {"top_k": ("--topk",)}
-"""Further ways to write an option; help shows them, messages name the plain one."""
+_SHORT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {"top_k": ("--topk",)}
+"""Further names of an option: help shows them, messages use the plain one."""
 
 
 def takes_settings(
     model: type[Settings], argument: str, sections: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command's first parameter `settings` be filled from options, over the values of a `--config` file.
+    """Fill a command's parameter `settings` from options and from a `--config` file, over which options win.
 
     Args:
-        model: what `settings` is.
-        argument: the field that is the command's one positional argument.
-        sections: the fields of `model` that are settings themselves and are offered; none for a flat model.
+        model: class of the settings.
+        argument: field that is the command's one positional argument.
+        sections: fields of `model` that are settings themselves and become options; none for a flat model.
     """
-    fields = _fields(model, sections)
+    places: dict[tuple[str, ...], FieldInfo] = {}
+    for section in sections or (None,):
+        owner: Any = model.model_fields[section].annotation if section else model
+        places |= {(section, name) if section else (name,): field for name, field in owner.model_fields.items()}
+    offered = {_RENAMED.get(place, place[-1]): (place, field) for place, field in places.items()}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(**values: Any) -> None:
-            config: Path | None = values.pop("config")
-            given = {place: (_option(key, argument), values.pop(key)) for key, (place, _) in fields.items()}
-            settings = _build_settings(model, config, given)
+        def run(*, config: Path | None, **values: Any) -> None:
+            loaded = read_toml(config) if config else {}
+            options: dict[tuple[str, ...], str] = {}
+            for name, (place, _) in offered.items():
+                if (value := values.pop(name)) is not None:
+                    options[place] = name.upper() if name == argument else _option(name)
+                    _put(loaded, place, value)
+            settings = validate_settings(model, loaded, str(config) if config else COMMAND_LINE, options)
             function(settings=settings, **values)
 
-        own = [
-            each for name, each in inspect.signature(function, eval_str=True).parameters.items() if name != "settings"
-        ]
-        offered = [_parameter(key, field, key == argument) for key, (_, field) in fields.items()]
-        offered.sort(key=lambda each: each.name != argument)  # the positional one first
-        set_signature(run, [*offered, _CONFIG_PARAMETER, *own])
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [_parameter(name, field, name == argument) for name, (_, field) in offered.items()]
+        parameters.sort(key=lambda each: each.name != argument)  # the positional one first
+        set_signature(run, [*parameters, _config_parameter(), *(each for each in own if each.name != "settings")])
         return run
 
     return decorate
 
 
-_CONFIG_PARAMETER: Final = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")],
-)
+def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    """Set a value in nested tables, unless the file has something else there, which the validation tells."""
+    *tables, key = place
+    for table in tables:
+        values = values.setdefault(table, {})
+    if isinstance(values, dict):
+        values[key] = value
 
 
-def _fields(model: type[Settings], sections: tuple[str, ...]) -> dict[str, tuple[tuple[str, ...], FieldInfo]]:
-    """Return, by option name, where each setting sits in the model and what it is."""
-    if not sections:
-        return {name: ((name,), field) for name, field in model.model_fields.items()}
-    return {
-        _RENAMED.get((section, name), name): ((section, name), field)
-        for section in sections
-        for name, field in model.model_fields[section].annotation.model_fields.items()  # type: ignore[union-attr]
-    }
+def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function the keyword parameters that typer turns into options."""
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in keywords}
+
+
+def _config_parameter() -> inspect.Parameter:
+    import typer
+
+    annotation = Annotated[Path | None, typer.Option("--config", help="TOML file of settings. Options override it.")]
+    return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
-    description = (field.description or "").strip()
-    text = description[:1].upper() + description[1:] + "." if not description.startswith("`") else description + "."
+    """Return the parameter that typer turns into the option or argument of a field; None stands for not given."""
+    import typer
+
+    help_text = " ".join((field.description or "").split())
     kind = _plain_type(field.annotation)
     metavar, between = None, "x"
     if typing.get_origin(kind) is list:
-        text += " [repeatable]"
-        metavar, between = f"<{typing.get_args(kind)[0].__name__}>", ", "  # what is given at a time
-    if not field.is_required() and field.default not in (None, ()) and "default:" not in description:
-        text += f" [default: {_show_default(field.default, between)}]"
-    if positional:
-        # Optional even where the setting is not: a --config file may hold it.
-        argument = Annotated[str | None, typer.Argument(help=text, show_default=False, metavar=name.upper())]
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=argument)
-    option = _option(name)
-    declaration = f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option
-    details = typer.Option(declaration, *_ALIASES.get(name, ()), help=text, show_default=False, metavar=metavar)
+        help_text += " [repeatable]"
+        metavar, between = f"<{typing.get_args(kind)[0].__name__}>", ", "
+    if not field.is_required() and field.default not in (None, ()) and "Default:" not in help_text:
+        help_text += f" [default: {_show_default(field.default, between)}]"
+    details: Any
+    if positional:  # optional even where the setting is not: the --config file may have it
+        kind, details = str, typer.Argument(help=help_text, show_default=False, metavar=name.upper())
+    else:
+        option = _option(name)
+        names = (f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option, *_SHORT_NAMES.get(name, ()))
+        details = typer.Option(*names, help=help_text, show_default=False, metavar=metavar)
     annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _option(name: str, argument: str | None = None) -> str:
-    """Return how a setting is written on the command line."""
-    return name.upper() if name == argument else "--" + name.replace("_", "-")
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _show_default(value: Any, between: str) -> str:
@@ -485,49 +498,13 @@ def _show_default(value: Any, between: str) -> str:
 def _plain_type(annotation: Any) -> Any:
     """Return the type that the command line parses: int, float, bool, a list of one or, for anything else, text.
 
-    A tuple of any length is a list: an option that may be given again and again. One of fixed length is written as
-    one text, such as an image size.
+    A tuple of any length becomes a list: an option that may be repeated. One of fixed length is one text.
     """
-    if typing.get_origin(annotation) is tuple and typing.get_args(annotation)[1:] == (Ellipsis,):
-        return list[_plain_type(typing.get_args(annotation)[0])]  # type: ignore[misc]
-    if typing.get_origin(annotation) is Annotated:
-        return _plain_type(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return _plain_type(next(each for each in typing.get_args(annotation) if each is not type(None)))
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        return list[_plain_type(arguments[0])]  # type: ignore[misc]
+    if origin is Annotated:
+        return _plain_type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return _plain_type(next(each for each in arguments if each is not type(None)))
     return annotation if annotation in (int, float, bool) else str
-
-
-def _build_settings(
-    model: type[Settings], config: Path | None, given: dict[tuple[str, ...], tuple[str, Any]]
-) -> Settings:
-    """Lay the options over the values of the settings file, and validate the whole.
-
-    Args:
-        given: by the place of a setting, the name of its option and its value, None where it was not given.
-    """
-    values: dict[str, Any] = read_toml(config) if config else {}
-    chosen = {place: option for place, (option, value) in given.items() if value is not None}
-    for place in chosen:
-        value = given[place][1]
-        target = values
-        for section in place[:-1]:
-            inner = target.setdefault(section, {})
-            target = inner if isinstance(inner, dict) else {}  # no table there: told by the validation
-        target[place[-1]] = _image_size(value) if place[-1] == "image_size" else value
-    return validate_settings(model, values, str(config) if config else COMMAND_LINE, chosen)
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    """Read `HEIGHTxWIDTH`, or one number for a square."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None:
-        raise UsageError(f"--image-size must be HEIGHTxWIDTH in pixels, such as 32x32, received {text!r}")
-    height, width = match.groups()
-    return int(height), int(width or height)
-
-
-def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
-    """Give a function the keyword parameters that typer is to make options of."""
-    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
-    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    function.__annotations__ = {each.name: each.annotation for each in keywords}

@@ -18,6 +18,7 @@ from cnnpipe.console import (
     JsonOption,
     command,
     field_lines,
+    make_app,
     print_note,
     run_app,
     show_result,
@@ -59,7 +60,7 @@ def run_classify() -> None:
 
 
 def _run(function: Any) -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = make_app()
     app.command()(function)
     run_app(app)
 

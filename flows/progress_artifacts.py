@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from cnnpipe.progress import ProgressCallback, StageClock, progress_text
+from cnnpipe.console import StageProgress
+from cnnpipe.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -33,14 +34,15 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
         key: of the artifact, lowercase letters, digits and dashes.
     """
     artifact = cast("UUID", create_progress_artifact(0.0, key=key, description="starting"))
-    clock = StageClock()
+    stages = StageProgress()
     updated = logged = time.monotonic()
     last = ""
 
     def update(what: str, done: int, total: int) -> None:
         nonlocal updated, logged, last
         now = time.monotonic()
-        last = progress_text(what, done, total, clock.rate(what, done))
+        stages.report(what, done, total)
+        last = stages.text()
         if now - updated >= _SECONDS_BETWEEN_UPDATES:
             updated = now
             update_progress_artifact(artifact, 100.0 * min(done / total, 1.0) if total else 0.0, last)

@@ -21,7 +21,7 @@ import typer
 from pydantic import ValidationError
 
 import cnnpipe
-from cnnpipe.console import ArtifactsOption, DataOption, command, run_app
+from cnnpipe.console import ArtifactsOption, DataOption, command, make_app, run_app
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.files import display_path, user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
@@ -269,7 +269,7 @@ def _prefect_command() -> str:
 
 def main() -> None:
     """Run the command of `flows.serve`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = make_app()
     app.command()(_serve)
     run_app(app)
 

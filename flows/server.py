@@ -26,7 +26,7 @@ from typing import Annotated, Final
 import typer
 from filelock import FileLock, Timeout
 
-from cnnpipe.console import ArtifactsOption, JsonOption, command, run_app, show_result
+from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.files import display_path
 from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
@@ -228,13 +228,7 @@ def _ui_url(api_url: str) -> str:
     return api_url.removesuffix("/api")
 
 
-app = typer.Typer(
-    help="The Prefect server of this project: started where none runs, on 127.0.0.1.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")
 
 PortOption = Annotated[int | None, typer.Option(help="Port; default: 4200, or any free one.", min=1, max=65535)]
 

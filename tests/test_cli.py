@@ -428,6 +428,22 @@ def test_doctor_without_a_server_says_so(artifacts: Path) -> None:
     assert last_json(run("doctor", "--artifacts", artifacts, "--json"))["nightly"]["next_run"] is None
 
 
+def test_doctor_tells_a_broken_champion_alias_and_fails(artifacts: Path) -> None:
+    (artifacts / "pets" / "runs").mkdir(parents=True)
+    (artifacts / "pets" / "champion").write_text("nonsense\n")
+
+    result = run("doctor", "--artifacts", artifacts, "--json")
+    assert_one_line_error(result, 1, "pets/champion", "nonsense", "models promote")
+    report = last_json(result)
+    assert report["status"] == "failed"
+    assert list(report["artifacts"]["champions"]) == ["digits"]
+    (problem,) = report["artifacts"]["problems"]
+    assert "nonsense" in problem
+
+    (artifacts / "pets" / "champion").unlink()
+    assert run("doctor", "--artifacts", artifacts).exit_code == 0
+
+
 def make_classes(root: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         (root / name).mkdir(parents=True)

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 from cnnpipe.errors import ConfigError
 from cnnpipe.settings import (
     ClassifySettings,
+    EvaluateSettings,
+    ExportSettings,
     PrepareSettings,
+    PromoteSettings,
     RetrainSettings,
     Settings,
     TrainSettings,
@@ -54,35 +57,41 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        (RetrainSettings, {"train": {"epochz": 3}}, r"^no setting is called train\.epochz, in x\.toml; see"),
-        (RetrainSettings, {"trian": {}}, r"^no setting is called trian, in x\.toml"),
-        (TrainSettings, {"epochs": 0}, r"^epochs: .*greater than or equal to 1, received 0, in x\.toml$"),
-        (TrainSettings, {"epochs": "many"}, r"^epochs: .*valid integer.*, received 'many', in x\.toml$"),
-        (TrainSettings, {"device": "gpu"}, r"^device: .*received 'gpu'"),
+        (RetrainSettings, {"train": {"epochz": 3}}, "no setting is called train.epochz; see --help for their names"),
+        (RetrainSettings, {"trian": {}}, "no setting is called trian; see --help for their names"),
+        (RetrainSettings, {"train": 3}, "train must be a table of settings, received 3"),
+        (TrainSettings, {"epochs": 0}, "epochs must be at least 1, received 0"),
+        (TrainSettings, {"epochs": "many"}, "epochs must be a valid integer, received 'many'"),
+        (TrainSettings, {"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or cuda:all, received 'gpu'"),
+        (TrainSettings, {"preset": "huge"}, "preset must be 'baseline', 'fast' or 'accurate', received 'huge'"),
+        (PrepareSettings, {"image_size": [4, 32]}, "image_size.0 must be at least 8, received 4"),
         (
-            TrainSettings,
-            {"preset": "huge"},
-            r"^preset: Input should be 'baseline', 'fast' or 'accurate', received 'huge'",
+            PrepareSettings,
+            {"image_size": "4 32"},
+            "image_size must be HEIGHTxWIDTH in pixels, such as 32x32, received '4 32'",
         ),
-        (PrepareSettings, {"image_size": [4, 32]}, r"^image_size\.0: .*equal to 8, received 4"),
-        (PrepareSettings, {"val_fraction": float("nan")}, r"^val_fraction: .*received nan"),
-        (PrepareSettings, {"max_imbalance": float("inf")}, r"^max_imbalance: .*finite number, received inf"),
-        (PrepareSettings, {"name": "../up"}, r"^name: .*received '\.\./up'"),
-        (PrepareSettings, {"name": "two\nlines"}, r"^name: .*received 'two\\nlines'"),
-        (ClassifySettings, {}, r"^folder is missing in x\.toml; give it$"),
+        (PrepareSettings, {"val_fraction": float("nan")}, "val_fraction must be a finite number, received nan"),
+        (PrepareSettings, {"max_imbalance": float("inf")}, "max_imbalance must be a finite number, received inf"),
+        (
+            PrepareSettings,
+            {"name": "two\nlines"},
+            "name must be at most 64 ASCII letters, digits, `.`, `_` or `-`, and "
+            "begin with a letter or digit, received 'two\\nlines'",
+        ),
+        (ClassifySettings, {}, "folder is missing; give it"),
         (
             ClassifySettings,
             {"folder": "photos", "output": "table.xlsx"},
-            r"^output must end in \.csv, \.jsonl or \.parquet, received 'table\.xlsx', in x\.toml$",
+            "output must end in .csv, .jsonl or .parquet, received 'table.xlsx'",
         ),
     ],
 )
 def test_wrong_setting_is_named_with_what_was_received(
     model: type[Settings], values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError) as caught:
         validate_settings(model, values, "x.toml")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == f"{message}, in x.toml"
 
 
 def test_missing_file_is_a_config_error(tmp_path: Path) -> None:
@@ -137,8 +146,7 @@ def test_folder_without_a_usable_name_is_refused_without_name(dataset: str) -> N
 
 
 def test_every_setting_has_a_description_for_the_form_and_no_html_in_it() -> None:
-    for model in (*Settings.__subclasses__(),):
+    for model in (PrepareSettings, TrainSettings, EvaluateSettings, ExportSettings, PromoteSettings, ClassifySettings):
         for name, field in model.model_fields.items():
-            nested = isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
-            assert field.description or nested, f"{model.__name__}.{name}"
-            assert not set("<>") & set(field.description or ""), f"{model.__name__}.{name}"
+            assert field.description, f"{model.__name__}.{name}"
+            assert not set("<>") & set(field.description), f"{model.__name__}.{name}"

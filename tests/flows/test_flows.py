@@ -284,7 +284,7 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     with pytest.raises(StorageError, match="the disk is full"):
         failed.result()
     assert 0 < artifacts_of(client, failed)["classification-progress"] < 100
-    assert re.search(r"classify: 0 failed: \d+/75 images \(\d+ %\), [\d,]+ images/s, \d+ s left", caplog.text)
+    assert re.search(r"classify: 0 failed: \d+/75 images, \d+ %, [\d,]+ images/s, [\d:]+ left", caplog.text)
 
     client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
     retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
