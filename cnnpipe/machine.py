@@ -1,4 +1,4 @@
-"""On what machine and with which packages something was made."""
+"""What this machine has: cores, processor, GPUs, and versions of the packages that decide the results."""
 
 from __future__ import annotations
 
@@ -16,35 +16,15 @@ from typing import Any, Final
 from cnnpipe import __version__
 from cnnpipe.errors import ProviderError
 
-__all__ = [
-    "PACKAGES",
-    "Driver",
-    "Processor",
-    "ask_driver",
-    "describe_environment",
-    "find_processor",
-    "free_gpu_memory",
-    "package_versions",
-    "usable_cores",
-]
+PACKAGES: Final = ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow",
+                   "scikit-learn", "prefect")  # fmt: skip
+"""Distributions that decide the results."""
 
-PACKAGES: Final = (
-    "tensorflow",
-    "keras",
-    "tf2onnx",
-    "onnx",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-    "prefect",
-)
-"""The distributions that decide what comes out."""
+_DRIVER: Final = "libcuda.so.1"
 
 
 def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Return the versions of the distributions that are installed, without importing them."""
+    """Return the versions of those distributions that are installed, without importing them."""
     versions = {"cnnpipe": __version__}
     for name in names:
         try:
@@ -55,26 +35,27 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the number of cores that this process may use: its affinity, or what its container grants if that is less.
+    """Return the number of cores that this process may use: its affinity, or its container's limit if that is less.
 
-    A part of a core counts as a whole one. Source: Linux' Documentation/admin-guide/cgroup-v2.rst, "CPU", and
-    Documentation/scheduler/sched-bwc.rst for version 1; cgroups(7) for `own`.
+    A limit is rounded up to whole cores.
 
     Args:
-        cgroups: where the control groups are mounted.
+        cgroups: folder where the control groups are mounted.
         own: file that names the groups of this process.
+    Source: Linux' Documentation/admin-guide/cgroup-v2.rst, "CPU"; for version 1 Documentation/scheduler/sched-bwc.rst;
+        for `own` cgroups(7).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         groups = [line.split(":", 2)[1:] for line in own.read_text(errors="replace").splitlines()]
-        granted = [limit for controllers, group in groups for limit in _granted_cores(cgroups, controllers, group)]
-    except (OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented: no limit is known
-        granted = []
-    return max(1, min([cores, *granted]))
+        limits = [limit for controllers, group in groups for limit in _core_limits(cgroups, controllers, group)]
+    except (OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
+        limits = []
+    return max(1, min([cores, *limits]))
 
 
-def _granted_cores(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
-    """Yield the limits, in cores, of a control group and of all groups that it is in, as far as they have one."""
+def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
+    """Yield the limits of a control group and of the groups that contain it, in cores."""
     if controllers and "cpu" not in controllers.split(","):
         return
     root = cgroups / "cpu" if controllers else cgroups  # version 2 names no controllers
@@ -89,20 +70,21 @@ def _granted_cores(cgroups: Path, controllers: str, group: str) -> Iterator[int]
 
 @dataclass(frozen=True)
 class Processor:
-    """What a processor says of itself; empty where this system does not tell."""
+    """Description of a processor; fields that the system does not tell are empty."""
 
     vendor: str = ""
-    """Such as `AuthenticAMD`."""
+    """Vendor's identifier, such as `AuthenticAMD`."""
     model: str = ""
+    """Name of the model, such as `AMD EPYC 9654 96-Core Processor`."""
     flags: frozenset[str] = frozenset()
-    """Of what it can do, by Linux' names, such as `avx512_bf16`."""
+    """Capabilities by their names in Linux, such as `avx512_bf16`."""
 
 
 def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
     """Return the first processor of this machine.
 
     Args:
-        description: Linux' file. Source: proc_cpuinfo(5).
+        description: file of the format that proc_cpuinfo(5) describes.
     """
     try:
         first = description.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
@@ -115,7 +97,7 @@ def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return Python, platform, processor, cores and package versions, as JSON-able values."""
+    """Return Python, platform, processor, cores and package versions, as values for JSON."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -126,28 +108,23 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-_DRIVER: Final = "libcuda.so.1"
-
-
 @dataclass(frozen=True)
 class Driver:
-    """What the NVIDIA driver says."""
+    """What the NVIDIA driver reports."""
 
     cuda: str = ""
-    """Newest CUDA version it supports, such as `12.4`; empty without a driver."""
+    """Newest CUDA version that it supports, such as `12.4`; empty without a driver."""
     gpus: tuple[str, ...] = ()
-    """Names, by CUDA's numbers, as far as CUDA_VISIBLE_DEVICES shows them."""
+    """Names of the GPUs, by CUDA's numbers; only those that CUDA_VISIBLE_DEVICES allows."""
     problem: str = ""
-    """Why there is no GPU, in one line; empty if there is one."""
+    """Reason why there is no GPU, in one line; empty if there is one."""
 
 
 def ask_driver() -> Driver:
-    """Ask the NVIDIA driver itself, which is there or not whatever libraries of CUDA are installed.
+    """Ask the NVIDIA driver for its GPUs, which works whether or not any CUDA library is installed.
 
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/
     """
-    if sys.platform == "darwin":
-        return Driver(problem="macOS has no CUDA")
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -171,12 +148,12 @@ def ask_driver() -> Driver:
 
 
 def free_gpu_memory(number: int) -> int:
-    """Return how much memory of a GPU is free, in bytes.
+    """Return the free memory of a GPU, in bytes.
 
-    Asks within the context that the libraries of CUDA share in this process, and leaves it as it was.
+    Uses the context that all CUDA libraries of this process share, and leaves it as it was.
 
     Args:
-        number: CUDA's, of a GPU that `ask_driver` shows.
+        number: CUDA's number of a GPU that `ask_driver` reports.
     Raises:
         ProviderError: the driver does not tell.
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__PRIMARY__CTX.html
@@ -193,5 +170,5 @@ def free_gpu_memory(number: int) -> int:
             driver.cuCtxPopCurrent_v2(ctypes.byref(context))
         driver.cuDevicePrimaryCtxRelease_v2(device)
     if status:
-        raise ProviderError(f"cuda:{number} does not tell its free memory: error {status}; give --batch-size")
+        raise ProviderError(f"cannot read the free memory of cuda:{number}: CUDA error {status}; choose a --batch-size")
     return free.value

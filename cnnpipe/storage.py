@@ -1,7 +1,7 @@
-"""Write files whole or not at all, and tell what is in them.
+"""Files and folders that are written whole or not at all.
 
-A reader of any file of cnnpipe sees either the old content or the new, never half of it: the content goes to
-a temporary name in the same folder, is flushed to the disk, and takes the final name in one step.
+A reader sees either the old content or the new one, never half of it: the content goes to a temporary name in the same
+folder, is flushed to the disk, and gets the final name in one step.
 """
 
 from __future__ import annotations
@@ -19,25 +19,13 @@ from typing import Any
 
 from cnnpipe.errors import AlreadyThereError, StorageError, one_line
 
-__all__ = [
-    "make_folder",
-    "move_file",
-    "sha256_file",
-    "storage_errors",
-    "write_bytes",
-    "write_file",
-    "write_folder",
-    "write_json",
-    "write_text",
-]
-
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` into one clear line.
+    """Turn an OSError while `path` is written into one clear line.
 
     Raises:
-        StorageError: for any OSError inside the block; says what to mend.
+        StorageError: for any OSError inside the block; says how to fix it.
     """
     try:
         yield
@@ -48,7 +36,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder and its parents where they are missing, and return it.
+    """Create a folder and its parents if they are missing, and return it.
 
     Raises:
         StorageError: it cannot be created.
@@ -62,21 +50,20 @@ def make_folder(path: Path) -> Path:
 def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, on any error it is removed.
 
-    The temporary name keeps the suffix, because Keras and Pillow choose the format by it. What the block raises is
-    passed on as it is: around what it writes it needs `storage_errors` of its own.
+    The temporary name has the same suffix, because Keras and Pillow choose the format by it. Errors of the block are
+    passed on unchanged: wrap what it writes in `storage_errors`.
 
     Args:
-        replace: whether a file that has the name already gives way.
+        replace: whether an existing file may be replaced.
     Raises:
-        AlreadyThereError: it has, and may not be replaced.
+        AlreadyThereError: the file exists and may not be replaced.
         StorageError: the folder or the file cannot be written.
     """
     make_folder(path.parent)
     temporary = _temporary_name(path)
     try:
         with storage_errors(path):
-            # 0o666 and not mkstemp's 0o600: the umask decides, so a result is as readable as any file of the user's.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            _create(temporary)
         yield temporary
         move_file(temporary, path, replace=replace)
     finally:
@@ -85,15 +72,15 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
-    """Flush a complete file to the disk and call it `path`; its folder must be on the same file system.
+    """Flush a complete file to the disk and rename it to `path`, in a folder on the same file system.
 
-    Without `replace` the old name may stay beside the new one.
+    Without `replace` the old name may remain beside the new one.
 
     Args:
-        replace: whether a file that has the name already gives way. If that is a symbolic link, it stays, and the file
-            that it points to gives way, wherever it is.
+        replace: whether an existing file may be replaced. If `path` is a symbolic link, the link stays and the file
+            that it points to is replaced, wherever that is.
     Raises:
-        AlreadyThereError: it has, and may not be replaced.
+        AlreadyThereError: the file exists and may not be replaced.
         StorageError: it cannot be moved.
     """
     with storage_errors(path):
@@ -110,8 +97,8 @@ def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
 def write_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it becomes `path`, on any error it is removed.
 
-    If another process has put `path` there meanwhile, that one stays and this one is dropped: the names of such
-    folders carry a fingerprint of their content. What the block raises is passed on, as by `write_file`.
+    If another process creates `path` in the meantime, that folder stays and this one is dropped: the names of such
+    folders have a fingerprint of their content. Errors of the block are passed on as by `write_file`.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -136,22 +123,18 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Write `content` to `path`, whole or not at all; raises as `write_file`."""
+    """Write `content` to `path`; raises as `write_file`."""
     with write_file(path, replace=replace) as temporary, storage_errors(path):
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str, *, replace: bool = True) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all; raises as `write_file`."""
+    """Write `text` to `path` as UTF-8; raises as `write_file`."""
     write_bytes(path, text.encode("utf-8"), replace=replace)
 
 
 def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all; raises as `write_file`, and besides:
-
-    Raises:
-        ValueError: a number in it is NaN or infinite, which JSON does not have.
-    """
+    """Write `value` to `path` as indented JSON; raises as `write_file`, and ValueError for NaN or infinity."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text, replace=replace)
 
@@ -168,44 +151,37 @@ def _replace(source: Path, path: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        with write_file(path) as temporary:  # a link has led to another file system
+        with write_file(path) as temporary:  # a link led to another file system
             shutil.copyfile(source, temporary)
         source.unlink()
 
 
 def _take_free_name(temporary: Path, path: Path) -> None:
-    """Call a file `path` unless something has that name, with no moment in between in which it could be taken.
-
-    Raises:
-        AlreadyThereError: something has it.
-        OSError: the folder cannot be written.
-    """
+    """Rename a file to a name that must be free, with no moment in which another process could take that name."""
     try:
         try:
             os.link(temporary, path)
         except FileExistsError:
             raise
-        except OSError:
-            # A file system without hard links, which every one says in another way: an empty file keeps the place.
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            _replace_placeholder(temporary, path)
+        except OSError:  # each file system without hard links says so in its own way: an empty file reserves the name
+            _create(path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
     except FileExistsError as error:
         raise AlreadyThereError(f"{path} is there already; choose another name or remove it") from error
 
 
-def _replace_placeholder(temporary: Path, placeholder: Path) -> None:
-    try:
-        os.replace(temporary, placeholder)
-    except OSError:
-        placeholder.unlink(missing_ok=True)
-        raise
+def _create(path: Path) -> None:
+    """Create an empty file, unless the name is taken, with permissions by the umask as for any file of the user."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def _sync(path: Path) -> None:
     """Flush a file or a folder to the disk, so that a rename never outlives its content."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -213,5 +189,5 @@ def _sync(path: Path) -> None:
 
 
 def _temporary_name(path: Path) -> Path:
-    """Return a free hidden name beside `path`; only a few letters of its own, as 16 may be 64 bytes of UTF-8."""
+    """Return a free hidden name beside `path`, at most 16 of its letters long, as those may be 64 bytes of UTF-8."""
     return path.with_name(f".{path.stem[:16]}.{secrets.token_hex(8)}{path.suffix}")

@@ -295,7 +295,7 @@ def test_free_memory_is_the_drivers_and_every_context_is_given_back(
     driver = _FakeDriver(failing)
     monkeypatch.setattr("cnnpipe.machine.ctypes.CDLL", lambda _: driver)
     if failing:
-        with pytest.raises(ProviderError, match="cuda:1 does not tell its free memory: error 201"):
+        with pytest.raises(ProviderError, match="cannot read the free memory of cuda:1: CUDA error 201"):
             free_gpu_memory(1)
     else:
         assert free_gpu_memory(1) == 5_000_000_000
