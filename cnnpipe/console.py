@@ -18,19 +18,20 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError, UsageError, one_line
 from cnnpipe.files import open_standard_descriptors, user_path
 from cnnpipe.machine import package_versions
-from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import set_signature
+
+if TYPE_CHECKING:
+    from cnnpipe.progress import ProgressCallback
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as in a shell."""
@@ -52,7 +53,6 @@ _MAX_ERROR_CHARACTERS: Final = 300
 """Length of the line about an unexpected error; the path of the file with the rest is never cut."""
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
-_SECONDS_OF_RATE: Final = 120.0
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -277,72 +277,12 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
             os.environ.pop(DEBUG_VARIABLE, None)
 
 
-class _CountColumn(ProgressColumn):
-    """Number of images that are done, or megabytes of a download, and their total."""
-
-    def render(self, task: Task) -> Text:
-        scale, unit = _unit(task)
-        total = f"/{task.total * scale:,.0f}" if task.total else ""
-        return Text(f"{task.completed * scale:,.0f}{total} {unit}")
-
-
-class _RateColumn(ProgressColumn):
-    """Images or megabytes per second, over the last two minutes."""
-
-    def render(self, task: Task) -> Text:
-        scale, unit = _unit(task)
-        rate = (task.speed or 0.0) * scale
-        return Text(f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s" if rate else "")
-
-
-def _unit(task: Task) -> tuple[float, str]:
-    return (1e-6, "MB") if task.fields["stage"] == "download" else (1.0, "images")
-
-
-class StageProgress(Progress):
-    """rich's progress bar for one stage at a time, also as a line of text.
-
-    A new stage, or a count that has become smaller, starts a new bar: rate and total belong to one stage.
-
-    Args:
-        disable: whether nothing is drawn, and only the line of text is used.
-    """
-
-    def __init__(self, *, disable: bool = True) -> None:
-        self._figures = (_CountColumn(), TaskProgressColumn("{task.percentage:.0f} %"), _RateColumn())
-        super().__init__(
-            *(BarColumn(), TextColumn("{task.description}", markup=False), *self._figures, TimeRemainingColumn()),
-            console=_stderr,
-            transient=True,
-            speed_estimate_period=_SECONDS_OF_RATE,
-            get_time=time.monotonic,
-            disable=disable,
-        )
-
-    def report(self, label: str, done: int, total: int) -> None:
-        """Show the state of a stage; a `ProgressCallback`."""
-        stage = label.partition(":")[0]
-        task = self.tasks[0] if self.tasks else None
-        if task is not None and task.fields["stage"] == stage and done >= task.completed:
-            self.update(task.id, description=label, completed=done, total=total or None)
-            return
-        if task is not None:
-            self.remove_task(task.id)
-        self.add_task(label, completed=done, total=total or None, stage=stage)
-
-    def text(self) -> str:
-        """Return the state as one line, with what is known of: count, total, percentage, rate, time left."""
-        task = self.tasks[0]
-        figures = [column.render(task).plain for column in self._figures]
-        if task.time_remaining:
-            figures.append(f"{TimeRemainingColumn().render(task)} left")
-        return f"{task.description}: {', '.join(filter(None, figures))}"
-
-
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """Give a callback that shows a progress bar, or prints a line every ten seconds where stderr is not a terminal."""
-    with StageProgress(disable=not _stderr.is_terminal) as progress:
+    from cnnpipe.progress import StageProgress  # rich's progress bars take a tenth of the time of `--help`
+
+    with StageProgress(_stderr if _stderr.is_terminal else None) as progress:
         printed = time.monotonic()
 
         def report(label: str, done: int, total: int) -> None:

@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from filelock import FileLock, Timeout
-
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
@@ -289,6 +287,8 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
             f"nothing is called {name!r} in {artifacts} (there is: {', '.join(list_names(artifacts)) or 'nothing'})"
             "; check the name"
         )
+    from filelock import FileLock, Timeout  # loads asyncio, which `--help` need not wait for
+
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     with storage_errors(folder):
         try:

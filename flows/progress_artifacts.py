@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from cnnpipe.console import StageProgress
-from cnnpipe.progress import ProgressCallback
+from cnnpipe.progress import ProgressCallback, StageProgress
 
 if TYPE_CHECKING:
     from uuid import UUID

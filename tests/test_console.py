@@ -17,7 +17,8 @@ from rich.console import Console
 from tiny_models import write_digits
 
 from cnnpipe import console
-from cnnpipe.console import StageProgress, progress_bar, table_lines
+from cnnpipe.console import progress_bar, table_lines
+from cnnpipe.progress import StageProgress
 
 
 class _Time:
@@ -33,7 +34,8 @@ class _Time:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Time:
     clock = _Time()
-    monkeypatch.setattr("cnnpipe.console.time", clock)
+    for module in ("cnnpipe.console", "cnnpipe.progress"):
+        monkeypatch.setattr(f"{module}.time", clock)
     return clock
 
 
