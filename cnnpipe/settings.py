@@ -155,8 +155,8 @@ class TrainSettings(Settings):
     """Which network to train, and how. Settings left empty take the value of the preset."""
 
     preset: Literal["baseline", "fast", "accurate"] = "baseline"
-    """`baseline`: the CNN of the classic tutorial. `fast`: more accurate, in fewer epochs. `accurate`: deeper, for the
-    best accuracy in several times the time."""
+    """`baseline`: the CNN of the classic tutorial. `fast`: more accurate, in fewer epochs. `accurate`: deeper and the
+    most accurate, but slower."""
     epochs: int | None = Field(None, ge=1, le=100_000)
     """Passes over the train images. Default: those of the preset."""
     batch_size: int | None = Field(None, ge=1, le=65_536)

@@ -28,7 +28,8 @@ from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras
 
-COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models"]
+COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models list", "models show",
+            "models promote", "models rollback"]  # fmt: skip
 
 
 def run(*arguments: object) -> Result:
@@ -58,11 +59,14 @@ def assert_one_line_error(result: Result, status: int, *words: str) -> None:
         assert word in errors[0]
 
 
-@pytest.mark.parametrize("arguments", [[], *[[name] for name in COMMANDS], ["models", "promote"]])
-def test_help_of_every_command_says_what_it_does(arguments: list[str]) -> None:
-    result = run(*arguments, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_each_option_in_at_most_two_lines(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], terminal_width=120)
     assert result.exit_code == 0
-    assert "Usage:" in result.stdout
+    for option in re.split(r"\n  (?=--)", result.stdout.rstrip())[1:]:
+        first, *others = option.splitlines()
+        beside_its_name = bool(re.search(r"\S {2,}\S", first))
+        assert len(others) + beside_its_name in (1, 2), option
 
 
 def test_version_is_the_packages() -> None:
@@ -312,7 +316,7 @@ def test_the_tables_accuracy_is_the_metrics_accuracy(
     assert sum(right) / len(right) == json.loads((finished_run / "metrics.json").read_text())["accuracy"]
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are text there")
 def test_folders_whose_names_are_not_text_are_used_as_they_are(artifacts: Path, photos: Path, tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9"))
     odd.mkdir()
@@ -500,14 +504,13 @@ class TestBadInput:
     def test_what_nobody_foresaw_is_one_line_too(self) -> None:
         assert_one_line_error(run("classify", "x" * 300), 1, "File name too long")
 
-    @pytest.mark.parametrize("folder", ["t", "long " * 40])
     def test_an_error_deep_in_keras_is_one_line_that_names_the_file_with_all_of_it(
-        self, folder: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pixels = keras.Input((32, 32, 3), dtype="uint8")
         values = keras.layers.Flatten()(keras.layers.Embedding(10, 2)(pixels))  # which pixels above 9 are not in
         keras.Model(pixels, keras.layers.Dense(10)(values)).save(tmp_path / "model.keras")
-        temporary = tmp_path / folder.strip()
+        temporary = tmp_path / ("long " * 40).strip()
         temporary.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
@@ -543,32 +546,23 @@ class TestBadInput:
         assert_one_line_error(result, 1, "cannot write")
 
 
-def take_ctrl_c() -> None:
-    """Undo in a child what a shell does to what it starts in the background: it has Ctrl-C ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "SIGTERM")]
-)
 def test_a_signal_ends_training_with_one_line_and_its_status(
-    number: signal.Signals, status: int, word: str, data: Path, digits: PreparedDataset, tmp_path: Path
+    data: Path, digits: PreparedDataset, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "cnnpipe.cli", "train", "digits", "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--data", str(data), "--artifacts", str(tmp_path / "artifacts")],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=take_ctrl_c,
     )
     history = tmp_path / "artifacts" / "digits" / "runs"
     while process.poll() is None and not list(history.glob("*/history.csv")):
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
 
-    assert process.returncode == status
-    assert word in stderr
+    assert process.returncode == 143
+    assert stderr.splitlines()[-1] == "ended by SIGTERM; finished work is kept"
     assert "Traceback" not in stderr
     assert list(history.glob("*/model.keras"))
     assert not list(history.glob("*/manifest.json"))

@@ -151,32 +151,6 @@ def test_a_signal_that_comes_within_a_finaliser_ends_the_command_too(
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "went on\n", said)
 
 
-def test_an_error_within_fit_is_one_line_that_begins_with_what_and_ends_with_the_file(tmp_path: Path) -> None:
-    script = f"""
-        import tempfile, typer
-        import numpy as np
-        from cnnpipe.console import command
-        from cnnpipe.train.backend import keras
-
-        @command
-        def learn() -> None:
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(10, 2), keras.layers.Flatten()])
-            model.compile("sgd", "mse")
-            model.fit(np.full((8, 4), 99), np.zeros((8, 8)), verbose=0)
-
-        tempfile.tempdir = {str(tmp_path)!r}
-        typer.run(learn)
-    """
-    ended = run_script(script)
-    (file,) = tmp_path.iterdir()
-    *_, line = ended.stderr.splitlines()
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert line.startswith("error: unexpected InvalidArgumentError: Graph execution error")
-    assert line.endswith(f"; the whole error is in {file}")
-    assert len(line) <= 300
-    assert len(file.read_text()) > 3000
-
-
 def test_an_error_that_cannot_be_written_down_is_one_line_too(tmp_path: Path) -> None:
     script = f"""
         import tempfile, typer
