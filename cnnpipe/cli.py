@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cnnpipe import __version__
+from cnnpipe import __version__, registry
 from cnnpipe.console import (
     ArtifactsOption,
     DataOption,
@@ -30,15 +30,6 @@ from cnnpipe.errors import RegistryError
 from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.nightly import look_at_nightly, prefect_home
-from cnnpipe.registry import (
-    champion_run,
-    list_names,
-    promote_run,
-    registry_place,
-    resolve_run,
-    rollback,
-    summarize_runs,
-)
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
 app = make_app("Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.")
@@ -157,7 +148,7 @@ def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: Jso
     """Draw the plots of an evaluated run."""
     from cnnpipe.stages import plot_run
 
-    plots = [str(path) for path in plot_run(resolve_run(run, artifacts))]
+    plots = [str(path) for path in plot_run(registry.resolve_run(run, artifacts))]
     show_result({"plots": plots}, plots, as_json=as_json)
 
 
@@ -167,7 +158,7 @@ def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: J
     """Write model.onnx of a run, and check it against its model.keras."""
     from cnnpipe.stages import export_run
 
-    folder = resolve_run(run, artifacts)
+    folder = registry.resolve_run(run, artifacts)
     parity = export_run(folder)
     model = folder / "model.onnx"
     show_result({"model": str(model), "parity": asdict(parity)}, [str(model)], as_json=as_json)
@@ -223,9 +214,9 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
 def _find_champions(artifacts: Path) -> tuple[dict[str, str], list[str]]:
     """Return the run id of the champion of each name, and what is wrong with broken aliases."""
     champions, problems = {}, []
-    for name in list_names(artifacts):
+    for name in registry.list_names(artifacts):
         try:
-            if (run := champion_run(artifacts, name)) is not None:
+            if (run := registry.champion_run(artifacts, name)) is not None:
                 champions[name] = run.name
         except RegistryError as error:
             problems.append(str(error))
@@ -240,12 +231,12 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """List runs, newest first; * marks the champion."""
-    names = list_names(artifacts)
+    names = registry.list_names(artifacts)
     if name is not None and name not in names:
         raise RegistryError(
             f"no runs of {name!r} in {artifacts}, which has runs of: {', '.join(names) or 'none'}; check the name"
         )
-    rows = summarize_runs(artifacts, name)
+    rows = registry.summarize_runs(artifacts, name)
     table = [("", "NAME", "RUN", "PRESET", "ACCURACY", "STATE")]
     for row in rows:
         accuracy = "-" if row.accuracy is None else f"{row.accuracy:.4f}"
@@ -260,7 +251,7 @@ def show_model(model: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_j
 
     With --json it includes the SHA-256 of every file.
     """
-    run = resolve_run(model, artifacts)
+    run = registry.resolve_run(model, artifacts)
     manifest = read_manifest(run).model_dump(mode="json")
     shown = {"run": str(run), **{key: value for key, value in manifest.items() if key != "files"}}
     show_result({"run": str(run), "manifest": manifest}, field_lines(shown), as_json=as_json)
@@ -285,9 +276,9 @@ def promote_model(
     """
     from cnnpipe.stages import conclude_run
 
-    folder = resolve_run(run, artifacts)
+    folder = registry.resolve_run(run, artifacts)
     if force and (folder / MANIFEST_FILE).is_file():
-        promoted, text = True, promote_run(*registry_place(folder), folder.name, reason).reason
+        promoted, text = True, registry.promote_run(*registry.registry_place(folder), folder.name, reason).reason
     else:
         decision = conclude_run(folder, forced=reason if force else None)
         promoted, text = decision.promoted, decision.reason
@@ -306,7 +297,7 @@ def rollback_model(
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion, or another run, the champion again."""
-    move = rollback(artifacts, name, reason, to)
+    move = registry.rollback(artifacts, name, reason, to)
     show_result(asdict(move), [f"{name}: champion is {move.run_id} again, was {move.previous}"], as_json=as_json)
 
 
