@@ -177,7 +177,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process_and_a_crashed_run(place: Workp
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     ended = [line for line in stderr.splitlines() if not line.startswith("epoch ")]
-    assert ended == ["interrupted; what was finished is kept"]
+    assert ended == ["interrupted; finished work is kept"]
     assert stdout == ""
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
