@@ -15,12 +15,18 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_info, write_model
 
-from cnnpipe.cuda import BoundBuffers, cuda_batch_size, cuda_options, is_out_of_memory
 from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
 from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.session import device_report, open_session
+from cnnpipe.session import (
+    BoundBuffers,
+    cuda_batch_size,
+    cuda_options,
+    device_report,
+    is_out_of_memory,
+    open_session,
+)
 
 # As onnxruntime printed them on the machines of people who reported them, but for the names of those machines.
 OUT_OF_MEMORY = (
