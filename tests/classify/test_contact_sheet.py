@@ -19,8 +19,14 @@ import pytest
 from PIL import Image
 from tiny_models import load_digits, write_digits
 
-from cnnpipe.classify import contact_sheet_page
-from cnnpipe.classify.contact_sheet import THUMBNAIL_PIXELS, check_report, thumbnail, write_report
+from cnnpipe.classify.contact_sheet import (
+    THUMBNAIL_PIXELS,
+    check_report,
+    round_ticks,
+    shorten,
+    thumbnail,
+    write_report,
+)
 from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import SortedFiles
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport
@@ -164,7 +170,7 @@ def test_the_page_counts_files_and_errors(rows: list[Prediction], digits: Path, 
     page = PageReader(report(rows, digits, tmp_path, 0.5))
 
     for text in ("Files found 43", "Classified 40 93.0%", "Failed 3 7.0%", "Uncertain 24 below 50%",
-                 "Images a second 1,234", "odd 30 75.0%", "even 10 25.0%", "30 images, 18 uncertain",
+                 "Images per second 1,234", "odd 30 75.0%", "even 10 25.0%", "30 images, 18 uncertain",
                  "truncated 2 files the image ends before it should", "a.jpg ends too early",
                  "c.txt no format"):  # fmt: skip
         assert text in page.text, text
@@ -176,9 +182,9 @@ def test_the_page_says_what_was_taken_over_and_sorted(rows: list[Prediction], di
 
     page = PageReader(report(rows, digits, tmp_path, summary=summary))
 
-    assert "Not made now 20 rows of an attempt that was broken off" in page.text
+    assert "Reused 20 rows of an interrupted run" in page.text
     assert "Sorted 38 linked, 2 copied, 3 left out Versions" in page.text
-    assert "Not made now" not in PageReader(report(rows, digits, tmp_path)).text
+    assert "Reused" not in PageReader(report(rows, digits, tmp_path)).text
 
 
 def test_every_bin_of_the_histogram_is_counted(digits: Path, tmp_path: Path) -> None:
@@ -314,7 +320,7 @@ def test_ten_files_of_each_kind_of_error_are_shown(digits: Path, tmp_path: Path)
 
     page = PageReader(report(rows, digits, tmp_path))
 
-    assert page.text.count("And 15 more; the table has them all.") == 2
+    assert page.text.count("And 15 more; the table lists them all.") == 2
     assert page.text.count("09.jpg") == 2
     assert "10.jpg" not in page.text
     assert "No file has a label." in page.text
@@ -440,8 +446,6 @@ def test_any_damage_to_a_file_is_an_image_error_or_a_thumbnail() -> None:
 
 
 def test_a_long_name_loses_its_middle() -> None:
-    shorten = contact_sheet_page._shorten
-
     assert shorten("short.jpg", 30) == "short.jpg"
     assert shorten("a" * 40 + "0001.jpg", 21) == "a" * 10 + "…" + "aa0001.jpg"
     assert shorten("猫" * 40, 21) == "猫" * 5 + "…" + "猫" * 5
@@ -449,7 +453,7 @@ def test_a_long_name_loses_its_middle() -> None:
 
 @pytest.mark.parametrize("largest", [0, 1, 3, 4, 5, 9, 17, 99, 101, 12_345, 10_000_000])
 def test_the_scale_is_round_and_holds_the_largest(largest: int) -> None:
-    ticks = contact_sheet_page._ticks(largest)
+    ticks = round_ticks(largest)
 
     assert ticks[0] == 0
     assert 2 <= len(ticks) <= 5
