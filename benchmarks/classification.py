@@ -133,7 +133,7 @@ def _measure(contender: Contender, folder: Path) -> Measurement | str:
         labels = read_labels(output)
     if images != len(labels):
         raise CnnpipeError(f"{contender.name} reports {images:,} images, but its table has {len(labels):,}")
-    return Measurement(run.seconds, work_seconds, images, run.peak_bytes, labels)
+    return Measurement(run.seconds, work_seconds, images, run.peak.total, labels)
 
 
 def _tell(number: int, line: str) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from itertools import accumulate
 from pathlib import Path
 
-from benchmarks.flops import count_flops
+from benchmarks.arithmetic import count_flops
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.settings import RetrainSettings, TrainSettings
 from cnnpipe.stages import evaluate_run, train_run

@@ -85,7 +85,7 @@ def _train_in_turn(
         for runs, run in zip(measured.values(), (tutorial, *map(_measure, ours)), strict=True):
             runs.append(run)
         for precision in sorted({runs[-1].precision for runs in measured.values()}):
-            alone = run_process([sys.executable, "-m", "benchmarks.convolution", precision])
+            alone = run_process([sys.executable, "-m", "benchmarks.arithmetic", precision])
             limits.setdefault(precision, []).append(alone.report["flops_per_second"])
     return measured, {precision: statistics.median(rates) for precision, rates in limits.items()}
 
@@ -111,7 +111,7 @@ def _measure(arguments: list[str]) -> Measurement:
         precision=run.report["precision"],
         fit_seconds=run.report["fit_seconds"],
         images_per_second=run.report["images"] / run.report["fit_seconds"],
-        peak_gigabytes=run.peak_bytes / 1e9,
+        peak_gigabytes=run.peak.total / 1e9,
         flops_per_second=run.report["flops"] / run.report["fit_seconds"],
         test_accuracy=run.report["test_accuracy"],
         course=run.report["course"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tensorflow import keras
 
-from benchmarks.flops import count_flops
+from benchmarks.arithmetic import count_flops
 
 TUTORIAL_EPOCHS = 15
 
