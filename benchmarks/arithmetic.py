@@ -18,7 +18,7 @@ from cnnpipe.machine import usable_cores
 __all__ = ["count_flops"]
 
 SHAPES = ((32, 16, 32, 64), (32, 16, 64, 64), (32, 8, 128, 128))
-"""(images a core, side in pixels, channels in, channels out) of 3x3 convolutions as they are in small networks."""
+"""(images per core, side in pixels, channels in, channels out) of 3x3 convolutions, typical of small networks."""
 
 SECONDS = 4.0
 
@@ -26,8 +26,8 @@ SECONDS = 4.0
 def count_flops(network: Any) -> int:
     """Return the floating-point operations of one training step for one image.
 
-    A layer takes three passes of equal cost: forward, the gradient of its weights, that of its input. A layer that is
-    not trained has no second one, and nothing before the first trained layer a third.
+    A layer takes three passes of equal cost: forward, the gradient of its weights, and the gradient of its input. A
+    frozen layer has no gradient of its weights, and the layers up to the first trained one need none of their input.
 
     Args:
         network: a built `keras.Model` with an input of fixed size; layers without a kernel are not counted.
@@ -44,14 +44,14 @@ def count_flops(network: Any) -> int:
 
 
 def main(precision: str) -> None:
-    """Time each shape alone, every core on its own images in one thread, and report the fastest in FLOP/s.
+    """Time each shape, every core on its own images in one thread, and report the fastest in FLOP/s.
 
     Args:
-        precision: name of the type of images and kernels, such as `float32`.
+        precision: type of images and kernels, such as `float32`.
     """
     import tensorflow as tf
 
-    import cnnpipe.train.backend  # noqa: F401  the threads that training has
+    import cnnpipe.train.backend  # noqa: F401  sets the threads as in training
 
     rates = []
     for number, side, channels_in, channels_out in SHAPES:

@@ -194,7 +194,7 @@ def test_photos_look_like_a_camera_s(folder: Path, tmp_path: Path) -> None:
 
 def test_photos_need_small_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CnnpipeError, match="to make photos of; name a folder of small images"):
+    with pytest.raises(CnnpipeError, match="to make photos from; name a folder of small images"):
         photos.make_photos(tmp_path / "empty", tmp_path, 1, (64, 48))
 
 
