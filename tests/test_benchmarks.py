@@ -84,7 +84,7 @@ def test_run_with_int8_is_classified_in_both_precisions(tmp_path: Path) -> None:
     assert KERAS in commands
 
 
-@pytest.mark.parametrize("name", [CNNPIPE, "one by one", *LOOPS])
+@pytest.mark.parametrize("name", [CNNPIPE, "one by one"])
 def test_contender_labels_every_file_and_times_itself(name: str, folder: Path, models: Models, tmp_path: Path) -> None:
     contender = contender_named(name, models)
     run = run_process(contender.command(folder, tmp_path / "labels.csv"))
@@ -260,10 +260,7 @@ def test_the_work_of_a_training_step_is_counted_layer_by_layer() -> None:
     assert count_flops(network) == forward[0] + 2 * forward[1] + 3 * forward[2]
 
 
-def test_small_images_and_those_that_are_averaged_down_are_counted_as_they_are_trained(
-    digits: PreparedDataset, tmp_path: Path
-) -> None:
-    large = prepare_dataset(PrepareSettings(image_size=(64, 64)), tmp_path)
+def test_small_images_are_counted_as_they_are_trained(digits: PreparedDataset, tmp_path: Path) -> None:
     tiny = prepare_dataset(PrepareSettings(image_size=(15, 15)), tmp_path)  # not made smaller
     fast, whole, small, never = TrainSettings(preset="fast"), (32, 32), (24, 24), (15, 15)
 
@@ -271,5 +268,4 @@ def test_small_images_and_those_that_are_averaged_down_are_counted_as_they_are_t
         return count_flops(build_network("fast", size, 10, measure_input(digits.images("train"))))
 
     assert flops_for_each_image(digits, fast) == pytest.approx((2 * work_of(small) + work_of(whole)) / 3)
-    assert flops_for_each_image(large, fast) == flops_for_each_image(digits, fast)
     assert flops_for_each_image(tiny, fast) == work_of(never)
