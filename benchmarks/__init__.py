@@ -1,1 +1,1 @@
-"""The program against its peers, side by side in one run: `make bench`."""
+"""Benchmarks that run cnnpipe and its peers side by side: `make bench`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: choose what to compare. Run it alone on the machine."""
+"""Run cnnpipe and its peers side by side. Nothing else should use the machine meanwhile."""
 
 from __future__ import annotations
 
@@ -29,26 +29,29 @@ _ARTIFACTS = Path("artifacts")
 _FILES = [10_000]
 _PRESETS = ["baseline", "fast"]
 _LAYOUTS = list(Layout)
-_NO_SHARES: list[float] = []
+_NO_FRACTIONS: list[float] = []
 
 
 @app.command()
 @command
 def training(
     dataset: Annotated[str, typer.Argument(help="Dataset to train on.")] = "digits",
-    epochs: Annotated[int, typer.Option(min=0, help="Epochs of every training; 0: each its own number.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each contender is trained, in turn.")] = 3,
-    preset: Annotated[list[str], typer.Option(help="Preset to train beside the tutorial's script.")] = _PRESETS,
-    share: Annotated[
-        list[float], typer.Option(min=0.01, help="Train the first preset within this share of the tutorial's time too.")
-    ] = _NO_SHARES,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of every training; 0: the default of each.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each contender is trained.")] = 3,
+    preset: Annotated[
+        list[str], typer.Option(help="Preset to train beside the tutorial's script; may be repeated.")
+    ] = _PRESETS,
+    fraction: Annotated[
+        list[float],
+        typer.Option("--share", min=0.01, help="Also train the first preset in this fraction of the tutorial's time."),
+    ] = _NO_FRACTIONS,
     data: DataOption = Path("data"),
 ) -> None:
     """Train the tutorial's script and the presets side by side; prints medians, and ratios pair by pair."""
     from cnnpipe.prepare.dataset import prepare_dataset
 
     prepared = prepare_dataset(PrepareSettings(dataset=dataset), data).path
-    for line in compare_training(prepared, epochs, rounds, preset, share):
+    for line in compare_training(prepared, epochs, rounds, preset, fraction):
         typer.echo(line)
 
 
@@ -57,14 +60,16 @@ def training(
 def classification(
     folder: FolderArgument,
     model: ModelOption = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each contender classifies each folder.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each contender classifies each folder.")] = 5,
     photos: Annotated[int, typer.Option(min=0, help="Photos of 500x375 to make and classify; 0 for none.")] = 2000,
-    large_photos: Annotated[int, typer.Option(min=0, help="The same of 4000x3000.")] = 100,
-    cache: Annotated[Path, typer.Option(help="Folder for the photos, which are made once.")] = Path("data/photos"),
-    torch: Annotated[Path | None, typer.Option(help="Folder that holds PyTorch, if it is not installed.")] = None,
+    large_photos: Annotated[
+        int, typer.Option(min=0, help="Photos of 4000x3000 to make and classify; 0 for none.")
+    ] = 100,
+    cache: Annotated[Path, typer.Option(help="Folder that keeps the photos for the next run.")] = Path("data/photos"),
+    torch: Annotated[Path | None, typer.Option(help="Folder that holds PyTorch, where it is not installed.")] = None,
     artifacts: ArtifactsOption = _ARTIFACTS,
 ) -> None:
-    """Classify small images and photos beside the ways in which people do it, and beside what the cores allow."""
+    """Classify small images and photos beside common scripts, and beside the limit of the machine."""
     models = find_models(model, artifacts)
     contenders, missing = line_up(models, torch)
     folders = {"small images": folder}
@@ -84,14 +89,16 @@ def classification(
 def memory(
     folder: FolderArgument,
     model: ModelOption = None,
-    files: Annotated[list[int], typer.Option(min=1, help="Files in a tree; may be given several times.")] = _FILES,
+    files: Annotated[list[int], typer.Option(min=1, help="Files in a tree; may be repeated.")] = _FILES,
     layout: Annotated[
-        list[Layout], typer.Option(help="folders (of 10,000 files) or flat; may be given several times.")
+        list[Layout], typer.Option(help="folders (of 10,000 files) or flat; may be repeated.")
     ] = _LAYOUTS,
-    scratch: Annotated[Path, typer.Option(help="Folder for the trees, which are removed.")] = Path("data/trees"),
+    scratch: Annotated[Path, typer.Option(help="Folder for the trees, which are removed afterwards.")] = Path(
+        "data/trees"
+    ),
     artifacts: ArtifactsOption = _ARTIFACTS,
 ) -> None:
-    """Classify trees of many hard links: memory of parent and children, speed, and time to the first rows."""
+    """Classify trees of many hard links: memory of parent and children, and speed."""
     for line in measure_memory(folder, find_models(model, artifacts), files, layout, scratch):
         typer.echo(line)
 

@@ -1,7 +1,7 @@
-"""Classifying a folder beside the ways in which people do it: alternating processes, medians, ratios pair by pair.
+"""Compare how fast cnnpipe and common scripts classify a folder: alternating processes, medians, paired ratios.
 
-Beside it stands the limit: what decoding alone and inference alone reach on all cores in the same rounds, and what
-both together could reach if nothing else cost anything.
+The limit is measured in the same rounds: what decoding alone and inference alone reach on all cores, and from these
+what both together could reach if nothing else took time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cnnpipe.images.find import find_files
 __all__ = ["Comparison", "Measurement", "compare_classification", "compare_start_up"]
 
 _MIN_AGREEMENT: Final = 0.99
-"""Of the labels, where the same model sees the same pixels: below it the contenders do not do the same work."""
+"""Fraction of equal labels below which two contenders with the same model and pixels cannot be doing the same work."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Measurement:
 
     seconds: float
     work_seconds: float
-    """Since its model was loaded, by its own clock."""
+    """Seconds since its model was loaded, by its own clock."""
     images: int
     peak_bytes: int
     labels: dict[str, str]
@@ -43,11 +43,11 @@ class Measurement:
 
 @dataclass
 class Comparison:
-    """What was measured, in the same rounds for all."""
+    """Measurements of all contenders, in the same rounds."""
 
     measured: dict[str, list[Measurement]] = field(default_factory=dict)
     limits: list[dict[str, Any]] = field(default_factory=list)
-    """What `benchmarks.limits` printed, once a round."""
+    """Output of `benchmarks.limits`, once per round."""
     skipped: list[str] = field(default_factory=list)
     """A line for each contender that cannot run here."""
 
@@ -56,12 +56,12 @@ class Comparison:
         return statistics.median(map(figure, self.measured[name]))
 
     def ratio(self, name: str, peer: str, figure: Callable[[Measurement], float]) -> float:
-        """Return the median over the rounds of the peer's figure by the contender's: how many times as fast."""
+        """Return the median over the rounds of the peer's figure divided by the contender's: how many times as fast."""
         pairs = zip(self.measured[peer], self.measured[name], strict=True)
         return statistics.median(figure(theirs) / figure(own) for theirs, own in pairs)
 
     def agreement(self, name: str) -> float:
-        """Return the share of files that got the label that cnnpipe gave, 0-1."""
+        """Return the fraction of files with the same label as from cnnpipe, 0-1."""
         ours, theirs = self.measured[CNNPIPE][0].labels, self.measured[name][0].labels
         if ours.keys() != theirs.keys():
             raise CnnpipeError(f"{name} classified {len(theirs):,} files, {CNNPIPE} {len(ours):,}: not the same folder")
@@ -69,10 +69,10 @@ class Comparison:
 
 
 def compare_classification(folder: Path, contenders: Sequence[Contender], models: Models, rounds: int) -> list[str]:
-    """Let all contenders classify a folder, `rounds` times in turn, and return tables of them and of the limit.
+    """Let all contenders classify a folder in turn, `rounds` times, and return their table and that of the limit.
 
     Raises:
-        CnnpipeError: a contender failed, or its labels are others although it sees the same pixels.
+        CnnpipeError: a contender failed, or its labels differ although it sees the same pixels.
     """
     compared = _run_rounds(folder, contenders, models, rounds)
     return [*_contender_table(compared), "", *_limit_table(compared), *compared.skipped]
@@ -103,7 +103,7 @@ def _run_rounds(folder: Path, contenders: Sequence[Contender], models: Models | 
     """Measure every contender in every round, and the limits too if `models` are given."""
     compared, running = Comparison(), list(contenders)
     for number in range(rounds):
-        # There and back again, so that a machine that gets slower or faster favours nobody.
+        # Every second round backwards, so that a machine that gets slower or faster favours nobody.
         for contender in list(running if number % 2 == 0 else reversed(running)):
             measured = _measure(contender, folder)
             if isinstance(measured, str):
@@ -123,7 +123,7 @@ def _run_rounds(folder: Path, contenders: Sequence[Contender], models: Models | 
 
 
 def _measure(contender: Contender, folder: Path) -> Measurement | str:
-    """Let a contender classify a folder; a text says why it cannot."""
+    """Let a contender classify a folder; returns a text if it cannot, which says why."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "labels.csv"
         run = run_process(contender.command(folder, output))
@@ -133,7 +133,7 @@ def _measure(contender: Contender, folder: Path) -> Measurement | str:
         labels = read_labels(output)
     if images != len(labels):
         raise CnnpipeError(f"{contender.name} reports {images:,} images, but its table has {len(labels):,}")
-    return Measurement(run.seconds, work_seconds, images, run.peak_bytes, labels)
+    return Measurement(run.seconds, work_seconds, images, run.peak.total, labels)
 
 
 def _tell(number: int, line: str) -> None:
@@ -141,17 +141,17 @@ def _tell(number: int, line: str) -> None:
 
 
 def _has_model_size(folder: Path, models: Models) -> bool:
-    """Whether the first image needs no resizing; the filters for that differ, and so do the pixels then."""
+    """Return whether the first image needs no resizing; contenders resize with different filters."""
     with Image.open(folder / next(find_files(folder))) as image:
         return (image.height, image.width) == models.image_size
 
 
 def _check_agreement(compared: Comparison, names: Sequence[str]) -> None:
     for name in names:
-        if (share := compared.agreement(name)) < _MIN_AGREEMENT:
+        if (agreement := compared.agreement(name)) < _MIN_AGREEMENT:
             raise CnnpipeError(
-                f"{name} agrees with {CNNPIPE} on {share:.2%} of the labels, where the same pixels must give at least "
-                f"{_MIN_AGREEMENT:.0%}; the comparison is void"
+                f"{name} agrees with {CNNPIPE} on {agreement:.2%} of the labels, where the same pixels must give at "
+                f"least {_MIN_AGREEMENT:.0%}; the comparison is void"
             )
 
 
@@ -191,24 +191,24 @@ def _contender_table(compared: Comparison) -> list[str]:
 
 
 def _limit_table(compared: Comparison) -> list[str]:
-    """Return what the cores allow, and cnnpipe's share of it."""
+    """Return what the cores allow, and the fraction of it that cnnpipe reaches."""
     limits, cores = compared.limits, compared.limits[0]["cores"]
-    rows = [(f"limit on {cores} cores", "images/s", "cnnpipe's share")]
+    rows = [(f"limit on {cores} cores", "images/s", "cnnpipe reaches")]
     for key, title in (("decode", "reading, hashing, decoding alone"), ("pool", "the same, brought to one process")):
         rows.append((title, _rate(statistics.median(each[key] for each in limits)), ""))
     for index, (name, precision) in enumerate(((CNNPIPE, "fp32"), (INT8, "int8"))):
         if name not in compared.measured or index >= len(limits[0]["inference"]):
             continue
         inferred = [each["inference"][index]["images_per_second"] for each in limits]
-        # On a disturbed machine the pool may seem faster than the decoding in it; the higher figure is the limit.
+        # On a busy machine the pool may seem faster than the decoding inside it; the higher figure is the limit.
         decoded = [max(each["decode"], each["pool"]) for each in limits]
         both = [both_per_second(*alone) for alone in zip(decoded, inferred, strict=True)]
         rates = [run.images / run.work_seconds for run in compared.measured[name]]
-        share = statistics.median(rate / limit for rate, limit in zip(rates, both, strict=True))
+        reached = statistics.median(rate / limit for rate, limit in zip(rates, both, strict=True))
         way = limits[0]["inference"][index]
         how = f"batch {way['batch_size']}, {way['sessions']} session{'s' if way['sessions'] > 1 else ''}"
         rows.append((f"inference alone, {precision} ({how})", _rate(statistics.median(inferred)), ""))
-        rows.append((f"decoding and inference, {precision}", _rate(statistics.median(both)), f"{share:.0%}"))
+        rows.append((f"decoding and inference, {precision}", _rate(statistics.median(both)), f"{reached:.0%}"))
     return markdown_lines(rows)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in the comparison, with which command, and what each says of itself."""
+"""The programs that classify the same folder: the command of each, and how to read what it prints."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CNNPIPE: Final = "cnnpipe classify"
 INT8: Final = "cnnpipe classify --precision int8"
 KERAS: Final = "Keras image_dataset_from_directory + predict"
 LOOPS: Final = ("batched loop, 32", "batched loop, 64")
-"""The faster of these is what everything else is compared with."""
+"""Batched loops; the faster one is what everything else is compared with."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """One trained model in its forms."""
+    """The files of one trained model."""
 
     onnx: Path
     int8: Path | None
@@ -39,24 +39,24 @@ class Contender:
 
     name: str
     arguments: tuple[str, ...]
-    """Behind `python -m`; `{folder}` and `{output}` are filled in."""
+    """Arguments after `python -m`; `{folder}` and `{output}` are filled in."""
     exact: bool = True
-    """Whether it must find the labels that `CNNPIPE` finds where nothing is resized: same precision, same decoder."""
+    """Whether it has the precision and decoder of `CNNPIPE`, so the same labels where nothing is resized."""
 
     def command(self, folder: Path, output: Path) -> list[str]:
         """Return the command that classifies `folder` into `output`."""
-        places = {"{folder}": str(folder), "{output}": str(output)}
-        return [sys.executable, "-m", *(places.get(each, each) for each in self.arguments)]
+        values = {"{folder}": str(folder), "{output}": str(output)}
+        return [sys.executable, "-m", *(values.get(each, each) for each in self.arguments)]
 
     def work(self, report: dict[str, Any]) -> tuple[int, float]:
-        """Return images, and seconds since the model was loaded, from what it printed."""
+        """Return from its report the number of images, and the seconds since the model was loaded."""
         if self.arguments[0] == "benchmarks.peers":
             return report["images"], report["work_seconds"]
         return report["found"], report["seconds"]["total"] - report["seconds"]["start_up"]
 
 
 def find_models(model: str | None, artifacts: Path) -> Models:
-    """Find the .onnx file that a user means, and its other forms if it is that of a complete run.
+    """Find the .onnx file that a user means, and if it belongs to a complete run, the other files of that model.
 
     Raises:
         CnnpipeError: there is no such model.
@@ -70,23 +70,23 @@ def find_models(model: str | None, artifacts: Path) -> Models:
 
 
 def line_up(models: Models, torch: Path | None = None) -> tuple[list[Contender], list[str]]:
-    """Return the contenders that these models allow, and a line for each that they do not.
+    """Return the contenders that these models allow, and a line for each that is left out.
 
     Args:
-        torch: a folder that holds PyTorch, if it is not installed beside everything else.
+        torch: a folder that holds PyTorch, where it is not installed.
     """
     contenders, missing = [_cnnpipe(CNNPIPE, models, "fp32")], []
     if models.int8 is not None:
         contenders.append(_cnnpipe(INT8, models, "int8"))
     else:
-        missing.append(f"{INT8}: left out, {models.onnx.name} has no complete run with a model.int8.onnx around it")
+        missing.append(f"{INT8}: left out, {models.onnx.name} is not in a complete run with a model.int8.onnx")
     contenders.append(_peer("one by one", "one_by_one", models))
     contenders += [_peer(name, "batched", models, name.rpartition(" ")[2]) for name in LOOPS]
     if models.keras is not None:
-        # TensorFlow decodes JPEG with a faster transform that is a little off, so its pixels are not quite the same.
+        # TensorFlow decodes JPEG with a faster, less exact transform, so its pixels differ a little.
         contenders.append(_peer(KERAS, "keras", models, exact=False))
     else:
-        missing.append(f"{KERAS}: left out, {models.onnx.name} has no complete run with a model.keras around it")
+        missing.append(f"{KERAS}: left out, {models.onnx.name} is not in a complete run with a model.keras")
     contenders.append(_peer("PyTorch DataLoader, 64", "dataloader", models, str(torch or "")))
     return contenders, missing
 
@@ -101,7 +101,7 @@ def read_labels(table: Path) -> dict[str, str]:
         labels = {row["path"]: row["label"] for row in csv.DictReader(file)}
     without = [path for path, label in labels.items() if not label]
     if without:
-        raise CnnpipeError(f"{without[0]} and {len(without) - 1} more have no label; take images that can be read")
+        raise CnnpipeError(f"{without[0]} and {len(without) - 1} more have no label; use images that can be read")
     return labels
 
 

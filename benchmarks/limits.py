@@ -1,8 +1,8 @@
-"""What the machine allows: decoding alone and inference alone, each with all cores to itself.
+"""The limits of the machine: decoding alone and inference alone, each with all cores.
 
 `python -m benchmarks.limits FOLDER MODEL…` prints one JSON object on the last line. Decoding is reading, hashing and
-decoding by cnnpipe's own code in processes that give nothing back, so no engine around it can be faster. Inference is
-the best of several batch sizes on arrays in memory, in one session on all cores or one a core.
+decoding by cnnpipe's own code in processes that return nothing, so no engine around it can be faster. Inference is the
+best of several batch sizes on arrays in memory, in one session on all cores or one session per core.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class InferenceLimit:
     images_per_second: float
     batch_size: int
     sessions: int
-    """1: one session with all cores as its threads; else as many sessions of one thread."""
+    """1 session with a thread per core, or one session of one thread per core."""
 
 
 def both_per_second(decoded: float, inferred: float) -> float:
-    """Return images/s where decoding and inference share the same cores, from what each does alone with all of them."""
+    """Return images/s of decoding and inference on the same cores, from the images/s of each alone on all of them."""
     return 1 / (1 / decoded + 1 / inferred)
 
 
@@ -55,7 +55,7 @@ def measure_decoding(root: Path, image_size: tuple[int, int], workers: int) -> f
     """Return files/s that `workers` processes list, read, hash and decode, keeping nothing."""
     context = multiprocessing.get_context("spawn")
     all_up = context.Barrier(workers + 1)
-    # The last chunk must not keep one core busy while the others are done.
+    # Small chunks, so that the last one does not keep one core busy while the others are done.
     num_files = max(1, min(64, sum(1 for _ in find_files(root)) // (16 * workers)))
     with context.Pool(workers, initializer=_warm_up, initargs=(all_up, root, image_size)) as pool:
         all_up.wait()
@@ -66,17 +66,17 @@ def measure_decoding(root: Path, image_size: tuple[int, int], workers: int) -> f
 
 
 def measure_pool(root: Path, image_size: tuple[int, int], workers: int) -> float:
-    """Return files/s that a `DecoderPool` brings to this process, its workers started before."""
+    """Return files/s that a `DecoderPool` with running workers delivers to this process."""
     with DecoderPool(workers) as pool:
         for _ in pool.decode(root, islice(find_files(root), 2 * _WARM_UP_FILES * workers), image_size):
-            pass  # enough for every worker to come up
+            pass  # enough files to start every worker
         began = time.perf_counter()
         total = sum(len(chunk.files) for chunk in pool.decode(root, find_files(root), image_size))
         return total / (time.perf_counter() - began)
 
 
 def measure_inference(model: Path, images: npt.NDArray[np.uint8], cores: int, seconds: float = 0.3) -> InferenceLimit:
-    """Try batch sizes and both ways to use the cores, for `seconds` each, and return the fastest.
+    """Try every batch size in one session and in one session per core, for `seconds` each, and return the fastest.
 
     Args:
         images: (N, H, W, 3) uint8, at least 1.
@@ -90,12 +90,12 @@ def measure_inference(model: Path, images: npt.NDArray[np.uint8], cores: int, se
 
 
 def _rate(runs: Sequence[_Run], images: npt.NDArray[np.uint8], batch_size: int, seconds: float) -> float:
-    """Return images/s of several sessions, each in a thread of its own."""
+    """Return images/s of several sessions, each in its own thread."""
     repeated = np.resize(images, (max(len(images), batch_size), *images.shape[1:]))
     batches = [repeated[first : first + batch_size] for first in range(0, len(repeated) - batch_size + 1, batch_size)]
 
     def run_until(run: _Run) -> int:
-        run(batches[0])  # the first of a shape plans its memory
+        run(batches[0])  # the first batch of a shape plans the memory
         all_ready.wait()
         done, number, end = 0, 0, time.perf_counter() + seconds
         while time.perf_counter() < end:
@@ -134,7 +134,7 @@ def _chunks(paths: Iterator[str], num_files: int) -> Iterator[list[str]]:
 
 
 def _warm_up(all_up: Any, root: Path, image_size: tuple[int, int]) -> None:
-    """Decode a few files, which loads what is loaded late, and wait for the other processes."""
+    """Decode a few files, so that everything is loaded, and wait for the other processes."""
     decode_files(root, list(islice(find_files(root), _WARM_UP_FILES)), image_size)
     all_up.wait()
 
@@ -144,7 +144,7 @@ def _decode(chunk: tuple[Path, list[str], tuple[int, int]]) -> int:
 
 
 def main(folder: Path, models: Sequence[Path]) -> None:
-    """Measure what decoding the files of a folder, and running each of the models, allow on all cores."""
+    """Measure decoding the files of a folder and running each of the models, on all cores."""
     cores, image_size = usable_cores(), _image_size(models[0])
     images = decode_files(folder, list(islice(find_files(folder), _MAX_IMAGES)), image_size).images
     report = {

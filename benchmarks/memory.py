@@ -1,6 +1,6 @@
-"""Memory and first rows of `cnnpipe classify` on trees of many files, up to millions.
+"""Memory and speed of `cnnpipe classify` on trees of many files, up to millions.
 
-A tree is made of hard links to copies of a few thousand small images: unique names, no disk to speak of.
+A tree is made of hard links to copies of a few thousand small images: unique names that take little disk.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Layout(StrEnum):
     """How a tree is built."""
 
     FOLDERS = "folders"
-    """Of 10,000 files each."""
+    """Folders of 10,000 files each."""
     FLAT = "flat"
-    """All files in one."""
+    """All files in one folder."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_memory(
 
     Args:
         source: a folder of small images, of which up to 4,000 are taken.
-        scratch: the trees are made below it, one at a time, and removed.
+        scratch: folder in which the trees are made, one at a time, and removed.
     Raises:
         CnnpipeError: there are too few images, or a classification failed.
     """
@@ -74,12 +74,12 @@ def measure_memory(
 
 
 def make_tree(source: Path, tree: Path, num_files: int, layout: Layout) -> Path:
-    """Make a folder of `num_files` hard links, and return it; the files that they name lie beside it.
+    """Make a folder of `num_files` hard links, and return it; their files are in a folder beside it.
 
     Raises:
         CnnpipeError: `source` has too few files for that many links.
     """
-    # Copies, because links cannot reach into another file system, and the source's files stay as they are.
+    # Copies, because links cannot reach into another file system.
     originals = tree.with_name("originals")
     originals.mkdir(parents=True)
     copies: list[Path] = []
@@ -106,15 +106,13 @@ def _scratch_folder(scratch: Path) -> Iterator[Path]:
 
 
 def _classify(tree: Path, output: Path, models: Models) -> ProcessRun:
-    """Classify a tree, and note when the first shard of its table lies on the disk."""
     contender = next(each for each in line_up(models)[0] if each.name == CNNPIPE)
     output.parent.mkdir()
-    first_shard = output.with_name(f"{output.name}.shards") / f"000000-*{output.suffix}"
-    return run_process(contender.command(tree, output), awaited=first_shard)
+    return run_process(contender.command(tree, output))
 
 
 def _table(cases: Sequence[_Case]) -> list[str]:
-    rows = [("files", "s", "images/s after start-up", "s to first rows", "parent MB", "children MB", "peak MB")]
+    rows = [("files", "s", "images/s after start-up", "parent MB", "children MB", "peak MB")]
     for case in cases:
         run, seconds = case.run, case.run.report["seconds"]
         if run.report["found"] != case.num_files:
@@ -124,10 +122,9 @@ def _table(cases: Sequence[_Case]) -> list[str]:
                 f"{case.num_files:,}, {case.layout}",
                 f"{run.seconds:.1f}",
                 f"{case.num_files / (seconds['total'] - seconds['start_up']):,.0f}",
-                "-" if run.awaited_seconds is None else f"{run.awaited_seconds:.1f}",
-                f"{run.own_peak_bytes / 1e6:,.0f}",
-                f"{run.children_peak_bytes / 1e6:,.0f}",
-                f"{run.peak_bytes / 1e6:,.0f}",
+                f"{run.peak.parent / 1e6:,.0f}",
+                f"{run.peak.children / 1e6:,.0f}",
+                f"{run.peak.total / 1e6:,.0f}",
             )
         )
     return markdown_lines(rows)

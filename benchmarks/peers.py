@@ -1,7 +1,7 @@
-"""How people classify a folder without cnnpipe: each loop as it is commonly written, in a process of its own.
+"""Common scripts that classify a folder without cnnpipe, each run in its own process.
 
 `python -m benchmarks.peers NAME FOLDER MODEL OUTPUT [OPTION]` writes a CSV of path and label and prints one JSON
-object on the last line. Nothing of cnnpipe is used, and no more is imported than such a script would.
+object on the last line. It uses nothing of cnnpipe and imports no more than such a script would.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["PEERS", "Labels"]
 
 @dataclass(frozen=True)
 class Labels:
-    """What a peer has found out."""
+    """The labels that a peer gives to the files."""
 
     paths: list[Path]
     labels: list[str]
     ready: float
-    """When the model was loaded, by `time.perf_counter`."""
+    """Time at which the model was loaded, by `time.perf_counter`."""
 
 
 def one_by_one(folder: Path, model: Path, _: str) -> Labels:
@@ -48,7 +48,7 @@ def one_by_one(folder: Path, model: Path, _: str) -> Labels:
 
 
 def batched(folder: Path, model: Path, option: str) -> Labels:
-    """Open and resize a batch of images, run it, and so on; `option` is the batch size."""
+    """Open, resize and run the images in batches; `option` is the batch size."""
     session, names, size = _open_model(model)
     ready = time.perf_counter()
     paths, batch_size = _list_files(folder), int(option)
@@ -61,7 +61,7 @@ def batched(folder: Path, model: Path, option: str) -> Labels:
 
 
 def keras(folder: Path, model: Path, _: str) -> Labels:
-    """`image_dataset_from_directory` and `predict`, on the trained model that the ONNX file came from."""
+    """Use `image_dataset_from_directory` and `predict` on the Keras model that the ONNX file was exported from."""
     library = importlib.import_module("keras")
     network = library.models.load_model(model.with_name("model.keras"))
     names = json.loads(model.with_name("manifest.json").read_text(encoding="utf-8"))["model"]["class_names"]
@@ -74,7 +74,7 @@ def keras(folder: Path, model: Path, _: str) -> Labels:
 
 
 class _Images:
-    """A map-style dataset, as PyTorch's documentation has it."""
+    """A map-style dataset, as in PyTorch's documentation."""
 
     def __init__(self, paths: list[Path], size: tuple[int, int]) -> None:
         self._paths, self._size = paths, size
@@ -88,13 +88,13 @@ class _Images:
 
 
 def dataloader(folder: Path, model: Path, option: str) -> Labels:
-    """PyTorch's `DataLoader` with a worker a core, feeding onnxruntime; `option` is the folder that holds torch.
+    """Feed onnxruntime from PyTorch's `DataLoader`, a worker per core; `option` is the folder that holds torch.
 
     Raises:
-        ImportError: there is no torch.
+        ImportError: torch is not installed.
     """
     if option:
-        sys.path.append(option)  # behind our own packages, which are to stay the same for every contender
+        sys.path.append(option)  # last, so that all other packages stay the same for every contender
     data = importlib.import_module("torch.utils.data")
     session, names, size = _open_model(model)
     ready = time.perf_counter()
@@ -113,11 +113,11 @@ PEERS: dict[str, Callable[[Path, Path, str], Labels]] = {
     "keras": keras,
     "dataloader": dataloader,
 }
-"""By name: folder, ONNX model and an option of its own -> labels."""
+"""Name -> function of a folder, an ONNX model and an option of the peer."""
 
 
 def main(name: str, folder: Path, model: Path, output: Path, option: str = "") -> None:
-    """Classify a folder as that peer does; what cannot be imported here is told, and is no failure."""
+    """Classify a folder as that peer does; a package that cannot be imported is reported and is not a failure."""
     try:
         found = PEERS[name](folder, model, option)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Photos for the benchmark: made of small images, the same bytes every time, and as large as a camera's.
+"""Make photos for the benchmark from small images: as large as a camera's, and the same bytes every time.
 
-A camera's picture is smooth areas, edges, texture and sensor noise; the share of each decides the size of the file and
-the work of its decoder. Here four small images are enlarged and laid over each other, and noise of several scales is
-added. The EXIF block is what a camera writes: maker, exposure, orientation, and a maker note of some kilobytes.
+A camera's picture has smooth areas, edges, texture and sensor noise, and their mix decides the size of the file and the
+work of its decoder. So four small images are enlarged and added, with noise of several grain sizes. The EXIF block is
+like a camera's: maker, exposure, orientation, and a maker note of some kilobytes.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from cnnpipe.storage import write_folder
 __all__ = ["make_photo", "make_photos"]
 
 _RECIPE: Final = 1
-"""To be raised with every change of what is made, so that no older photos are taken for these."""
+"""Version of the photos; raise it with every change to them, so that older ones are not used again."""
 
 _QUALITIES: Final = (85, 87, 90)
 _LAYERS: Final = ((1.0, 1), (0.35, 4), (0.2, 10), (0.15, 30))
-"""Strength, and how often the small image stands side by side: the whole picture, objects, and ever finer texture."""
+"""Strength and number of repeats side by side: the whole picture, objects, and two textures."""
 
 _NOISE: Final = ((9.0, 6), (7.0, 2), (4.5, 1))
-"""Standard deviation in grey levels, and the size of its grains in pixels."""
+"""Standard deviation in grey levels, and grain size in pixels."""
 
 _PORTRAIT_EVERY: Final = 5
-"""One photo in five was held upright, which a camera says in EXIF and does not do."""
+"""One photo in five is upright by its EXIF tag alone, as from a camera."""
 
 _MAKER_NOTE_BYTES: Final = 4096
 _PHOTOS_IN_A_FOLDER: Final = 1000
 
 
 def make_photos(small: Path, cache: Path, num_photos: int, size: tuple[int, int]) -> Path:
-    """Make photos of the small images below a folder, or find those made before.
+    """Make photos from the small images below a folder, or return those made before.
 
     Args:
         small: a folder of images.
-        cache: where the photos are kept, in a folder of their own for each source, number and size.
+        cache: folder that keeps the photos, in a folder for each source, number and size.
         size: (width, height) in pixels.
     Returns:
         The folder of photos.
@@ -53,8 +53,8 @@ def make_photos(small: Path, cache: Path, num_photos: int, size: tuple[int, int]
     """
     names = list(find_files(small))
     if not names:
-        raise CnnpipeError(f"no files in {small} to make photos of; name a folder of small images")
-    # Spread over the whole list, which is sorted by class; each photo is made of the next few of these.
+        raise CnnpipeError(f"no files in {small} to make photos from; name a folder of small images")
+    # Spread over the whole list, which is sorted by class; each photo uses the next few of these.
     num_sources = num_photos + len(_LAYERS) - 1
     chosen = [small / names[number * len(names) // num_sources] for number in range(num_sources)]
     digest = hashlib.sha256(repr((_RECIPE, size)).encode())
@@ -77,7 +77,7 @@ def make_photo(sources: Sequence[Path], path: Path, size: tuple[int, int], numbe
     Args:
         sources: four small images, one for each layer.
         size: (width, height) in pixels, as the file has them, before EXIF turns it.
-        number: of the photo; the same number and sources give the same bytes.
+        number: seed of the photo; the same number and sources give the same bytes.
     """
     random = np.random.default_rng(number)
     pixels = _lay_over(sources, size)
@@ -87,7 +87,7 @@ def make_photo(sources: Sequence[Path], path: Path, size: tuple[int, int], numbe
 
 
 def _lay_over(sources: Sequence[Path], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Return (height, width, 3): the first image fills the picture, the others add ever finer detail."""
+    """Return (height, width, 3): the first image fills the picture, the others add finer and finer detail."""
     width, height = size
     pixels = np.zeros((height, width, 3), np.float32)
     for source, (strength, repeats) in zip(sources, _LAYERS, strict=True):

@@ -1,4 +1,7 @@
-"""One training of a preset, measured as `benchmarks.tutorial` is; prints one JSON object on the last line."""
+"""Train a preset once, measured like `benchmarks.tutorial`; prints one JSON object on the last line.
+
+`python -m benchmarks.preset PREPARED EPOCHS PRESET SEED [MAX_MINUTES]`
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import tempfile
 from itertools import accumulate
 from pathlib import Path
 
-from benchmarks.flops import count_flops
+from benchmarks.arithmetic import count_flops
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.settings import RetrainSettings, TrainSettings
 from cnnpipe.stages import evaluate_run, train_run
@@ -22,8 +25,8 @@ def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float
     """Train a preset on a prepared dataset and score the test split; `fit_seconds` include compiling and checkpoints.
 
     Args:
-        epochs: 0 is the preset's own number.
-        max_minutes: for training; None is no limit.
+        epochs: number of epochs; 0: the preset's.
+        max_minutes: time for training; None: no limit.
     """
     values = {"preset": preset, "epochs": epochs or None, "seed": seed, "max_minutes": max_minutes}
     train = TrainSettings.model_validate(values)
@@ -39,7 +42,7 @@ def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float
         "precision": precision,
         "fit_seconds": result.seconds,
         "test_accuracy": accuracy,
-        "course": list(zip(ends, (float(row["val_accuracy"]) for row in history), strict=True)),
+        "val_accuracies": list(zip(ends, (float(row["val_accuracy"]) for row in history), strict=True)),
         "images": images,
         "flops": images * flops_for_each_image(load_prepared(prepared), train),
     }
@@ -47,21 +50,21 @@ def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float
 
 
 def flops_for_each_image(dataset: PreparedDataset, train: TrainSettings) -> float:
-    """Return the work that training does for one image in an epoch, on average over all of them.
+    """Return the floating-point operations of training per image, on average over all epochs.
 
-    A limit of time moves the share of small images by a few percent, which is not counted.
+    A time limit changes the fraction of small images by a few percent, which is not counted.
     """
     total = 0.0
-    statistics = measure_input(dataset.images("train")[:1])  # no matter which: the work is the same
+    statistics = measure_input(dataset.images("train")[:1])  # any image: the work is the same
     whole = dataset.image_size
     recipe = resolve_recipe(train, dataset.num_images["train"])
     small = recipe.small_until(whole)
-    for image_size, share in ((small_size(whole), small), (whole, 1.0 - small)):
-        if share:
+    for image_size, fraction in ((small_size(whole), small), (whole, 1.0 - small)):
+        if fraction:
             like = (recipe.network, whole, len(dataset.class_names), statistics)
             network = build_network(*like, any_size=image_size != whole)
             given = keras.Input((*image_size, 3), dtype="uint8")
-            total += share * count_flops(keras.models.clone_model(network, given))
+            total += fraction * count_flops(keras.models.clone_model(network, given))
     return total
 
 

@@ -7,130 +7,107 @@ import os
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Final
 
 from cnnpipe.errors import CnnpipeError
 
-__all__ = ["ProcessRun", "run_process"]
+__all__ = ["PeakMemory", "ProcessRun", "run_process"]
 
-_PROC: Final = Path("/proc")
 _INTERVAL_SECONDS: Final = 0.05
+
+
+@dataclass
+class PeakMemory:
+    """The most memory seen in use at one moment, bytes of resident memory."""
+
+    parent: int = 0
+    """Memory of the process itself, by the kernel's own count."""
+    children: int = 0
+    """Memory of all its child processes together."""
+    total: int = 0
+    """Memory of the process and its children together."""
 
 
 @dataclass(frozen=True)
 class ProcessRun:
-    """One process from its start to its end, as seen from outside."""
+    """One process from its start to its end."""
 
     report: dict[str, Any]
     """The JSON object on the last line of its standard output."""
     seconds: float
-    """Of the whole process, interpreter and imports included."""
-    peak_bytes: int
-    """Most memory of all its processes at one moment: the sum of their resident set sizes."""
-    own_peak_bytes: int
-    """Most memory of the process itself."""
-    children_peak_bytes: int
-    """Most memory of its child processes at one moment, all together."""
-    awaited_seconds: float | None
-    """Until the file that was waited for was there; None if it never came, or none was named."""
+    """Seconds of the whole process, interpreter and imports included."""
+    peak: PeakMemory
 
 
-def run_process(command: Sequence[str], awaited: Path | None = None) -> ProcessRun:
+def run_process(command: Sequence[str]) -> ProcessRun:
     """Run a command to its end and measure it.
 
     Memory is sampled every 0.05 s. Pages that processes share count once for each of them, so a program of several
-    processes looks larger than it is. The peak of the process itself is the kernel's own count, as of the last sample;
-    not `ru_maxrss`, which begins at the size of the process that started it.
+    processes looks larger than it is.
 
-    Args:
-        awaited: a file that the command makes some time; its name may be a pattern.
     Raises:
         CnnpipeError: the command failed, with the last line that it printed; or this system has no /proc.
     """
-    if not (_PROC / "self" / "status").is_file():
+    if not Path("/proc/self/status").is_file():
         raise CnnpipeError("the benchmarks measure memory in /proc, which this system lacks; run them on Linux")
     with tempfile.TemporaryFile("w+") as messages:
-        began = time.perf_counter()
+        began = perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True) as process:
-            sampler = _Sampler(process.pid, began, awaited)
             try:
-                assert process.stdout is not None
-                with sampler:
-                    output = process.stdout.read()
-                    status = process.wait()
+                with _sampled_memory(process.pid) as peak:
+                    output, _ = process.communicate()
             except BaseException:
                 process.kill()
                 raise
-        seconds = time.perf_counter() - began
+        seconds = perf_counter() - began
         lines = output.splitlines()
-        if status or not lines:
+        if process.returncode or not lines:
             messages.seek(0)
             last = " ".join((messages.read().splitlines() or lines or ["it printed nothing"])[-1].split())
-            raise CnnpipeError(f"{' '.join(command)} ended with status {status}: {last}")
-    return ProcessRun(
-        report=json.loads(lines[-1]),
-        seconds=seconds,
-        peak_bytes=sampler.peak_bytes,
-        own_peak_bytes=sampler.own_peak_bytes,
-        children_peak_bytes=sampler.children_peak_bytes,
-        awaited_seconds=sampler.awaited_seconds,
-    )
+            raise CnnpipeError(f"{' '.join(command)} ended with status {process.returncode}: {last}")
+    return ProcessRun(json.loads(lines[-1]), seconds, peak)
 
 
-@dataclass
-class _Sampler:
-    """Looks at a process and its children every now and then, in a thread, while the block lasts."""
+@contextmanager
+def _sampled_memory(pid: int) -> Iterator[PeakMemory]:
+    """Sample the memory of a process and its children in a thread, as long as the block lasts."""
+    peak, stopped, ours, others = PeakMemory(), threading.Event(), {pid}, set[int]()
 
-    pid: int
-    began: float
-    awaited: Path | None
-    peak_bytes: int = 0
-    own_peak_bytes: int = 0
-    children_peak_bytes: int = 0
-    awaited_seconds: float | None = None
-    _ours: set[int] = field(default_factory=set)
-    _others: set[int] = field(default_factory=set)
-    """Processes that are none of ours, so that each is looked at once only: sampling must cost nothing."""
-    _stop: threading.Event = field(default_factory=threading.Event)
+    def sample_until_stopped() -> None:
+        while not stopped.wait(_INTERVAL_SECONDS):
+            _sample(pid, ours, others, peak)
 
-    def __enter__(self) -> None:
-        self._ours.add(self.pid)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+    thread = threading.Thread(target=sample_until_stopped, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stopped.set()
+        thread.join()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(_INTERVAL_SECONDS):
-            awaited = self.awaited if self.awaited_seconds is None else None
-            if awaited is not None and any(awaited.parent.glob(awaited.name)):
-                self.awaited_seconds = time.perf_counter() - self.began
-            self._sample()
-
-    def _sample(self) -> None:
-        own = children = 0
-        # In the order of their numbers: a parent comes before the children that it has started since the last look.
-        for pid in sorted(int(name) for name in os.listdir(_PROC) if name.isdecimal()):
-            if pid in self._others:
-                continue
-            with suppress(OSError):  # it has just ended
-                parent, resident = _read_stat(pid)
-                if pid not in self._ours and parent not in self._ours:
-                    self._others.add(pid)
-                    continue
-                self._ours.add(pid)
-                own, children = (resident, children) if pid == self.pid else (own, children + resident)
-        with suppress(OSError):
-            self.own_peak_bytes = max(self.own_peak_bytes, _read_peak(self.pid))
-        self.peak_bytes = max(self.peak_bytes, own + children, self.own_peak_bytes)
-        self.children_peak_bytes = max(self.children_peak_bytes, children)
+def _sample(parent: int, ours: set[int], others: set[int], peak: PeakMemory) -> None:
+    """Look at each process of `ours` and at new ones; psutil would look at all on the machine, 10 ms each time."""
+    resident: dict[int, int] = {}
+    # In the order of their numbers: a parent comes before the children that it has started since the last look.
+    for pid in sorted({int(name) for name in os.listdir("/proc") if name.isdecimal()} - others):
+        with suppress(OSError):  # it has just ended
+            started_by, size = _read_stat(pid)
+            if pid in ours or started_by in ours:
+                ours.add(pid)
+                resident[pid] = size
+            else:
+                others.add(pid)
+    with suppress(OSError):
+        peak.parent = max(peak.parent, _read_peak(parent))
+    total = sum(resident.values())
+    peak.children = max(peak.children, total - resident.get(parent, 0))
+    peak.total = max(peak.total, total, peak.parent)
 
 
 def _read_stat(pid: int) -> tuple[int, int]:
@@ -138,16 +115,18 @@ def _read_stat(pid: int) -> tuple[int, int]:
 
     Source: proc_pid_stat(5); the name in parentheses may hold anything, so fields are counted from its end.
     """
-    fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return int(fields[1]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read_peak(pid: int) -> int:
-    """Return the largest resident set size that a process has had, in bytes; 0 when it is about to end.
+    """Return the most resident memory that a process has had, in bytes; 0 when it is about to end.
+
+    `ru_maxrss` would begin at the size of the process that started it.
 
     Source: proc_pid_status(5), VmHWM.
     """
-    for line in (_PROC / str(pid) / "status").read_bytes().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_bytes().splitlines():
         if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

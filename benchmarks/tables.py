@@ -1,4 +1,4 @@
-"""Tables as the README has them."""
+"""Markdown tables, as in the documentation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["markdown_lines"]
 
 
 def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of text, the header first, as a Markdown table: the first column text, the others figures."""
+    """Return rows, the header first, as the lines of a Markdown table; all columns but the first are right-aligned."""
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

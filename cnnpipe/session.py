@@ -1,15 +1,18 @@
 """An ONNX classifier on the device that was asked for: CUDA or CPU, never silently another.
 
 onnxruntime lists CUDA wherever its GPU build is installed, and falls back to the CPU with no more than a line on
-stderr. So the NVIDIA driver is asked first, and after opening it is checked which provider the session really has.
+stderr. So the NVIDIA driver is asked first, and after opening, the session is asked which provider it really has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import logging
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -19,29 +22,60 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from cnnpipe.cuda import (
-    CUDA,
-    BoundBuffers,
-    built_for_cuda,
-    cuda_batch_size,
-    cuda_options,
-    cuda_problem,
-    is_out_of_memory,
-    missing_libraries,
-)
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.machine import ask_driver, free_gpu_memory, usable_cores
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
 from cnnpipe.model_files import PRECISIONS, ChosenFile, Precision, choose_model_file
 
-__all__ = ["ClassifierSession", "device_report", "open_session"]
+__all__ = ["BoundBuffers", "ClassifierSession", "cuda_batch_size", "cuda_options", "device_report",
+           "is_out_of_memory", "open_session", "silent_onnxruntime"]  # fmt: skip
 
 CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+
+_BUILT_FOR_CUDA: Final[str] = getattr(onnxruntime, "cuda_version", "") or ""
+"""CUDA version that onnxruntime was built for; empty if it was built without CUDA."""
 
 _CPU_BATCH_SIZE: Final = 32
 """Number of small images that stay in a CPU's cache: 17,900 images/s against 13,500 at 256."""
 
-# The exceptions of onnxruntime have no common base but Exception.
+_MIN_CUDA_BATCH, _MAX_CUDA_BATCH = 256, 2048
+_CUDA_BATCH_PIXELS: Final = 2048 * 32 * 32
+"""On an H100, images of 32x32 pass at 34,800 a second in batches of 2,048, at 25,100 in batches of 256."""
+
+_CUDA_BYTES_PER_PIXEL: Final = 1024
+"""Estimate of the memory for a batch: 64 float32 channels at the size of the image take 256 bytes per pixel, and a
+layer needs four times that, for its input, its output, what the next layer makes of that, and cuDNN's workspace.
+`cnnpipe.classify.engine` halves the batches of a network that needs more.
+"""
+
+_CUDA_OPTIONS: Final = {
+    # Exhaustive search, the default, times every convolution algorithm for each shape: seconds before the first image,
+    # for a network that needs milliseconds.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # Grow by what is needed, not by doubling: the GPU may be shared.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+
+_FP16_METADATA: Final = b"\n\tprecision\x12\x04fp16"
+"""Bytes in the file of an fp16 model: the entry `precision` of its metadata.
+
+Source: https://protobuf.dev/programming-guides/encoding/ and StringStringEntryProto of onnx.proto.
+"""
+
+_DEFAULT_LOG_SEVERITY: Final = 2
+"""Source: https://onnxruntime.ai/docs/api/python/api_summary.html, `set_default_logger_severity`: warnings."""
+
+# onnxruntime has no exception class for this; its arena, the CUDA runtime and each library word it in their own way.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"Failed to allocate memory for requested buffer"
+    r"|Available memory of \d+ is smaller than requested bytes"
+    r"|CUDA failure 2: "  # cudaErrorMemoryAllocation
+    r"|CUDA error executing cudaMalloc"
+    r"|(?:CUBLAS|CUDNN|CUFFT)_\w*ALLOC\w*_FAILED",
+)
+
+# The exceptions of onnxruntime have no common base class but Exception.
 _NOT_A_MODEL = (_ort.InvalidProtobuf, _ort.InvalidGraph, _ort.NoModel, _ort.NotImplemented, _ort.InvalidArgument)
 _SESSION_ERRORS = (*_NOT_A_MODEL, _ort.Fail, _ort.RuntimeException, _ort.EPFail, _ort.NotFound, RuntimeError,
                    ValueError)  # fmt: skip
@@ -53,13 +87,13 @@ class ClassifierSession:
     """A model that is ready to run; made by `open_session`.
 
     Attributes:
-        info: what the model says of itself.
-        precision: of the file that was opened.
-        precision_reason: why this one, in a few words.
+        info: the model's own description of itself.
+        precision: the precision of the opened file.
+        precision_reason: why this precision, in a few words.
         provider: `CPUExecutionProvider` or `CUDAExecutionProvider`, as the session itself reports it.
         device: `cpu` or `cuda:N`.
         path: the model's file.
-        model_sha256: of the bytes that were loaded, 64 hexadecimal digits.
+        model_sha256: digest of the loaded bytes, 64 hexadecimal digits.
     """
 
     def __init__(
@@ -73,12 +107,11 @@ class ClassifierSession:
         self.model_sha256 = sha256
         self.device = device
         self.provider: str = session.get_providers()[0]
-        on_gpu = self.provider == CUDA
-        self._buffers = BoundBuffers(session, len(info.class_names), device) if on_gpu else None
+        self._buffers = BoundBuffers(session, len(info.class_names), device) if self.provider == CUDA else None
 
     @cached_property
     def default_batch_size(self) -> int:
-        """The batch size that suits the device: on CUDA also by the memory that is free when it is first asked for."""
+        """The batch size that suits the device; on CUDA it also depends on the memory that is free at first use."""
         if self.provider != CUDA:
             return _CPU_BATCH_SIZE
         return cuda_batch_size(self.info.image_size, free_gpu_memory(int(self.device.removeprefix("cuda:"))))
@@ -94,9 +127,9 @@ class ClassifierSession:
         Args:
             images: (N, H, W, 3) uint8 RGB, of the model's size; N may be 0.
         Returns:
-            Probabilities, (N, classes) float32, each row sums to 1.
+            Probabilities, (N, classes) float32; each row sums to 1.
         Raises:
-            ModelError: shape or type do not fit, the model failed, or it gave something that is no number.
+            ModelError: shape or type do not fit, the model failed, or a probability is not a number.
             GpuMemoryError: the GPU's memory is too small for so many images; a smaller batch may fit.
             ProviderError: the GPU failed otherwise.
         """
@@ -104,32 +137,31 @@ class ClassifierSession:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
             raise ModelError(
                 f"{self.path} needs uint8 images of shape (N, {height}, {width}, 3), received {images.dtype} "
-                f"{images.shape}; bring them to the model's size first"
+                f"{images.shape}; resize them to the model's size first"
             )
         if not len(images):
             return np.empty((0, len(self.info.class_names)), np.float32)
         try:
-            probabilities = self._run(images)
+            probabilities: npt.NDArray[np.float32] = (
+                self._buffers.run(images)
+                if self._buffers is not None
+                else self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            )
         except _SESSION_ERRORS as error:
             raise self._failure(error, len(images)) from error
         if not np.isfinite(probabilities).all():
-            raise ModelError(f"{self.path} gave probabilities that are no numbers (NaN or infinite); train it again")
-        return probabilities
-
-    def _run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        if self._buffers is not None:
-            return self._buffers.run(images)
-        probabilities: npt.NDArray[np.float32] = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            raise ModelError(f"{self.path} gave probabilities that are not numbers (NaN or infinite); train it again")
         return probabilities
 
     def _failure(self, error: Exception, num_images: int) -> CnnpipeError:
+        """Return the exception for a failed run; frees the buffers if memory is short, for a smaller batch."""
         if self._buffers is None:
             return ModelError(f"{self.path} failed on {num_images} images: {_one_line(error)}; export it again")
         if is_out_of_memory(str(error)):
-            self._buffers.release()  # the smaller batch that may be tried next needs what they hold
+            self._buffers.release()
             return GpuMemoryError(
                 f"{self.device} has no room for {num_images} images at once: {_one_line(error)}; "
-                "choose a smaller batch size, or end what else uses the GPU"
+                "choose a smaller batch size, or stop other programs that use the GPU"
             )
         return ProviderError(f"{self.device} failed on {num_images} images: {_one_line(error)}; try --device cpu")
 
@@ -141,13 +173,13 @@ def open_session(
 
     Args:
         model: a run folder, or an .onnx file.
-        device: `auto`, `cpu`, `cuda` (the first) or `cuda:N`. Only `auto` may choose, and logs what it took and why.
-        threads: for one operator, on the CPU; default: one a usable core.
-        precision: `auto`, `fp32`, `int8` or `fp16`. `auto` takes a file as it is, and of a run the one that is fastest
-            on the device, which is chosen first.
+        device: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`. Only `auto` may choose; it logs its choice and why.
+        threads: CPU threads for one operator; default: one per usable core.
+        precision: `auto`, `fp32`, `int8` or `fp16`. `auto` takes a file as it is, and from a run the precision that is
+            fastest on the device.
     Raises:
         ConfigError: `device`, `threads` or `precision` is none of these.
-        ModelError: the file cannot be read or is not a model of ours, or is not of that precision.
+        ModelError: the file cannot be read, is not a cnnpipe model, or has another precision.
         ProviderError: CUDA was asked for and cannot be used; names what is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
@@ -157,125 +189,100 @@ def open_session(
         raise ConfigError(f"threads must be at least 1, received {threads}")
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision must be auto, {', '.join(PRECISIONS)}, received {precision!r}")
-    wanted = _Wanted(model, cast("Precision | Literal['auto']", precision), threads or usable_cores())
-    if device == "auto":
-        return _open_cuda_if_possible(wanted) or _open_cpu(wanted)
-    if device == "cpu":
-        return _open_cpu(wanted)
-    number = int(match[1] or 0)
-    if problem := cuda_problem(number):
-        raise ProviderError(f"{device} cannot be used: {problem}; mend that, or use --device cpu")
-    return _open_cuda(wanted, number)
+    wanted = cast("Precision | Literal['auto']", precision)
+    threads = threads or usable_cores()
+    number = None if device == "cpu" else int(match[1] or 0)
+    problem = "" if number is None else cuda_problem(number)
+    if device != "auto":
+        if problem:
+            raise ProviderError(f"{device} cannot be used: {problem}; fix that, or use --device cpu")
+        return _open(model, wanted, threads, number)
+    if problem:
+        _logger.info("device auto: the CPU (%s)", problem)
+        return _open(model, wanted, threads, None)
+    try:
+        session = _open(model, wanted, threads, number)
+    except ProviderError as error:
+        _logger.warning("device auto: the CPU, although there is a GPU: %s", error)
+        return _open(model, wanted, threads, None)
+    _logger.info("device auto: %s", session.device)
+    return session
 
 
 def device_report() -> dict[str, Any]:
     """Return what this machine can classify on, as JSON-able values.
 
-    `gpus` are names by CUDA's numbers, `driver_cuda` the newest CUDA that the driver supports, `onnxruntime_cuda` the
-    one that onnxruntime was built for, and `problem` says why CUDA cannot be used; each is empty where there is none.
+    Returns:
+        `gpus`: names by CUDA's numbers; `driver_cuda`: the newest CUDA that the driver supports; `onnxruntime`: its
+        version; `onnxruntime_cuda`: the CUDA that it was built for; `problem`: why CUDA cannot be used, or empty.
     """
     driver = ask_driver()
     return {
         "gpus": list(driver.gpus),
         "driver_cuda": driver.cuda,
         "onnxruntime": onnxruntime.__version__,
-        "onnxruntime_cuda": built_for_cuda(),
-        "problem": cuda_problem(0) or missing_libraries(),
+        "onnxruntime_cuda": _BUILT_FOR_CUDA,
+        "problem": cuda_problem(0) or _missing_libraries(),
     }
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What to open, on whatever device it will be."""
-
-    model: Path
-    precision: Precision | Literal["auto"]
-    threads: int
-
-
-def _open_cpu(wanted: _Wanted) -> ClassifierSession:
-    chosen = choose_model_file(wanted.model, "cpu", wanted.precision)
-    content = _read_model(chosen.path)
-    try:
-        session = _create(content, wanted.threads, [CPU])
-    except _SESSION_ERRORS as error:
-        raise _not_a_model(chosen.path, error) from error
-    return _check_model(session, chosen, content, "cpu", wanted)
-
-
-def _open_cuda_if_possible(wanted: _Wanted) -> ClassifierSession | None:
-    """Open on the first GPU, or return None and log why not."""
-    if problem := cuda_problem(0):
-        _logger.info("device auto: the CPU (%s)", problem)
-        return None
-    try:
-        session = _open_cuda(wanted, 0)
-    except ProviderError as error:
-        _logger.warning("device auto: the CPU, although there is a GPU: %s", error)
-        return None
-    _logger.info("device auto: cuda:0")
-    return session
-
-
-def _open_cuda(wanted: _Wanted, number: int) -> ClassifierSession:
-    chosen = choose_model_file(wanted.model, "cuda", wanted.precision)
-    content = _read_model(chosen.path)
-    missing = missing_libraries()
-    # onnxruntime would print a paragraph for each library that it does not find; the reason is in our own line.
+@contextlib.contextmanager
+def silent_onnxruntime() -> Iterator[None]:
+    """Keep onnxruntime's own lines off stderr inside the block, where its exceptions say the same in one line."""
     onnxruntime.set_default_logger_severity(4)
     try:
-        # Where cuDNN has no plan without TF32 for a convolution with its Relu, onnxruntime 1.26 takes one with TF32.
-        providers = [(CUDA, cuda_options(number, content)), CPU]
-        session = _create(content, wanted.threads, providers, ["ConvActivationFusion"])
-    except _NOT_A_MODEL as error:
-        raise _not_a_model(chosen.path, error) from error
-    except _SESSION_ERRORS as error:
-        raise ProviderError(f"cuda:{number} cannot be used: {missing or _one_line(error)}") from error
+        yield
     finally:
-        onnxruntime.set_default_logger_severity(3)
-    if session.get_providers()[0] != CUDA:
-        raise ProviderError(f"cuda:{number} cannot be used: {missing or 'onnxruntime refused it without a reason'}")
-    return _check_model(session, chosen, content, f"cuda:{number}", wanted)
+        onnxruntime.set_default_logger_severity(_DEFAULT_LOG_SEVERITY)
 
 
-def _read_model(path: Path) -> bytes:
+def _open(model: Path, precision: Precision | Literal["auto"], threads: int, gpu: int | None) -> ClassifierSession:
+    """Open a model on a GPU, or on the CPU if `gpu` is None, and check that it keeps the contract."""
+    device = "cpu" if gpu is None else f"cuda:{gpu}"
+    chosen = choose_model_file(model, "cpu" if gpu is None else "cuda", precision)
     try:
-        return path.read_bytes()
+        content = chosen.path.read_bytes()
     except OSError as error:
-        raise ModelError(f"cannot read the model {path}: {error.strerror or error}; check the path") from error
+        raise ModelError(f"cannot read the model {chosen.path}: {error.strerror or error}; check the path") from error
+    missing = "" if gpu is None else _missing_libraries()
+    try:
+        session = _create(content, threads) if gpu is None else _create_on_cuda(content, threads, gpu)
+    except _SESSION_ERRORS as error:
+        if gpu is not None and not isinstance(error, _NOT_A_MODEL):
+            raise ProviderError(f"{device} cannot be used: {missing or _one_line(error)}") from error
+        raise ModelError(
+            f"{chosen.path} is not an ONNX model that can be run: {_one_line(error)}; see `cnnpipe export`"
+        ) from error
+    if gpu is not None and session.get_providers()[0] != CUDA:
+        raise ProviderError(f"{device} cannot be used: {missing or 'onnxruntime refused it without a reason'}")
+    metadata = session.get_modelmeta().custom_metadata_map
+    info = ModelInfo.from_metadata(metadata, chosen.path)
+    _check_tensors(session, info, chosen.path)
+    found = _check_precision(metadata, precision, chosen.path)
+    return ClassifierSession(session, info, found, chosen, hashlib.sha256(content).hexdigest(), device)
 
 
-def _create(content: bytes, threads: int, providers: list[Any], disabled: list[str] | None = None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
-    options.intra_op_num_threads = threads
+def _create(content: bytes, threads: int, providers: list[Any] | None = None, **options: Any) -> Any:
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
+    session_options.intra_op_num_threads = threads
     # A spinning thread answers faster, but takes its core from the processes that decode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
-        content, options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
+        content, session_options, providers=[*(providers or []), CPU], enable_fallback=0, **options
     )
 
 
-def _check_model(session: Any, chosen: ChosenFile, content: bytes, device: str, wanted: _Wanted) -> ClassifierSession:
-    path = chosen.path
-    metadata = session.get_modelmeta().custom_metadata_map
-    info = ModelInfo.from_metadata(metadata, path)
-    _check_tensors(session, info, path)
-    precision = metadata.get("precision", "fp32")  # models of version 0.1 do not say it, and were all of this one
-    if precision not in PRECISIONS:
-        raise ModelError(
-            f"{path} must be of precision {', '.join(PRECISIONS)}, received {precision!r}; export it again"
-        )
-    if wanted.precision not in ("auto", precision):
-        raise ModelError(
-            f"{path} is {precision}, not {wanted.precision}; name the run folder to have its {wanted.precision} model, "
-            "or leave --precision at auto"
-        )
-    return ClassifierSession(session, info, precision, chosen, hashlib.sha256(content).hexdigest(), device)
+def _create_on_cuda(content: bytes, threads: int, gpu: int) -> Any:
+    # Without this, onnxruntime prints a paragraph for each library that it does not find.
+    with silent_onnxruntime():
+        # Where cuDNN has no plan without TF32 for a convolution with its Relu, onnxruntime 1.26 takes one with TF32.
+        disabled = ["ConvActivationFusion"]
+        return _create(content, threads, [(CUDA, cuda_options(gpu, content))], disabled_optimizers=disabled)
 
 
 def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
-    """Hold the model to the contract on its tensors; a batch of any size, everything else fixed."""
+    """Refuse a model whose tensors break the contract: a batch of any size, everything else fixed."""
     height, width = info.image_size
     expected = (
         [(INPUT_NAME, "tensor(uint8)", [height, width, 3])],
@@ -287,18 +294,136 @@ def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
     )
     if found != expected:
         raise ModelError(
-            f"{path} must take {expected[0]} and give {expected[1]}, a batch of any size before each shape, received "
-            f"{found[0]} and {found[1]}; use one exported by `cnnpipe export`"
+            f"{path} must take {expected[0]} and give {expected[1]}, with a batch of any size before each shape, "
+            f"received {found[0]} and {found[1]}; use one exported by `cnnpipe export`"
         )
-    if isinstance(session.get_inputs()[0].shape[0], int):
-        raise ModelError(f"{path} takes only batches of {session.get_inputs()[0].shape[0]}; export it again")
+    batch = session.get_inputs()[0].shape[0]
+    if isinstance(batch, int):
+        raise ModelError(f"{path} takes only batches of {batch}; export it again")
 
 
-def _not_a_model(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path} is not an ONNX model that can be run: {_one_line(error)}; see `cnnpipe export`")
+def _check_precision(metadata: dict[str, str], wanted: Precision | Literal["auto"], path: Path) -> Precision:
+    """Return the precision of a model, if it is the one that is wanted."""
+    found = metadata.get("precision", "fp32")  # models of version 0.1 have no such entry and were all fp32
+    if found not in PRECISIONS:
+        raise ModelError(f"{path} must be of precision {', '.join(PRECISIONS)}, received {found!r}; export it again")
+    if wanted not in ("auto", found):
+        raise ModelError(
+            f"{path} is {found}, not {wanted}; name the run folder to use its {wanted} model, or leave --precision at "
+            "auto"
+        )
+    return found
 
 
 def _one_line(error: Exception) -> str:
     """Return what onnxruntime says, without its codes and C++ signatures."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
     return one_line(re.sub(r"^.*failed:(/\S+ .*\) )?", "", text)) or type(error).__name__
+
+
+class BoundBuffers:
+    """Runs a session on an input and an output that stay in the device's memory from batch to batch.
+
+    Without them every batch would allocate both. They are made for the shape of the first batch, and made again for
+    another shape, which is why a caller should keep to one.
+
+    Args:
+        session: an onnxruntime session with the tensors of the contract.
+        num_classes: columns of the output.
+        device: `cuda:N` or `cpu`.
+    """
+
+    def __init__(self, session: Any, num_classes: int, device: str) -> None:
+        self._session = session
+        self._num_classes = num_classes
+        kind, _, number = device.partition(":")
+        self._device = (kind, int(number or 0))
+        self.release()
+
+    def release(self) -> None:
+        """Give the buffers' memory back."""
+        self._shape: tuple[int, ...] | None = None
+        self._binding: Any = None
+        self._images: Any = None
+        self._probabilities: Any = None
+
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return the probabilities of (N, H, W, 3) uint8 images, (N, classes) float32; raises what onnxruntime does."""
+        if images.shape != self._shape:
+            self._allocate(images.shape)
+        self._images.update_inplace(np.ascontiguousarray(images))
+        self._session.run_with_iobinding(self._binding)
+        # A copy, because on a CPU the array would be the buffer itself, which the next batch overwrites.
+        return np.array(self._probabilities.numpy(), np.float32)
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        self.release()
+        new = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        self._images = new(shape, np.uint8, *self._device)
+        self._probabilities = new((shape[0], self._num_classes), np.float32, *self._device)
+        self._binding = self._session.io_binding()
+        self._binding.bind_ortvalue_input(INPUT_NAME, self._images)
+        self._binding.bind_ortvalue_output(OUTPUT_NAME, self._probabilities)
+        self._shape = shape
+
+
+def cuda_options(number: int, model: bytes) -> dict[str, str]:
+    """Return the options of onnxruntime's CUDA provider that suit a model.
+
+    fp32 runs without TF32: with it, the default, probabilities were off by up to 9.2e-4. fp16 runs with it, because
+    without TF32 onnxruntime does not use the tensor cores at all.
+
+    Args:
+        number: the GPU's.
+        model: content of the ONNX file.
+    Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html, `use_tf32`
+    """
+    return {"device_id": str(number), "use_tf32": "1" if _FP16_METADATA in model else "0", **_CUDA_OPTIONS}
+
+
+def cuda_batch_size(image_size: tuple[int, int], free_bytes: int) -> int:
+    """Return the batch size that suits a GPU: a power of two up to 2,048, so that a shard is a whole number of them.
+
+    Args:
+        image_size: (height, width) in pixels.
+        free_bytes: free memory of the GPU, of which at most half is used.
+    """
+    pixels = math.prod(image_size)
+    wanted = min(max(_CUDA_BATCH_PIXELS // pixels, _MIN_CUDA_BATCH), _MAX_CUDA_BATCH)
+    possible = max(min(wanted, free_bytes // 2 // (pixels * _CUDA_BYTES_PER_PIXEL)), 1)
+    return 1 << (possible.bit_length() - 1)
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Return whether a message of onnxruntime on CUDA means that the GPU's memory was too small.
+
+    Source: onnxruntime 1.26, core/framework/bfc_arena.cc and core/providers/cuda/cuda_call.cc; the names of the
+    states are those of cuBLAS, cuDNN and cuFFT.
+    """
+    return _OUT_OF_MEMORY.search(message) is not None
+
+
+def cuda_problem(number: int) -> str:
+    """Return why GPU `number` cannot be used, as far as is known before its libraries are loaded; empty if it can."""
+    driver = ask_driver()
+    if driver.problem:
+        return driver.problem
+    if number >= len(driver.gpus):
+        names = ", ".join(f"cuda:{index} {name}" for index, name in enumerate(driver.gpus))
+        return f"there is no GPU {number}, only {names}; choose one of these"
+    if CUDA not in onnxruntime.get_available_providers():
+        return f"onnxruntime {onnxruntime.__version__} is built without CUDA; install onnxruntime-gpu instead"
+    if _BUILT_FOR_CUDA and int(driver.cuda.split(".")[0]) < int(_BUILT_FOR_CUDA.split(".")[0]):
+        return f"the NVIDIA driver supports CUDA {driver.cuda}, onnxruntime needs {_BUILT_FOR_CUDA}; update the driver"
+    return ""
+
+
+def _missing_libraries() -> str:
+    """Load the CUDA libraries where pip put them, and return which are missing, in one line; empty if none is."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):  # it prints its failures; standard output is for results
+        onnxruntime.preload_dlls()
+    names = re.findall(r"Failed to load (\S+?):", output.getvalue())
+    if not names:
+        return ""
+    return f"{', '.join(dict.fromkeys(names))} not found; install them with `make setup CUDA=1` (the extra `cuda`)"

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from benchmarks import memory, photos
 from benchmarks.__main__ import app
+from benchmarks.arithmetic import count_flops
 from benchmarks.classification import compare_classification, compare_start_up
 from benchmarks.contenders import CNNPIPE, KERAS, LOOPS, Contender, Models, find_models, line_up, read_labels
-from benchmarks.flops import count_flops
 from benchmarks.limits import both_per_second, measure_decoding, measure_inference, measure_pool
 from benchmarks.preset import flops_for_each_image
 from benchmarks.processes import run_process
@@ -84,7 +84,7 @@ def test_run_with_int8_is_classified_in_both_precisions(tmp_path: Path) -> None:
     assert KERAS in commands
 
 
-@pytest.mark.parametrize("name", [CNNPIPE, "one by one", *LOOPS])
+@pytest.mark.parametrize("name", [CNNPIPE, "one by one"])
 def test_contender_labels_every_file_and_times_itself(name: str, folder: Path, models: Models, tmp_path: Path) -> None:
     contender = contender_named(name, models)
     run = run_process(contender.command(folder, tmp_path / "labels.csv"))
@@ -194,7 +194,7 @@ def test_photos_look_like_a_camera_s(folder: Path, tmp_path: Path) -> None:
 
 def test_photos_need_small_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CnnpipeError, match="to make photos of; name a folder of small images"):
+    with pytest.raises(CnnpipeError, match="to make photos from; name a folder of small images"):
         photos.make_photos(tmp_path / "empty", tmp_path, 1, (64, 48))
 
 
@@ -219,25 +219,20 @@ def test_memory_is_measured_and_the_tree_removed(folder: Path, models: Models, t
     lines = memory.measure_memory(folder, models, [30], [memory.Layout.FLAT], tmp_path / "scratch")
     row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert row[0] == "30, flat"
-    parent, children, together = (float(cell) for cell in row[4:])
+    parent, children, together = (float(cell) for cell in row[3:])
     assert 20 < parent < together
     assert children > 0
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_process_is_measured_with_its_children(tmp_path: Path) -> None:
+def test_process_is_measured_with_its_children() -> None:
     child = "import time; held = bytearray(b'1' * 100_000_000); time.sleep(0.5)"
-    code = (
-        "import pathlib, subprocess, sys, time; "
-        f"subprocess.run([sys.executable, '-c', {child!r}]); pathlib.Path({str(tmp_path / 'there')!r}).touch(); "
-        "time.sleep(0.2); print('{\"done\": 1}')"
-    )
-    run = run_process([sys.executable, "-c", code], awaited=tmp_path / "there")
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('{{\"done\": 1}}')"
+    run = run_process([sys.executable, "-c", code])
     assert run.report == {"done": 1}
-    assert run.children_peak_bytes > 100_000_000 > run.own_peak_bytes > 1_000_000
-    assert run.peak_bytes >= run.children_peak_bytes
-    assert run.awaited_seconds is not None
-    assert 0.5 < run.awaited_seconds < run.seconds
+    assert run.peak.children > 100_000_000 > run.peak.parent > 1_000_000
+    assert run.peak.total >= run.peak.children
+    assert run.seconds > 0.5
 
 
 def test_process_that_fails_is_told_with_its_last_line() -> None:
@@ -265,10 +260,7 @@ def test_the_work_of_a_training_step_is_counted_layer_by_layer() -> None:
     assert count_flops(network) == forward[0] + 2 * forward[1] + 3 * forward[2]
 
 
-def test_small_images_and_those_that_are_averaged_down_are_counted_as_they_are_trained(
-    digits: PreparedDataset, tmp_path: Path
-) -> None:
-    large = prepare_dataset(PrepareSettings(image_size=(64, 64)), tmp_path)
+def test_small_images_are_counted_as_they_are_trained(digits: PreparedDataset, tmp_path: Path) -> None:
     tiny = prepare_dataset(PrepareSettings(image_size=(15, 15)), tmp_path)  # not made smaller
     fast, whole, small, never = TrainSettings(preset="fast"), (32, 32), (24, 24), (15, 15)
 
@@ -276,5 +268,4 @@ def test_small_images_and_those_that_are_averaged_down_are_counted_as_they_are_t
         return count_flops(build_network("fast", size, 10, measure_input(digits.images("train"))))
 
     assert flops_for_each_image(digits, fast) == pytest.approx((2 * work_of(small) + work_of(whole)) / 3)
-    assert flops_for_each_image(large, fast) == flops_for_each_image(digits, fast)
     assert flops_for_each_image(tiny, fast) == work_of(never)

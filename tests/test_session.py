@@ -15,12 +15,19 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_info, write_model
 
-from cnnpipe.cuda import BoundBuffers, cuda_batch_size, cuda_options, is_out_of_memory
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
 from cnnpipe.machine import ask_driver, free_gpu_memory
 from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.session import device_report, open_session
+from cnnpipe.session import (
+    BoundBuffers,
+    cuda_batch_size,
+    cuda_options,
+    device_report,
+    is_out_of_memory,
+    open_session,
+    silent_onnxruntime,
+)
 
 # As onnxruntime printed them on the machines of people who reported them, but for the names of those machines.
 OUT_OF_MEMORY = (
@@ -121,7 +128,7 @@ def test_threads_must_be_positive(model: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a text file, not a model\n", b"PK\x03\x04" + bytes(100)])
-def test_file_that_is_no_model_is_refused_in_one_line(
+def test_file_that_is_not_a_model_is_refused_in_one_line(
     tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.onnx"
@@ -169,9 +176,9 @@ def test_model_with_a_fixed_batch_is_refused(tmp_path: Path) -> None:
         open_session(write_model(tmp_path / "model.onnx", batch=4), "cpu")
 
 
-def test_probabilities_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_probabilities_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     session = open_session(write_model(tmp_path / "model.onnx", scale=float("nan")), "cpu")
-    with pytest.raises(ModelError, match="no numbers"):
+    with pytest.raises(ModelError, match="not numbers"):
         session.run(rgb_digits(1))
 
 
@@ -313,7 +320,7 @@ def test_lack_of_gpu_memory_is_told_from_the_message(message: str) -> None:
 
 
 @pytest.mark.parametrize("message", OTHER_FAILURES)
-def test_other_failures_of_the_gpu_are_no_lack_of_memory(message: str) -> None:
+def test_other_failures_of_the_gpu_are_not_a_lack_of_memory(message: str) -> None:
     assert not is_out_of_memory(message)
 
 
@@ -329,6 +336,22 @@ def test_message_of_the_real_runtime_is_known() -> None:
     with pytest.raises(RuntimeException) as caught:
         session.run(None, {"shape": np.array([2**45])})  # the arena of the CPU speaks as the one of CUDA does
     assert is_out_of_memory(str(caught.value))
+
+
+def test_onnxruntime_is_silent_inside_the_block_and_warns_again_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    unused = onnx.helper.make_tensor("unused", onnx.TensorProto.FLOAT, [1], [1.0])  # onnxruntime warns of it
+    relu = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([relu], "graph", tensors[:1], tensors[1:], [unused])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+    def warnings() -> int:
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return capfd.readouterr().err.count("unused")
+
+    with silent_onnxruntime():
+        assert warnings() == 0
+    assert warnings() == 1
 
 
 def test_device_report_is_json() -> None:

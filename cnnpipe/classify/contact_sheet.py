@@ -1,7 +1,7 @@
-"""Make the contact sheet of a classification: one HTML file that shows what the table says, pictures included.
+"""Make the contact sheet of a classification: one HTML file with the counts of a table and a sample of its pictures.
 
-The rows are read once, as they come, and memory does not depend on how many there are. Which pictures are shown
-follows from the rows alone, so the same table gives the same page.
+The rows are read once, in any order, and memory does not grow with their number. Which pictures are shown depends on
+the rows alone, so the same table gives the same page. The page is the Jinja2 template `contact_sheet.html`.
 """
 
 from __future__ import annotations
@@ -10,51 +10,57 @@ import base64
 import hashlib
 import io
 import os
+import re
+import unicodedata
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Final
+from itertools import accumulate, count
+from operator import itemgetter
+from pathlib import Path, PurePath
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
 
-from cnnpipe.classify.contact_sheet_page import HISTOGRAM_BINS, ClassSection, ErrorSection, Page, Picture, render_page
 from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import uncertainty_test
 from cnnpipe.classify.summary import ClassificationSummary, FailedFile
 from cnnpipe.errors import ImageError, PredictionsError
 from cnnpipe.files import display_path, source_path
-from cnnpipe.images.decode import RGBImage, decode_image, upright_size
-from cnnpipe.images.decoding import DecodedFile
+from cnnpipe.images.decode import ERROR_KINDS, RGBImage, decode_image, upright_size
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import usable_cores
 from cnnpipe.storage import storage_errors, write_text
 
-__all__ = ["THUMBNAIL_PIXELS", "check_report", "thumbnail", "write_report"]
+__all__ = ["THUMBNAIL_PIXELS", "check_report", "compact", "percent", "round_ticks", "shorten", "thumbnail",
+           "write_report"]  # fmt: skip
 
 THUMBNAIL_PIXELS: Final = 96
 """Width and height of the square that a picture fits into."""
 
+_HISTOGRAM_BINS: Final = 20
 _MAX_CLASSES: Final = 100
-_SUREST, _LEAST_SURE, _PICTURES_PER_CLASS = 4, 4, 12
+_MOST_CONFIDENT, _LEAST_CONFIDENT, _PICTURES_PER_CLASS = 4, 4, 12
 _FAILED_FILES_PER_KIND: Final = 10
 
 _MAX_JPEG_BYTES: Final = 4096
-"""What keeps the whole page below some 7 MB, whatever the pictures are; nearly all are smaller at the first quality."""
+"""Limit that keeps the whole page below about 7 MB; nearly all pictures are smaller at the first quality."""
 _JPEG_QUALITIES: Final = (82, 60, 35, 10)
+
+_INVISIBLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+"""Characters that HTML forbids or a reader would not see: control characters, line separators, lone surrogates."""
 
 
 def check_report(path: Path, overwrite: bool) -> None:
     """Refuse a report that cannot be written, before any work is done.
 
     Args:
-        overwrite: whether a file of that name may be replaced.
+        overwrite: whether an existing file may be replaced.
     Raises:
-        PredictionsError: it does not end in .html, is a folder, or is there already.
-        StorageError: there can be no such file.
+        PredictionsError: the path does not end in .html, is a folder, or exists already.
+        StorageError: the file system allows no such name.
     """
     shown = display_path(str(path))
     if path.suffix.lower() not in (".html", ".htm"):
@@ -77,43 +83,46 @@ def write_report(
     replace: bool = False,
     workers: int | None = None,
 ) -> None:
-    """Write one self-contained HTML file about a finished classification; it runs no script and loads nothing.
+    """Write one HTML file about a finished classification; it runs no script and loads nothing.
 
     Args:
-        rows: of the finished table, with `path` as it is there.
-        root: the folder that the paths are relative to; the pictures are read from it again.
-        summary: of the same table.
+        rows: the rows of the finished table.
+        root: folder that the paths in the rows are relative to; the pictures are read from it again.
+        summary: the summary of the same table.
         path: the .html file.
-        min_probability: 0-1; images below it are shown as uncertain.
-        test_accuracy: of the model, 0-1, if known.
-        replace: whether a file of that name gives way.
-        workers: decoding processes; default: one a core.
+        min_probability: 0-1; images below it are marked as uncertain.
+        test_accuracy: the model's, 0-1, if known.
+        replace: whether an existing file may be replaced.
+        workers: decoding processes; default: one per core.
     Raises:
-        AlreadyThereError: the file is there, and may not be replaced.
+        AlreadyThereError: the file exists and may not be replaced.
         StorageError: it cannot be written.
         CnnpipeError: no decoding process can be started.
     """
     survey = _Survey(summary, min_probability)
     for row in rows:
         survey.add(row)
-    chosen = {label: sample.choose() for label, sample in survey.samples.items()}
-    everything = [candidate for candidates in chosen.values() for candidate in candidates]
-    pictures = iter(_make_pictures(root, everything, survey.is_uncertain, workers))
-    sections = tuple(
-        ClassSection(label, summary.classes[label], survey.uncertain[label], tuple(islice(pictures, len(candidates))))
-        for label, candidates in chosen.items()
+    classes = list(survey.classes.values())
+    for section in classes:
+        section.choose_pictures()
+    _load_thumbnails([picture for section in classes for picture in section.pictures], root, workers or usable_cores())
+    page = _render(
+        title=PurePath(summary.folder).name or summary.folder,
+        summary=summary,
+        test_accuracy=test_accuracy,
+        min_probability=min_probability,
+        is_uncertain=survey.is_uncertain,
+        num_uncertain=survey.num_uncertain,
+        histogram=survey.histogram,
+        classes=classes,
+        failed_files=survey.failed_files,
+        error_meanings=ERROR_KINDS,
     )
-    errors = tuple(ErrorSection(kind, count, tuple(survey.failed[kind])) for kind, count in summary.error_kinds.items())
-    page = Page(
-        summary, test_accuracy, min_probability, tuple(survey.histogram), survey.num_uncertain, sections, errors
-    )
-    write_text(path, render_page(page), replace=replace)
+    write_text(path, page, replace=replace)
 
 
 def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
-    """Decode one image as a person looks at it: in its own proportions, centred on white.
-
-    All else is as the model sees it: `decode_image` makes the pixels.
+    """Decode one image for a person: `decode_image` in the image's own proportions, centred on white.
 
     Args:
         data: the bytes of an image file.
@@ -127,7 +136,7 @@ def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     try:
         image_width, image_height = upright_size(data)
     except ImageError:
-        image_width = image_height = 1  # `decode_image` says what is wrong with it, if anything is
+        image_width = image_height = 1  # `decode_image` reports what is wrong with it
     scale = min(width / image_width, height / image_height)
     inner_height, inner_width = max(1, round(image_height * scale)), max(1, round(image_width * scale))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
@@ -136,109 +145,107 @@ def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     return square
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class _Candidate:
-    """A row that may be shown; the order is that of `rank`, then a fixed one that has nothing to do with the rows'."""
+@dataclass
+class _Picture:
+    """One thumbnail."""
 
-    rank: float
-    digest: int
     path: str
     probability: float
     sha256: str
+    """Digest of the file that was classified; empty if the table has none."""
+    uri: str = ""
+    """`data:` URI; empty if there is no picture."""
+    problem: str = ""
+    """Why there is no picture."""
+
+
+_Ranked = tuple[float, int, _Picture]  # rank, digest of the path, picture
 
 
 @dataclass
-class _Sample:
-    """Of one class, the surest rows, the least sure, and some taken evenly, however many pass and in whatever order."""
+class _ClassSection:
+    """One class: its counts and, from all of its rows, the most confident, the least confident and a random sample."""
 
-    surest: list[_Candidate] = field(default_factory=list)
-    least_sure: list[_Candidate] = field(default_factory=list)
-    even: list[_Candidate] = field(default_factory=list)
+    label: str
+    num_images: int
+    num_uncertain: int = 0
+    pictures: list[_Picture] = field(default_factory=list)
+    """The pictures to show, most confident first."""
+    _most_confident: list[_Ranked] = field(default_factory=list)
+    _least_confident: list[_Ranked] = field(default_factory=list)
+    _random: list[_Ranked] = field(default_factory=list)
 
     def add(self, row: Prediction) -> None:
-        """Consider a row."""
+        """Consider a row for a picture."""
         probability = row.probabilities[0]
         content = row.path.encode("utf-8", "surrogatepass")
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-        for kept, size, rank in (
-            (self.surest, _SUREST, -probability),
-            (self.least_sure, _LEAST_SURE, probability),
-            (self.even, _PICTURES_PER_CLASS, 0.0),  # the smallest digests: as good as drawn by lot
+        for best, size, rank in (
+            (self._most_confident, _MOST_CONFIDENT, -probability),
+            (self._least_confident, _LEAST_CONFIDENT, probability),
+            (self._random, _PICTURES_PER_CLASS, 0.0),  # the smallest digests
         ):
-            if len(kept) < size or (rank, digest) < (kept[-1].rank, kept[-1].digest):
-                insort(kept, _Candidate(rank, digest, row.path, probability, row.sha256))
-                del kept[size:]
+            if len(best) < size or (rank, digest) < best[-1][:2]:
+                insort(best, (rank, digest, _Picture(row.path, probability, row.sha256)), key=itemgetter(0, 1))
+                del best[size:]
 
-    def choose(self) -> list[_Candidate]:
-        """Return `_PICTURES_PER_CLASS` rows, or all if there are fewer, the surest first."""
-        chosen: dict[tuple[str, float], _Candidate] = {}
-        for each in (*self.surest, *self.least_sure, *self.even):
+    def choose_pictures(self) -> None:
+        """Choose `_PICTURES_PER_CLASS` different rows, or all if there are fewer."""
+        chosen: dict[tuple[str, float], _Ranked] = {}
+        for _, digest, picture in (*self._most_confident, *self._least_confident, *self._random):
             if len(chosen) < _PICTURES_PER_CLASS:
-                chosen.setdefault((each.path, each.probability), each)
-        return sorted(chosen.values(), key=lambda each: (-each.probability, each.digest, each.path))
+                chosen.setdefault((picture.path, picture.probability), (-picture.probability, digest, picture))
+        self.pictures = [picture for *_, picture in sorted(chosen.values(), key=itemgetter(0, 1))]
 
 
 class _Survey:
-    """What a page needs of the rows, collected while they pass."""
+    """What the page needs from the rows, collected while they pass."""
 
     def __init__(self, summary: ClassificationSummary, min_probability: float) -> None:
         largest = Counter(summary.classes).most_common(_MAX_CLASSES)
-        self.samples = {label: _Sample() for label, _ in largest}
-        self.histogram = [0] * HISTOGRAM_BINS
-        self.uncertain: Counter[str] = Counter()
-        """By label, of those that are shown."""
+        self.classes = {label: _ClassSection(label, num_images) for label, num_images in largest}
+        self.histogram = [0] * _HISTOGRAM_BINS
+        """Images by probability, in equal bins from 0 to 1."""
         self.num_uncertain = 0
-        self.failed: defaultdict[str, list[FailedFile]] = defaultdict(list)
-        """The first of each kind."""
+        self.failed_files: defaultdict[str, list[FailedFile]] = defaultdict(list)
+        """Error kind -> its first files."""
         self.is_uncertain = uncertainty_test(min_probability)
 
     def add(self, row: Prediction) -> None:
-        """Take note of one row."""
+        """Count one row."""
         if row.status != "ok":
-            failed = self.failed[row.error_kind]
-            if len(failed) < _FAILED_FILES_PER_KIND:
-                failed.append(FailedFile(row.path, row.error_kind, row.error))
+            files = self.failed_files[row.error_kind]
+            if len(files) < _FAILED_FILES_PER_KIND:
+                files.append(FailedFile(row.path, row.error_kind, row.error))
             return
-        label, probability = row.labels[0], row.probabilities[0]
-        self.histogram[min(int(probability * HISTOGRAM_BINS), HISTOGRAM_BINS - 1)] += 1
-        sample = self.samples.get(label)
-        if self.is_uncertain(probability):
-            self.num_uncertain += 1
-            if sample is not None:
-                self.uncertain[label] += 1
-        if sample is not None:
-            sample.add(row)
+        probability = row.probabilities[0]
+        uncertain = self.is_uncertain(probability)
+        self.histogram[min(int(probability * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
+        self.num_uncertain += uncertain
+        if (section := self.classes.get(row.labels[0])) is not None:
+            section.num_uncertain += uncertain
+            section.add(row)
 
 
-def _make_pictures(
-    root: Path, chosen: Sequence[_Candidate], is_uncertain: Callable[[float], bool], workers: int | None
-) -> list[Picture]:
-    """Decode the chosen files again, small, in processes of their own: they are still a stranger's."""
-    sources: dict[_Candidate, tuple[str, str]] = {}  # the picture, or why there is none
-    there = {each: path for each in chosen if os.path.lexists(path := str(source_path(root, each.path)))}
-    found = iter(there)
-    with DecoderPool(workers or usable_cores(), thumbnail) as pool:
-        for chunk in pool.decode(Path(), iter(there.values()), (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)):
+def _load_thumbnails(pictures: Sequence[_Picture], root: Path, workers: int) -> None:
+    """Decode the pictures again, small; in processes of their own, because the files are a stranger's."""
+    paths = (str(source_path(root, picture.path)) for picture in pictures)
+    remaining = iter(pictures)
+    with DecoderPool(workers, thumbnail) as pool:
+        for chunk in pool.decode(Path(), paths, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)):
             images = iter(chunk.images)
-            for file, row in zip(chunk.files, found, strict=False):
-                uri = "" if file.error_kind else _encode(next(images))
-                problem = _problem(file, row)
-                sources[row] = ("" if problem else uri, problem)
-    gone = ("", "not found")
-    return [
-        Picture(row.path, row.probability, is_uncertain(row.probability), *sources.get(row, gone)) for row in chosen
-    ]
+            for file, picture in zip(chunk.files, remaining, strict=False):
+                pixels = next(images) if file.has_image else None
+                if pixels is None:
+                    picture.problem = file.error_kind.replace("_", " ")
+                elif picture.sha256 not in ("", file.sha256):
+                    picture.problem = "changed since"
+                else:
+                    picture.uri = _jpeg_uri(pixels)
 
 
-def _problem(file: DecodedFile, row: _Candidate) -> str:
-    """Return why a file has no picture now, though it had a label; empty if it has one."""
-    if file.error_kind:
-        return file.error_kind.replace("_", " ")
-    return "changed since" if row.sha256 not in ("", file.sha256) else ""
-
-
-def _encode(pixels: RGBImage) -> str:
-    """Return a picture as a `data:` URI of a JPEG file of at most `_MAX_JPEG_BYTES`, if the lowest quality gives it."""
+def _jpeg_uri(pixels: RGBImage) -> str:
+    """Return a picture as the `data:` URI of a JPEG file, at the first quality that fits into `_MAX_JPEG_BYTES`."""
     content = b""
     for quality in _JPEG_QUALITIES:
         buffer = io.BytesIO()
@@ -247,3 +254,63 @@ def _encode(pixels: RGBImage) -> str:
         if len(content) <= _MAX_JPEG_BYTES:
             break
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+
+
+def _render(**values: Any) -> str:
+    """Return the page; every text in it is escaped, because names and messages may be a stranger's."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here: decoding processes import this module too
+
+    environment = Environment(
+        loader=PackageLoader("cnnpipe.classify", "."),
+        autoescape=True,
+        finalize=_show_invisible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"compact": compact, "grouped": "{:,}".format, "percent": percent, "shorten": shorten}
+    return environment.get_template("contact_sheet.html").render(round_ticks=round_ticks, **values)
+
+
+def _show_invisible(value: Any) -> Any:
+    """Write invisible characters of a text as their escapes, such as `\\n`; leave all other values as they are."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), value)
+
+
+def shorten(name: str, max_width: int) -> str:
+    """Return a name without its middle if it is wider than `max_width` letters; wide (East Asian) letters count 2."""
+    widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
+    if sum(widths) <= max_width:
+        return name
+    head, tail = _num_letters(widths, max_width // 2), _num_letters(widths[::-1], (max_width - 1) // 2)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
+
+
+def _num_letters(widths: Sequence[int], max_width: int) -> int:
+    """Return how many of the first letters fit."""
+    return sum(total <= max_width for total in accumulate(widths))
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage that is 0% or 100% only if the fraction is exactly 0 or 1."""
+    shown = f"{fraction:.1%}"
+    if shown == "100.0%":
+        return "100%" if fraction >= 1.0 else ">99.9%"
+    return "<0.1%" if shown == "0.0%" and fraction > 0.0 else shown
+
+
+def round_ticks(largest: int) -> list[int]:
+    """Return 0 and up to four round multiples, the last of them at least `largest`."""
+    steps = (digit * 10**power for power in count() for digit in (1, 2, 5))
+    step = next(step for step in steps if 4 * step >= largest)
+    return list(range(0, step * max(1, -(-largest // step)) + 1, step))
+
+
+def compact(number: int) -> str:
+    """Return a count in few letters: 250, 2.5k, 10M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)

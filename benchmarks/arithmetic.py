@@ -1,8 +1,12 @@
-"""What the machine's convolutions can do, forward and backward; prints one JSON object on the last line."""
+"""The arithmetic of training: how much a network needs for one image, and how fast this machine's convolutions are.
+
+`python -m benchmarks.arithmetic PRECISION` measures the convolutions and prints one JSON object on the last line.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -11,21 +15,43 @@ import numpy as np
 
 from cnnpipe.machine import usable_cores
 
+__all__ = ["count_flops"]
+
 SHAPES = ((32, 16, 32, 64), (32, 16, 64, 64), (32, 8, 128, 128))
-"""(images a core, side in pixels, channels in, channels out) of 3x3 convolutions as they are in small networks."""
+"""(images per core, side in pixels, channels in, channels out) of 3x3 convolutions, typical of small networks."""
 
 SECONDS = 4.0
 
 
-def main(precision: str) -> None:
-    """Time each shape alone, every core on its own images in one thread, and report the fastest in FLOP/s.
+def count_flops(network: Any) -> int:
+    """Return the floating-point operations of one training step for one image.
+
+    A layer takes three passes of equal cost: forward, the gradient of its weights, and the gradient of its input. A
+    frozen layer has no gradient of its weights, and the layers up to the first trained one need none of their input.
 
     Args:
-        precision: name of the type of images and kernels, such as `float32`.
+        network: a built `keras.Model` with an input of fixed size; layers without a kernel are not counted.
+    """
+    total, trained_before = 0, False
+    for layer in network.layers:
+        if not hasattr(layer, "kernel"):
+            continue
+        passes = 1 + layer.trainable + trained_before
+        positions = math.prod(layer.output.shape[1:-1])
+        total += 2 * passes * positions * math.prod(layer.kernel.shape)
+        trained_before = trained_before or layer.trainable
+    return total
+
+
+def main(precision: str) -> None:
+    """Time each shape, every core on its own images in one thread, and report the fastest in FLOP/s.
+
+    Args:
+        precision: type of images and kernels, such as `float32`.
     """
     import tensorflow as tf
 
-    import cnnpipe.train.backend  # noqa: F401  the threads that training has
+    import cnnpipe.train.backend  # noqa: F401  sets the threads as in training
 
     rates = []
     for number, side, channels_in, channels_out in SHAPES:
