@@ -28,8 +28,7 @@ from cnnpipe.classify.summary import ClassificationSummary, FailedFile
 from cnnpipe.errors import ImageError, PredictionsError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.images.decode import RGBImage, decode_image, upright_size
-from cnnpipe.images.decoding import DecodedFile
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedFile, DecoderPool
 from cnnpipe.machine import usable_cores
 from cnnpipe.storage import storage_errors, write_text
 

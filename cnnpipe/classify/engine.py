@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import ConfigError, GpuMemoryError
-from cnnpipe.images.decoding import DecodedFile
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedFile, DecoderPool
 
 if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
     from cnnpipe.session import ClassifierSession

@@ -8,9 +8,12 @@ stretched (not cropped) to the model's size with an antialiasing bilinear filter
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
@@ -21,10 +24,12 @@ from cnnpipe.errors import ImageError, one_line
 
 __all__ = [
     "ERROR_KINDS",
+    "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "RGBImage",
     "decode_image",
     "highest_value",
+    "read_file",
     "resize_pixels",
     "upright_size",
 ]
@@ -47,6 +52,8 @@ ERROR_KINDS: Final = {
     "timeout": "the decoder took longer than the limit; only ever seen from a worker process",
 }
 """Why a file could not be turned into pixels: kind -> meaning."""
+
+MAX_FILE_BYTES: Final = 2**30
 
 MAX_PIXELS: Final = 178_956_970
 """Larger images are refused before they are unpacked; twice Pillow's warning threshold, where it refuses too.
@@ -97,6 +104,62 @@ Source: https://www.w3.org/TR/png-3/#11Chunks
 
 _BAND_PIXELS: Final = 2**20
 """Transparent images are laid over white in bands of so many pixels, not in four copies of the whole."""
+
+
+def read_file(path: Path | str) -> bytes:
+    """Read a file's bytes, refusing what could hang or never end.
+
+    Raises:
+        ImageError: kinds `not_found`, `not_a_file`, `unreadable`, `empty`, `too_large`.
+    """
+    try:
+        # Non-blocking, so that a pipe that takes the file's place between listing and reading cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            data = _read_regular(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        raise ImageError("not_found", "no such file, or a link to nothing") from error
+    except OSError as error:
+        # A socket cannot be opened at all (ENXIO); its type says more than the errno.
+        regular = _is_regular(path)
+        kind = "unreadable" if regular else "not_a_file"
+        raise ImageError(kind, error.strerror if regular and error.strerror else "not a regular file") from error
+    except ValueError as error:  # from a list; no system knows such a path
+        raise ImageError("not_found", "a path with a NUL byte is the name of no file") from error
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    return data
+
+
+def _read_regular(descriptor: int) -> bytes:
+    """Read an open file to its end, if it is a regular one; straight system calls, for there may be millions."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("not_a_file", "a folder that cannot be walked")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not_a_file", "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
+    data = os.read(descriptor, status.st_size + 1)
+    if len(data) == status.st_size:  # one byte less than asked for: that was the end
+        return data
+    parts = [data]  # it grows while it is read, or the read was cut short
+    received = len(data)
+    while part := os.read(descriptor, 2**20):
+        parts.append(part)
+        received += len(part)
+        if received > MAX_FILE_BYTES:
+            raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+    return b"".join(parts)
+
+
+def _is_regular(path: Path | str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True  # forbidden or looping: the error that was raised says it better
 
 
 def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:

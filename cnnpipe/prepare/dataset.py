@@ -33,8 +33,7 @@ from cnnpipe.errors import DatasetError
 from cnnpipe.files import user_path
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
-from cnnpipe.prepare.download import Archive
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
 from cnnpipe.prepare.report import (
     DataReport,
     Leak,

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import read_file
-from cnnpipe.images.decode import highest_value
+from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import PrepareSettings

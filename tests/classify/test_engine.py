@@ -34,9 +34,8 @@ from cnnpipe.classify.engine import (
 )
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError
 from cnnpipe.images.decode import RGBImage, decode_image
-from cnnpipe.images.decoding import DecodedChunk, DecodedFile, Decoder
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedChunk, DecodedFile, Decoder, DecoderPool
 from cnnpipe.session import ClassifierSession, open_session
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -15,8 +15,7 @@ from PIL import Image
 
 from cnnpipe.errors import ImageError
 from cnnpipe.images.decode import RGBImage, decode_image
-from cnnpipe.images.decoding import MAX_WORKER_BYTES, DecodedChunk, DecodedFile, decode_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import MAX_WORKER_BYTES, DecodedChunk, DecodedFile, DecoderPool, decode_files
 
 SIZE = (6, 8)
 

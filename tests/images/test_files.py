@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cnnpipe.errors import ImageError
-from cnnpipe.files import read_file
+from cnnpipe.images.decode import read_file
 
 
 def test_an_empty_file_is_empty(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_an_empty_file_is_empty(tmp_path: Path) -> None:
 
 
 def test_a_file_over_the_limit_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnnpipe.files.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("cnnpipe.images.decode.MAX_FILE_BYTES", 10)
     (tmp_path / "x").write_bytes(bytes(11))
     with pytest.raises(ImageError, match="at most 10") as caught:
         read_file(tmp_path / "x")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnpipe.errors import DatasetError, ImageError, StorageError
-from cnnpipe.files import display_path, read_file
-from cnnpipe.images.find import count_files, find_files, has_files, require_folder
-from cnnpipe.images.selection import FileFilter
+from cnnpipe.files import display_path
+from cnnpipe.images.decode import read_file
+from cnnpipe.images.find import FileFilter, count_files, find_files, has_files, require_folder
 
 
 def test_files_come_depth_first_and_bytewise_sorted(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def _make_tree(root: Path, paths: set[str]) -> None:
 @contextmanager
 def _blocks_of(names: int, read_bytes: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnnpipe.images.listing._NAMES_PER_BLOCK", names)
-        patch.setattr("cnnpipe.images.listing._READ_BYTES", read_bytes)
+        patch.setattr("cnnpipe.images.find._NAMES_PER_BLOCK", names)
+        patch.setattr("cnnpipe.images.find._READ_BYTES", read_bytes)
         yield
 
 

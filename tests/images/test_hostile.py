@@ -22,9 +22,8 @@ from PIL import ExifTags, Image
 
 from cnnpipe.files import display_path
 from cnnpipe.images.decode import RGBImage, decode_image, upright_size
-from cnnpipe.images.decoding import DecodedFile, Decoder
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedFile, Decoder, DecoderPool
 
 pytestmark = pytest.mark.timeout(120)
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and devices of POSIX")

@@ -390,7 +390,7 @@ def test_a_bomb_is_refused_by_its_header_before_any_memory_is_taken(data: bytes,
     (tmp_path / "bomb").write_bytes(data)
     code = (
         "import resource, sys; from pathlib import Path; from cnnpipe.errors import ImageError\n"
-        "from cnnpipe.files import read_file; from cnnpipe.images.decode import decode_image\n"
+        "from cnnpipe.images.decode import decode_image, read_file\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: decode_image(read_file(Path(sys.argv[1])), (8, 8))\n"
         "except ImageError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

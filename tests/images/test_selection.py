@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import read_file
-from cnnpipe.images.selection import FileFilter, read_file_list
+from cnnpipe.images.decode import read_file
+from cnnpipe.images.find import FileFilter, read_file_list
 
 
 def _write_list(folder: Path, content: bytes) -> str:

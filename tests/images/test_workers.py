@@ -18,8 +18,7 @@ from PIL import Image
 
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.decode import RGBImage, decode_image
-from cnnpipe.images.decoding import DecodedChunk, DecodedFile
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool
 
 pytestmark = pytest.mark.timeout(120)
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -216,7 +215,7 @@ def test_file_known_to_crash_the_decoder_is_not_tried_again(tmp_path: Path) -> N
 
 @needs_posix
 def test_worker_that_is_stopped_before_it_is_ready_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnnpipe.images.decoding_process._MAX_START_SECONDS", 0.5)
+    monkeypatch.setattr("cnnpipe.images.workers._MAX_START_SECONDS", 0.5)
     names = write_pictures(tmp_path, 1)
     with DecoderPool(1, seconds_per_file=1.0) as pool:
         pool.start()

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from cnnpipe.classify.run import classify_folder
 from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
 from cnnpipe.images.decode import decode_image
-from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     SPLITS,
@@ -37,7 +37,6 @@ from cnnpipe.prepare.dataset import (
     prepare_arrays,
     prepare_dataset,
 )
-from cnnpipe.prepare.download import Archive
 from cnnpipe.prepare.sources import open_source
 from cnnpipe.prepare.splits import TEST, TRAIN, VAL, assign_splits
 from cnnpipe.settings import ClassifySettings, PrepareSettings

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cnnpipe.errors import DatasetError, DownloadError, StorageError
-from cnnpipe.prepare.download import Archive, RetryPolicy, fetch_archive
+from cnnpipe.prepare.cifar10 import Archive, RetryPolicy, fetch_archive
 
 CONTENT = np.random.default_rng(0).bytes(600_000)
 QUICK = RetryPolicy(attempts=4, backoff_seconds=0.01, max_wait_seconds=5.0, timeout_seconds=5.0)
