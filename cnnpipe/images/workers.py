@@ -1,15 +1,23 @@
 """Decode files on several cores: in order, bounded in memory and time, and surviving a decoder that crashes.
 
-A worker (`decoding_process.py`) takes nobody with it when it dies, is killed because a file takes too long, or is
-refused more memory (`decoding.MAX_WORKER_BYTES`): its files are tried again one by one, and the one to blame is a row.
+`decode_files` reads, hashes and decodes. A `DecoderPool` has worker processes call it, and yields the results in order.
+A worker that crashes, hangs or asks for too much memory takes nobody with it: its files are tried again one by one,
+and the file to blame becomes a row with its error.
+
+The workers are plain subprocesses that import this module, NumPy, Pillow and the decoder, and nothing else. A
+`ProcessPoolExecutor` would not do: its children import the parent's main module again, which under `python -m flows.…`
+is Prefect (seconds a worker), and one child that dies breaks the whole pool. A worker is there to survive crashes; it
+is not a security boundary, because the parent unpickles what it sends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import pickle
+import resource
 import select
 import signal
 import subprocess
@@ -25,97 +33,90 @@ from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from math import inf
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import CnnpipeError, ImageError
-from cnnpipe.files import display_path, open_standard_descriptors
+from cnnpipe.files import display_path
 from cnnpipe.images.decode import RGBImage, decode_image, read_file
 
-__all__ = [
-    "MAX_WORKER_BYTES",
-    "DecodeRequest",
-    "DecodedChunk",
-    "DecodedFile",
-    "Decoder",
-    "DecoderPool",
-    "DecodingProcess",
-    "PackedChunk",
-    "WorkerDiedError",
-    "WorkerLateError",
-    "decode_files",
-    "read_only",
-    "run_worker",
-]
+__all__ = ["MAX_WORKER_BYTES", "DecodedChunk", "DecodedFile", "Decoder", "DecoderPool", "decode_files", "run_worker"]
 
 Decoder = Callable[[bytes, tuple[int, int]], RGBImage]
-"""Bytes of a file and (height, width) -> pixels; raises ImageError. Workers import it by its name."""
-
-PackedChunk = tuple[list[str], dict[int, tuple[str, str, bool]], npt.NDArray[np.uint8], float]
-"""A `DecodedChunk` on its way between processes: digests; index -> the rest of a file without image; images; seconds.
-
-Pickling an object for each file would cost the two processes a fifth of what decoding a small image does.
-"""
+"""Function from a file's bytes and (height, width) to pixels; raises ImageError. Workers import it by its name."""
 
 MAX_WORKER_BYTES: Final = 4 * 2**30
-"""Address space that a decoding process may have, where the system keeps such a limit: on Linux and BSD.
+"""Address space of a worker, where the system enforces such a limit (Linux and BSD).
 
-Measured at `images.MAX_PIXELS`: 2.8 GiB for WebP with transparency, the hungriest, 2.4 for a 16-bit PPM, 1.8 or less
-for progressive JPEG, PNG, GIF and TIFF; and `files.MAX_FILE_BYTES` may come on top. So whatever is within the limit on
-pixels is decoded, and anything that would take more is refused, whatever a hostile file says.
+Enough for every image within `MAX_PIXELS`: measured at that limit, WebP with transparency takes most (2.8 GiB), and
+the file itself may add `MAX_FILE_BYTES`.
 """
+
+_COMMAND: Final = "import sys; sys.path[:] = sys.argv[1:]; from cnnpipe.images.workers import run_worker; run_worker()"
+_MAX_START_SECONDS: Final = 120.0
+
+# A chunk is one message to a worker and back: long enough that the message costs little beside the decoding, short
+# enough that the last chunk of a folder of large photos does not keep one core busy while the others are idle.
+_CHUNK_SECONDS: Final = 0.1
+_FIRST_CHUNK_FILES: Final = 8
+_MAX_CHUNK_FILES: Final = 128
+_MAX_CHUNK_BYTES: Final = 2**24
+
+_MAX_REPLY_SECONDS: Final = 1.0
+"""Seconds after which a worker answers with the files it has finished, so that the time limit can be that of one file:
+a run of slow files is not killed."""
+
+_MAX_TICK_SECONDS: Final = 1.0
+"""Seconds between two checks of the time limit, which is therefore kept to within two of these."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedFile:
-    """What became of one file."""
+    """The outcome of one file."""
 
     path: str
-    """Relative to the folder, as `find_files` gave it."""
+    """Path relative to the folder, as `find_files` yields it."""
     sha256: str
-    """Of its bytes; empty if they could not be read."""
+    """SHA-256 of the file's bytes; empty if they could not be read."""
     error_kind: str = ""
     """One of `cnnpipe.images.decode.ERROR_KINDS`; empty if nothing went wrong."""
     error: str = ""
+    """Error message, one line."""
     unchanged: bool = False
-    """It has the digest that was known of it, so it was not decoded."""
+    """Whether the file has the digest that was expected, and was therefore not decoded."""
 
     @property
     def has_image(self) -> bool:
-        """Whether it was decoded."""
+        """Whether the file was decoded."""
         return not (self.error_kind or self.unchanged)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedChunk:
-    """A run of files in their order, with the pixels of those that were decoded."""
+    """Consecutive files, with the pixels of those that were decoded; columns, because objects cost time per file."""
 
-    files: tuple[DecodedFile, ...]
+    paths: Sequence[str]
+    """Paths relative to the folder."""
+    digests: list[str]
+    """SHA-256 of each file; empty where it could not be read."""
+    without_image: dict[int, tuple[str, str, bool]]
+    """Index of each file without an image -> its `error_kind`, `error` and `unchanged`, as in `DecodedFile`."""
     images: npt.NDArray[np.uint8]
-    """(files that have an image, H, W, 3) RGB."""
+    """Pixels of the decoded files, (N, H, W, 3) RGB."""
     seconds: float
-    """Reading, hashing and decoding, as the worker's clock saw it."""
+    """Seconds spent reading, hashing and decoding."""
 
-    def pack(self) -> PackedChunk:
-        """Return what `unpack` makes this chunk of again."""
-        others = {
-            index: (file.error_kind, file.error, file.unchanged)
-            for index, file in enumerate(self.files)
-            if not file.has_image
-        }
-        return [file.sha256 for file in self.files], others, self.images, self.seconds
-
-    @classmethod
-    def unpack(cls, packed: PackedChunk, paths: Sequence[str]) -> Self:
-        """Make a chunk that was packed; `paths` are its files', and may go on behind its last one."""
-        digests, others, images, seconds = packed
-        files = [DecodedFile(path, sha256) for path, sha256 in zip(paths, digests, strict=False)]
-        for index, (error_kind, error, unchanged) in others.items():
-            files[index] = DecodedFile(paths[index], digests[index], error_kind, error, unchanged)
-        return cls(tuple(files), images, seconds)
+    @property
+    def files(self) -> list[DecodedFile]:
+        """The outcome of each file, in order."""
+        files = list(map(DecodedFile, self.paths, self.digests))
+        for index, outcome in self.without_image.items():
+            files[index] = DecodedFile(self.paths[index], self.digests[index], *outcome)
+        return files
 
 
 def decode_files(
@@ -132,109 +133,46 @@ def decode_files(
         root: the folder that `paths` are relative to.
         paths: at least one.
         image_size: (height, width) in pixels.
-        known_digests: beside `paths`: a file with this SHA-256 is not decoded; empty if none is known.
-        max_seconds: after so long, no further file is begun: the chunk may have fewer files than `paths`.
+        known_digests: one for each path, "" for none: a file with this SHA-256 is not decoded.
+        max_seconds: time after which no further file is begun: the chunk may have fewer files than `paths`.
     Raises:
         RuntimeError: `decoder` raised anything but ImageError, which is a bug in it.
     """
     began = time.perf_counter()
     images = np.empty((len(paths), *image_size, 3), np.uint8)
-    files: list[DecodedFile] = []
-    num_decoded = 0
-    for path, known in zip(paths, known_digests or repeat(""), strict=False):
-        sha256 = ""
+    digests: list[str] = []
+    without_image: dict[int, tuple[str, str, bool]] = {}
+    for path, known_digest in zip(paths, known_digests or repeat(""), strict=False):
+        index, sha256 = len(digests), ""
         try:
             data = read_file(os.path.join(root, path))
             sha256 = hashlib.sha256(data).hexdigest()
-            if sha256 != known:
-                images[num_decoded] = decoder(data, image_size)
+            if sha256 == known_digest:
+                without_image[index] = ("", "", True)
+            else:
+                images[index - len(without_image)] = decoder(data, image_size)
         except ImageError as error:
-            files.append(DecodedFile(path, sha256, error.kind, str(error)))
+            without_image[index] = (error.kind, str(error), False)
         except MemoryError:
-            files.append(DecodedFile(path, sha256, "too_large", "not enough memory to read and decode it"))
+            without_image[index] = ("too_large", "not enough memory to read and decode it", False)
         except Exception as error:
             raise RuntimeError(f"the decoder failed on {display_path(path)}: {error!r}") from error
-        else:
-            files.append(DecodedFile(path, sha256, unchanged=sha256 == known))
-            num_decoded += sha256 != known
+        digests.append(sha256)
         if time.perf_counter() - began > max_seconds:
             break
-    return DecodedChunk(tuple(files), images[:num_decoded], time.perf_counter() - began)
+    num_images = len(digests) - len(without_image)
+    seconds = time.perf_counter() - began
+    return DecodedChunk(paths[: len(digests)], digests, without_image, images[:num_images], seconds)
 
 
-def read_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: ARG001
-    """Be the decoder where files are to be read and hashed, and no more: all are refused."""
+def _hash_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: ARG001
+    """Refuse to decode: the decoder for files that are only to be read and hashed."""
     raise ImageError("unsupported", "only read")
 
 
-def run_worker() -> None:
-    """Answer requests from standard input on standard output until the parent closes it; then end the process.
-
-    The first message is the decoder. Each further one is a tuple of the arguments of `decode_files`, with None for the
-    decoder of the first message; it is answered by a packed chunk, or the text of a traceback.
-    """
-    open_standard_descriptors()
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # The pipes are ours alone: what a library prints must not get between the messages.
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
-    _limit_memory()
-    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        own_decoder = pickle.load(requests)  # noqa: S301  the parent's own bytes
-        # From here on nothing is printed: libtiff has a line for each damaged file, without its name; the row says it.
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        reply: PackedChunk | str | None = None
-        while True:
-            pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
-            replies.flush()
-            root, paths, image_size, decoder, *options = pickle.load(requests)  # noqa: S301
-            try:
-                reply = decode_files(root, paths, image_size, decoder or own_decoder, *options).pack()
-            except RuntimeError:
-                reply = traceback.format_exc()
-    os._exit(0)  # nothing to clean up, and a broken pipe must not be flushed again
-
-
-def _limit_memory() -> None:
-    """Have an allocation that goes too far fail in this process, where it costs one row, not the machine its memory."""
-    if sys.platform in ("win32", "darwin"):  # macOS takes the limit and ignores it
-        return
-    import resource
-
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MAX_WORKER_BYTES if most == resource.RLIM_INFINITY else min(MAX_WORKER_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-
-
-def _end_with_parent(requests: int) -> None:
-    """End this process when the other end of a pipe is closed, even if it is in the middle of an endless image."""
-    if not hasattr(select, "poll"):  # Windows: it ends after the image
-        return
-    poll = select.poll()
-    poll.register(requests, 0)  # no event but the hang-up
-    poll.poll()
-    os._exit(1)
-
-
-_MAX_START_SECONDS: Final = 120.0
-
-_WORKER: Final = "import sys; sys.path[:] = sys.argv[1:]; from cnnpipe.images.workers import run_worker; run_worker()"
-
-
-class WorkerDiedError(Exception):
-    """A worker ended in the middle of a chunk; the message says how."""
-
-
-class WorkerLateError(WorkerDiedError):
-    """A worker was killed because it took too long."""
-
-
 @dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """What a worker is to decode: the arguments of `decode_files`."""
+class _Request:
+    """Message to a worker: the arguments of `decode_files`."""
 
     root: Path
     paths: Sequence[str]
@@ -242,73 +180,130 @@ class DecodeRequest:
     known_digests: Sequence[str]
     max_seconds: float
     decoder: Decoder | None = None
-    """None is the pool's; the worker has that already."""
+    """None for the decoder of the pool, which the worker has already."""
 
-    def part(self, start: int, stop: int | None = None) -> DecodeRequest:
+    def part(self, start: int, stop: int | None = None) -> _Request:
         """Return the request for some of the files."""
         return replace(self, paths=self.paths[start:stop], known_digests=self.known_digests[start:stop])
 
-    def message(self) -> bytes:
-        """Return the request as `run_worker` takes it."""
-        content = (self.root, self.paths, self.image_size, self.decoder, self.known_digests, self.max_seconds)
-        return pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+
+def run_worker() -> None:
+    """Answer requests from standard input on standard output until the parent closes it; then end the process.
+
+    The first message is the decoder, answered by None. Each further one is a `_Request`, answered by a `DecodedChunk`
+    without paths, which the parent has, or by the text of a traceback.
+    """
+    # The pipes move above the standard descriptors, so that nothing a library prints gets between the messages.
+    requests, replies = (
+        os.fdopen(fcntl.fcntl(pipe, fcntl.F_DUPFD_CLOEXEC, 3), mode) for pipe, mode in ((0, "rb"), (1, "wb"))
+    )
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
+    _limit_memory()
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        pool_decoder = pickle.load(requests)  # noqa: S301  the parent's own bytes
+        # From here on nothing is printed: libtiff has a line for each damaged file, without its name; the row says it.
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        reply: DecodedChunk | str | None = None
+        while True:
+            pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
+            replies.flush()
+            request: _Request = pickle.load(requests)  # noqa: S301
+            decoder = request.decoder or pool_decoder
+            options = (decoder, request.known_digests, request.max_seconds)
+            try:
+                reply = replace(decode_files(request.root, request.paths, request.image_size, *options), paths=())
+            except RuntimeError:
+                reply = traceback.format_exc()
+    os._exit(0)  # nothing to clean up, and a broken pipe must not be flushed again
 
 
-class DecodingProcess:
-    """One decoding process."""
+def _limit_memory() -> None:
+    """Make an allocation that goes too far fail in this process, where it costs one row and not the whole machine."""
+    if sys.platform == "darwin":  # accepts the limit and ignores it
+        return
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MAX_WORKER_BYTES if hard_limit == resource.RLIM_INFINITY else min(MAX_WORKER_BYTES, hard_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
+
+
+def _end_with_parent(requests: int) -> None:
+    """End this process when the parent's end of the pipe closes, even in the middle of an endless image."""
+    poll = select.poll()
+    poll.register(requests, 0)  # reports the hang-up alone
+    poll.poll()
+    os._exit(1)
+
+
+class _WorkerDiedError(Exception):
+    """A worker ended in the middle of a chunk; the message says how."""
+
+
+class _WorkerLateError(_WorkerDiedError):
+    """A worker was killed because it took too long."""
+
+
+class _Worker:
+    """One decoding process, seen from the parent; it ends by itself when the parent is gone."""
 
     def __init__(self, decoder: Decoder) -> None:
-        # A process group of its own: Ctrl-C in the terminal goes to the parent alone, which then ends its workers.
-        options: dict[str, Any] = {"process_group": 0}
-        if sys.platform == "win32":
-            options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        # NumPy's threads for linear algebra would take start-up time, and address space for each core.
-        options["env"] = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        greeting = pickle.dumps(decoder, protocol=pickle.HIGHEST_PROTOCOL)  # a decoder without a name fails here
-        command = [sys.executable, "-c", _WORKER, *sys.path]
+        message = pickle.dumps(decoder, protocol=pickle.HIGHEST_PROTOCOL)  # a decoder without a name fails here
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND, *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # A process group of its own: Ctrl-C reaches the parent alone, which then ends its workers.
+                process_group=0,
+                # NumPy's threads for linear algebra would take start-up time, and address space for each core.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
         except OSError as error:
             raise CnnpipeError(f"cannot start a decoding process: {error}; try fewer with --workers") from error
-        self._ready = False
+        self._requests = cast("IO[bytes]", self._process.stdin)
+        self._replies = cast("IO[bytes]", self._process.stdout)
+        self._is_ready = False
         self._lock = threading.Lock()
         self._seconds_left: float | None = None
-        self.late = False
-        """It took longer than it was given, and has been killed."""
-        with suppress(OSError):  # one that is dead already shows it when it is first asked
-            self._write(greeting)
+        self.was_late = False
+        """Whether the worker was killed because it exceeded its time limit."""
+        with suppress(OSError):  # a worker that is dead already shows it at the first request
+            self._send(message)
 
-    def decode(self, request: DecodeRequest, max_seconds: float) -> DecodedChunk:
+    def decode(self, request: _Request, max_seconds: float) -> DecodedChunk:
         """Have the worker call `decode_files`.
 
         Returns:
             The chunk of the first files of the request, at least one.
         Raises:
-            CnnpipeError: the worker never came up.
+            CnnpipeError: the worker never started.
             RuntimeError: the decoder raised anything but ImageError.
-            WorkerLateError: the worker took longer than `max_seconds`; it cannot be used again.
-            WorkerDiedError: the worker ended in the middle; likewise.
+            _WorkerLateError: the worker took longer than `max_seconds`; it cannot be used again.
+            _WorkerDiedError: the worker ended in the middle; likewise.
         """
-        if not self._ready:
+        if not self._is_ready:
             try:
-                with self._limit(_MAX_START_SECONDS):
+                with self._time_limit(_MAX_START_SECONDS):
                     self._receive()
-            except WorkerDiedError as error:
+            except _WorkerDiedError as error:
                 raise CnnpipeError(f"a decoding process did not start: {error}; see its message above") from error
-            self._ready = True
-        with self._limit(max_seconds):
+            self._is_ready = True
+        with self._time_limit(max_seconds):
             try:
-                self._write(request.message())
+                self._send(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
             except OSError as error:
-                raise self._ended() from error
+                raise self._death() from error
             reply = self._receive()
-        if isinstance(reply, tuple):
-            return DecodedChunk.unpack(reply, request.paths)
+        if isinstance(reply, DecodedChunk):
+            return replace(reply, paths=request.paths[: len(reply.digests)])
         raise RuntimeError(f"a bug in the decoder, from a worker process:\n{reply}")
 
     @contextmanager
-    def _limit(self, seconds: float) -> Iterator[None]:
-        """Have `count_down` kill the process if what is done under this takes longer."""
+    def _time_limit(self, seconds: float) -> Iterator[None]:
+        """Let `count_down` kill the process if the block takes longer."""
         with self._lock:
             self._seconds_left = seconds
         try:
@@ -318,90 +313,67 @@ class DecodingProcess:
                 self._seconds_left = None
 
     def count_down(self, seconds: float) -> None:
-        """Note that time has passed, and kill the process if it was given no more; called from a thread of the pool's.
+        """Subtract the time that has passed, and kill the process if none is left; called from the pool's clock.
 
-        Called regularly, rather than once at a point in time: a parent that was stopped and goes on (Ctrl-Z) must
-        not take the time in between for the worker's.
+        Called regularly, not once at a deadline: when a parent is suspended and continued (Ctrl-Z), the time between
+        must not count as the worker's.
         """
         with self._lock:
-            if self._seconds_left is None or self.late:
+            if self._seconds_left is None or self.was_late:
                 return
             if self._seconds_left < 0:
-                self.late = True
+                self.was_late = True
                 self._process.kill()
             self._seconds_left -= seconds
 
-    def _write(self, message: bytes) -> None:
-        if self._process.stdin is None:
-            raise BrokenPipeError
-        self._process.stdin.write(message)
-        self._process.stdin.flush()
+    def _send(self, message: bytes) -> None:
+        self._requests.write(message)
+        self._requests.flush()
 
     def _receive(self) -> Any:
         try:
-            if self._process.stdout is None:
-                raise EOFError
-            return pickle.load(self._process.stdout)  # noqa: S301  our own worker's bytes
+            return pickle.load(self._replies)  # noqa: S301  our own worker's bytes
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise self._ended() from error
+            raise self._death() from error
 
-    def _ended(self) -> WorkerDiedError:
-        """Return the error of a worker whose pipe has ended."""
-        how = self._wait()
-        with self._lock:
-            return WorkerLateError("it took too long") if self.late else WorkerDiedError(how)
-
-    def _wait(self) -> str:
-        """Wait for a worker whose pipe has ended, and return how it ended."""
+    def _death(self) -> _WorkerDiedError:
+        """Return the error of a worker whose pipe has closed."""
         try:
             status = self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             self.kill()
-            return "it closed its pipe"
-        if status >= 0:
-            return f"exit status {status}"
-        try:
-            return f"killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"killed by signal {-status}"
+            how = "it closed its pipe"
+        else:
+            how = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        with self._lock:
+            return _WorkerLateError("it took too long") if self.was_late else _WorkerDiedError(how)
 
     def kill(self) -> None:
         """End the process at once: it holds nothing that could be lost."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what could not be sent to a dead process
-                    pipe.close()
+        for pipe in (self._requests, self._replies):
+            with suppress(OSError):  # bytes that could not be sent to a dead process
+                pipe.close()
 
 
-# A chunk is one message to a worker and back. Long enough that the message costs nothing beside the decoding, short
-# enough that the last chunk of a folder of large photos does not keep one core busy while the others are done.
-_CHUNK_SECONDS: Final = 0.1
-_FIRST_CHUNK_FILES: Final = 8
-_MAX_CHUNK_FILES: Final = 128
-_MAX_CHUNK_BYTES: Final = 2**24
-
-# A worker answers after so long with the files it got to, so that a request takes hardly longer than its last file,
-# and the time limit can be that of a file: a run of slow ones is not killed.
-_MAX_REPLY_SECONDS: Final = 1.0
-
-_MAX_TICK_SECONDS: Final = 1.0
-"""How often the time limit is looked at: it is kept to within two of these."""
-
-_logger = logging.getLogger(__name__)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class DecoderPool:
     """Decodes files on several cores, and yields them in the order in which they were given.
 
     A thread for each worker waits on its pipe. Workers start when they are needed, so that a single image costs one.
-    Use as a context manager: at the end, however it comes, every worker is gone.
+    Use as a context manager: when the block ends, for whatever reason, every worker is gone.
 
     Args:
         workers: number of processes.
-        decoder: importable by name in a fresh interpreter.
-        seconds_per_file: a file that takes longer to read and decode becomes a row of kind `timeout`.
+        decoder: function that a fresh interpreter can import by its name.
+        seconds_per_file: time limit; a file that takes longer to read and decode becomes a row of kind `timeout`.
     """
 
     def __init__(self, workers: int, decoder: Decoder = decode_image, seconds_per_file: float = 60.0) -> None:
@@ -410,35 +382,31 @@ class DecoderPool:
         self._seconds_per_file = seconds_per_file
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
         self._lock = threading.Lock()
-        self._idle: list[DecodingProcess] = []
-        self._alive: set[DecodingProcess] = set()
-        self._closed = False
-        self._ended = threading.Event()
+        self._idle: list[_Worker] = []
+        self._alive: set[_Worker] = set()
+        self._closed = threading.Event()
         self._clock: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self, number: int = 1) -> None:
-        """Start some workers in advance, to have them ready when the model is."""
-        for worker in [self._take() for _ in range(min(number, self.workers))]:
-            self._give_back(worker)
+        """Start some workers in advance, so that they are ready when the model is."""
+        for worker in [self._take_worker() for _ in range(min(number, self.workers))]:
+            self._return_worker(worker)
 
     def close(self) -> None:
-        """End every worker and thread; what was not yet decoded is dropped."""
+        """End every worker and thread; chunks that were not yet decoded are dropped."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             alive = list(self._alive)
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in alive:
             worker.kill()
         self._threads.shutdown(wait=True)
-        self._ended.set()
         if self._clock is not None:
             self._clock.join()
 
@@ -455,9 +423,9 @@ class DecoderPool:
             root: the folder that `paths` are relative to.
             paths: read only as far as needed.
             image_size: (height, width) in pixels.
-            known_digests: path -> the SHA-256 with which the file need not be decoded, "" for none; asked once a file.
+            known_digests: path -> SHA-256 with which the file need not be decoded, "" for none; called once a file.
         Yields:
-            Chunks of any length ≥ 1; their files one after the other are `paths` exactly.
+            Chunks of any length ≥ 1; their files, one after the other, are exactly `paths`.
         Raises:
             CnnpipeError: no worker can be started.
             RuntimeError: a bug in the decoder.
@@ -468,96 +436,102 @@ class DecoderPool:
         pending: deque[Future[DecodedChunk]] = deque()
         while True:
             while len(pending) < 2 * self.workers + 1 and (names := list(islice(paths, num_files))):
-                known = tuple(map(known_digests, names)) if known_digests else ()
-                request = DecodeRequest(root, names, image_size, known, reply_seconds)
+                digests = tuple(map(known_digests, names)) if known_digests else ()
+                request = _Request(root, names, image_size, digests, reply_seconds)
                 pending.append(self._threads.submit(self._decode_chunk, request))
             if not pending:
                 return
             chunk = pending.popleft().result()
-            num_files = round(_CHUNK_SECONDS * len(chunk.files) / max(chunk.seconds, 1e-6))
+            num_files = round(_CHUNK_SECONDS * len(chunk.paths) / max(chunk.seconds, 1e-6))
             num_files = max(1, min(num_files, max_files))
             yield chunk
 
-    def _decode_chunk(self, request: DecodeRequest) -> DecodedChunk:
+    def _decode_chunk(self, request: _Request) -> DecodedChunk:
         chunks: list[DecodedChunk] = []
         start, stop = 0, len(request.paths)
         while start < stop:
             try:
                 chunks.append(self._decode_once(request.part(start)))
-            except WorkerDiedError as error:
+            except _WorkerDiedError as error:
                 _logger.warning("a decoding process died (%s); its %d files are tried one by one", error, stop - start)
-                # The file that did it is unknown; alone, it can take only itself along.
+                # Which file did it is unknown; alone, a file can take only itself along.
                 chunks += [self._decode_alone(request.part(index, index + 1)) for index in range(start, stop)]
                 break
-            start += len(chunks[-1].files)
-        if len(chunks) == 1:
-            return chunks[0]
-        return DecodedChunk(
-            tuple(file for chunk in chunks for file in chunk.files),
-            np.concatenate([chunk.images for chunk in chunks]),
-            sum(chunk.seconds for chunk in chunks),
-        )
+            start += len(chunks[-1].paths)
+        return chunks[0] if len(chunks) == 1 else _join(chunks)
 
-    def _decode_alone(self, request: DecodeRequest) -> DecodedChunk:
-        """Decode one file; if that takes the worker along, it is the file's fault."""
+    def _decode_alone(self, request: _Request) -> DecodedChunk:
+        """Decode one file; if the worker dies, the file is to blame."""
         began = time.perf_counter()
         try:
             return self._decode_once(request)
-        except WorkerLateError:
-            kind, fate, detail = "timeout", "took too long", f"more than {self._seconds_per_file:g} seconds"
-        except WorkerDiedError as error:
-            kind, fate, detail = "crashed", "crashed", str(error)
-        (path,) = request.paths
-        _logger.warning("the decoder %s on %s: %s", fate, display_path(path), detail)
+        except _WorkerLateError:
+            kind, verb, detail = "timeout", "took too long", f"more than {self._seconds_per_file:g} seconds"
+        except _WorkerDiedError as error:
+            kind, verb, detail = "crashed", "crashed", str(error)
+        _logger.warning("the decoder %s on %s: %s", verb, display_path(request.paths[0]), detail)
         sha256 = ""
-        with suppress(WorkerDiedError):  # it is reading that takes so long; here it would hold up the whole job
-            sha256 = self._decode_once(replace(request, decoder=read_only)).files[0].sha256
-        file = DecodedFile(path, sha256, kind, f"the decoder {fate}, {detail}")
+        with suppress(_WorkerDiedError):  # even reading takes too long; in this process it would hold up the whole job
+            (sha256,) = self._decode_once(replace(request, decoder=_hash_only)).digests
+        outcome = (kind, f"the decoder {verb}, {detail}", False)
         no_image = np.empty((0, *request.image_size, 3), np.uint8)
-        return DecodedChunk((file,), no_image, time.perf_counter() - began)
+        return DecodedChunk(request.paths, [sha256], {0: outcome}, no_image, time.perf_counter() - began)
 
-    def _decode_once(self, request: DecodeRequest) -> DecodedChunk:
-        worker = self._take()
+    def _decode_once(self, request: _Request) -> DecodedChunk:
+        worker = self._take_worker()
         try:
             chunk = worker.decode(request, self._seconds_per_file)
-        except (WorkerDiedError, CnnpipeError):
-            self._remove(worker)
-            if self._closed:  # killed by `close`, not by a file: nobody waits for this chunk any more
+        except (_WorkerDiedError, CnnpipeError):
+            self._remove_worker(worker)
+            if self._closed.is_set():  # killed by `close`, not by a file: nobody waits for this chunk any more
                 raise CnnpipeError("decoding was stopped") from None
             raise
-        if worker.late:  # its answer was on the way already
-            self._remove(worker)
+        if worker.was_late:  # killed just after it had answered
+            self._remove_worker(worker)
         else:
-            self._give_back(worker)
+            self._return_worker(worker)
         return chunk
 
-    def _take(self) -> DecodingProcess:
+    def _take_worker(self) -> _Worker:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise CnnpipeError("decoding was stopped")
             if self._idle:
                 return self._idle.pop()
             if self._clock is None:
-                self._clock = threading.Thread(target=self._count_down, name="decoder-clock", daemon=True)
+                self._clock = threading.Thread(target=self._run_clock, name="decoder-clock", daemon=True)
                 self._clock.start()
-            worker = DecodingProcess(self._decoder)
+            worker = _Worker(self._decoder)
             self._alive.add(worker)
             return worker
 
-    def _give_back(self, worker: DecodingProcess) -> None:
+    def _return_worker(self, worker: _Worker) -> None:
         with self._lock:
             self._idle.append(worker)
 
-    def _remove(self, worker: DecodingProcess) -> None:
+    def _remove_worker(self, worker: _Worker) -> None:
         with self._lock:
             self._alive.discard(worker)
         worker.kill()
 
-    def _count_down(self) -> None:
+    def _run_clock(self) -> None:
         """Count down the time of the workers until the pool is closed."""
         tick = min(_MAX_TICK_SECONDS, self._seconds_per_file / 10)
-        while not self._ended.wait(tick):
+        while not self._closed.wait(tick):
             with self._lock:
                 alive = list(self._alive)
             for worker in alive:
                 worker.count_down(tick)
+
+
+def _join(chunks: Sequence[DecodedChunk]) -> DecodedChunk:
+    """Return consecutive chunks as one."""
+    paths: list[str] = []
+    digests: list[str] = []
+    without_image: dict[int, tuple[str, str, bool]] = {}
+    for chunk in chunks:
+        without_image |= {len(paths) + index: outcome for index, outcome in chunk.without_image.items()}
+        paths += chunk.paths
+        digests += chunk.digests
+    images = np.concatenate([chunk.images for chunk in chunks])
+    return DecodedChunk(paths, digests, without_image, images, sum(chunk.seconds for chunk in chunks))
