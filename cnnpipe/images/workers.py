@@ -26,14 +26,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from math import inf
 from pathlib import Path
-from typing import IO, Any, Final, Self, cast
+from typing import IO, Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +74,7 @@ _MAX_TICK_SECONDS: Final = 1.0
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedFile:
+class DecodedFile(NamedTuple):
     """The outcome of one file."""
 
     path: str
@@ -101,22 +100,26 @@ class DecodedChunk:
 
     paths: Sequence[str]
     """Paths relative to the folder."""
-    digests: list[str]
+    sha256: Sequence[str]
     """SHA-256 of each file; empty where it could not be read."""
-    without_image: dict[int, tuple[str, str, bool]]
-    """Index of each file without an image -> its `error_kind`, `error` and `unchanged`, as in `DecodedFile`."""
+    others: Mapping[int, DecodedFile]
+    """Index -> outcome of each file that has no image."""
     images: npt.NDArray[np.uint8]
     """Pixels of the decoded files, (N, H, W, 3) RGB."""
     seconds: float
     """Seconds spent reading, hashing and decoding."""
 
+    @classmethod
+    def of(cls, files: Sequence[DecodedFile], images: npt.NDArray[np.uint8], seconds: float) -> Self:
+        """Make a chunk from the outcomes of its files."""
+        others = {index: file for index, file in enumerate(files) if not file.has_image}
+        return cls([file.path for file in files], [file.sha256 for file in files], others, images, seconds)
+
     @property
-    def files(self) -> list[DecodedFile]:
-        """The outcome of each file, in order."""
-        files = list(map(DecodedFile, self.paths, self.digests))
-        for index, outcome in self.without_image.items():
-            files[index] = DecodedFile(self.paths[index], self.digests[index], *outcome)
-        return files
+    def files(self) -> tuple[DecodedFile, ...]:
+        """The outcome of each file."""
+        pairs = enumerate(zip(self.paths, self.sha256, strict=True))
+        return tuple(self.others.get(index) or DecodedFile(*pair) for index, pair in pairs)
 
 
 def decode_files(
@@ -141,28 +144,27 @@ def decode_files(
     began = time.perf_counter()
     images = np.empty((len(paths), *image_size, 3), np.uint8)
     digests: list[str] = []
-    without_image: dict[int, tuple[str, str, bool]] = {}
+    others: dict[int, DecodedFile] = {}
     for path, known_digest in zip(paths, known_digests or repeat(""), strict=False):
         index, sha256 = len(digests), ""
         try:
             data = read_file(os.path.join(root, path))
             sha256 = hashlib.sha256(data).hexdigest()
             if sha256 == known_digest:
-                without_image[index] = ("", "", True)
+                others[index] = DecodedFile(path, sha256, unchanged=True)
             else:
-                images[index - len(without_image)] = decoder(data, image_size)
+                images[index - len(others)] = decoder(data, image_size)
         except ImageError as error:
-            without_image[index] = (error.kind, str(error), False)
+            others[index] = DecodedFile(path, sha256, error.kind, str(error))
         except MemoryError:
-            without_image[index] = ("too_large", "not enough memory to read and decode it", False)
+            others[index] = DecodedFile(path, sha256, "too_large", "not enough memory to read and decode it")
         except Exception as error:
             raise RuntimeError(f"the decoder failed on {display_path(path)}: {error!r}") from error
         digests.append(sha256)
         if time.perf_counter() - began > max_seconds:
             break
-    num_images = len(digests) - len(without_image)
-    seconds = time.perf_counter() - began
-    return DecodedChunk(paths[: len(digests)], digests, without_image, images[:num_images], seconds)
+    num_images = len(digests) - len(others)
+    return DecodedChunk(paths[: len(digests)], digests, others, images[:num_images], time.perf_counter() - began)
 
 
 def _hash_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: ARG001
@@ -298,7 +300,7 @@ class _Worker:
                 raise self._death() from error
             reply = self._receive()
         if isinstance(reply, DecodedChunk):
-            return replace(reply, paths=request.paths[: len(reply.digests)])
+            return replace(reply, paths=request.paths[: len(reply.sha256)])
         raise RuntimeError(f"a bug in the decoder, from a worker process:\n{reply}")
 
     @contextmanager
@@ -458,7 +460,11 @@ class DecoderPool:
                 chunks += [self._decode_alone(request.part(index, index + 1)) for index in range(start, stop)]
                 break
             start += len(chunks[-1].paths)
-        return chunks[0] if len(chunks) == 1 else _join(chunks)
+        if len(chunks) == 1:
+            return chunks[0]
+        files = [file for chunk in chunks for file in chunk.files]
+        images = np.concatenate([chunk.images for chunk in chunks])
+        return DecodedChunk.of(files, images, sum(chunk.seconds for chunk in chunks))
 
     def _decode_alone(self, request: _Request) -> DecodedChunk:
         """Decode one file; if the worker dies, the file is to blame."""
@@ -472,10 +478,10 @@ class DecoderPool:
         _logger.warning("the decoder %s on %s: %s", verb, display_path(request.paths[0]), detail)
         sha256 = ""
         with suppress(_WorkerDiedError):  # even reading takes too long; in this process it would hold up the whole job
-            (sha256,) = self._decode_once(replace(request, decoder=_hash_only)).digests
-        outcome = (kind, f"the decoder {verb}, {detail}", False)
+            (sha256,) = self._decode_once(replace(request, decoder=_hash_only)).sha256
+        file = DecodedFile(request.paths[0], sha256, kind, f"the decoder {verb}, {detail}")
         no_image = np.empty((0, *request.image_size, 3), np.uint8)
-        return DecodedChunk(request.paths, [sha256], {0: outcome}, no_image, time.perf_counter() - began)
+        return DecodedChunk.of([file], no_image, time.perf_counter() - began)
 
     def _decode_once(self, request: _Request) -> DecodedChunk:
         worker = self._take_worker()
@@ -522,16 +528,3 @@ class DecoderPool:
                 alive = list(self._alive)
             for worker in alive:
                 worker.count_down(tick)
-
-
-def _join(chunks: Sequence[DecodedChunk]) -> DecodedChunk:
-    """Return consecutive chunks as one."""
-    paths: list[str] = []
-    digests: list[str] = []
-    without_image: dict[int, tuple[str, str, bool]] = {}
-    for chunk in chunks:
-        without_image |= {len(paths) + index: outcome for index, outcome in chunk.without_image.items()}
-        paths += chunk.paths
-        digests += chunk.digests
-    images = np.concatenate([chunk.images for chunk in chunks])
-    return DecodedChunk(paths, digests, without_image, images, sum(chunk.seconds for chunk in chunks))

@@ -35,7 +35,7 @@ from cnnpipe.classify.engine import (
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError
 from cnnpipe.images.decode import RGBImage, decode_image
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecodedChunk, Decoder, DecoderPool
+from cnnpipe.images.workers import DecodedChunk, DecodedFile, Decoder, DecoderPool
 from cnnpipe.session import ClassifierSession, open_session
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -314,9 +314,8 @@ class FakePool(DecoderPool):
         while names := list(islice(paths, self._chunk_files)):
             self.taken += len(names)
             kinds = ["" if name.endswith(".png") else "empty" for name in names]
-            outcomes = {index: (kind, kind, False) for index, kind in enumerate(kinds) if kind}
-            images = np.zeros((kinds.count(""), *image_size, 3), np.uint8)
-            yield DecodedChunk(names, [""] * len(names), outcomes, images, 0.0)
+            files = [DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True)]
+            yield DecodedChunk.of(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
 
 
 def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(session: ClassifierSession) -> None:

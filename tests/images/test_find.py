@@ -228,9 +228,7 @@ def test_no_room_to_sort_a_huge_folder_is_said_in_one_line(tmp_path: Path) -> No
     with _in_memory(50):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
         try:
-            with pytest.raises(
-                StorageError, match=r"^cannot sort a folder of over 50 names .*; free some space"
-            ):
+            with pytest.raises(StorageError, match=r"^cannot sort a folder of over 50 names .*; free some space"):
                 list(find_files(tmp_path))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

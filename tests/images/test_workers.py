@@ -95,7 +95,7 @@ def test_files_are_read_hashed_and_decoded_in_their_order(tmp_path: Path) -> Non
     assert [file.path for file in chunk.files] == chunk.paths == names
     assert [file.has_image for file in chunk.files] == [True, True, False, False, True, False]
     assert [file.error_kind for file in chunk.files] == ["", "", "not_an_image", "not_found", "", "empty"]
-    assert chunk.digests == [digest(tmp_path / name) if name not in (names[3], names[5]) else "" for name in names]
+    assert chunk.sha256 == [digest(tmp_path / name) if name not in (names[3], names[5]) else "" for name in names]
     assert chunk.images[:, 0, 0, 0].tolist() == [0, 1, 4]
     assert chunk.seconds > 0
 
@@ -107,7 +107,7 @@ def test_file_with_its_known_digest_is_not_decoded_and_any_other_is(tmp_path: Pa
     assert [file.unchanged for file in chunk.files] == [False, False, True, False]
     assert chunk.images[:, 0, 0, 0].tolist() == [0, 1, 3]
     unchanged = decode_files(tmp_path, names[2:3], SIZE, refuse_to_decode, known[2:3])
-    assert unchanged.files == [DecodedFile(names[2], known[2], unchanged=True)]
+    assert unchanged.files == (DecodedFile(names[2], known[2], unchanged=True),)
     assert unchanged.images.shape == (0, *SIZE, 3)
 
 
