@@ -6,18 +6,15 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,9 +22,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnnpipe.classify.run import classify_folder
-from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
+from cnnpipe.errors import DatasetError, StorageError
 from cnnpipe.images.decode import decode_image
-from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     SPLITS,
@@ -865,179 +862,3 @@ def test_an_unknown_split_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     dataset = prepare("digits", tmp_path)
     with pytest.raises(ValueError, match="split must be one of"):
         dataset.images("valid")
-
-
-# --- cifar10
-
-
-_PythonPickler: Any = vars(pickle)["_Pickler"]  # the one written in Python, whose parts can be replaced
-
-
-class Python2Pickler(_PythonPickler):  # type: ignore[misc]
-    """Writes what Python 2 wrote: `bytes` and `str` alike as its byte strings, NumPy's functions where they were."""
-
-    dispatch: ClassVar[dict[type, Any]] = dict(_PythonPickler.dispatch)
-
-    def save_string(self, value: bytes | str) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        short = len(data) < 256
-        self.write(b"U" + bytes([len(data)]) + data if short else b"T" + len(data).to_bytes(4, "little") + data)
-        self.memoize(value)
-
-    def save_global(self, value: Any, name: str | None = None) -> None:
-        module = value.__module__.replace("numpy._core", "numpy.core")
-        self.write(f"c{module}\n{name or value.__name__}\n".encode())
-        self.memoize(value)
-
-    dispatch[bytes] = dispatch[str] = save_string
-    dispatch[type] = dispatch[type(len)] = dispatch[type(lambda: None)] = save_global
-
-
-def python2_pickle(value: object) -> bytes:
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue()
-
-
-CIFAR_CLASSES = ["airplane", "automobile", "bird"]
-
-
-def cifar_batch(count: int, seed: int) -> tuple[dict[str, object], npt.NDArray[np.uint8]]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
-    labels = [index % 3 for index in range(count)]
-    batch = {"data": pixels, "labels": labels, "filenames": [f"{seed}_{index}.png" for index in range(count)]}
-    return batch, pixels
-
-
-def cifar_members() -> dict[str, bytes]:
-    batches = {f"data_batch_{number}": cifar_batch(30, number)[0] for number in range(1, 6)}
-    batches["test_batch"] = cifar_batch(24, 6)[0]
-    batches["batches.meta"] = {"label_names": CIFAR_CLASSES, "num_vis": 3072}
-    return {f"cifar-10-batches-py/{name}": python2_pickle(batch) for name, batch in batches.items()}
-
-
-def write_archive(data: Path, members: dict[str, bytes], extra: tarfile.TarInfo | None = None) -> Archive:
-    """Write data/raw/cifar.tar.gz and return how it is to be recognised."""
-    (data / "raw").mkdir(parents=True, exist_ok=True)
-    path = data / "raw" / "cifar.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        folder = tarfile.TarInfo("cifar-10-batches-py")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        if extra is not None:
-            archive.addfile(extra)
-    content = path.read_bytes()
-    return Archive("http://127.0.0.1:1/", hashlib.sha256(content).hexdigest(), path.name, len(content))
-
-
-def test_the_archive_of_cifar10_is_read_with_its_own_test_split(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    dataset = prepare("cifar10", tmp_path, archive=archive)
-    assert dataset.class_names == tuple(CIFAR_CLASSES)
-    assert dataset.num_images == {"train": 120, "val": 30, "test": 24}
-    assert dataset.paths("test")[1] == "test_batch/automobile/6_1.png"
-    expected = cifar_batch(24, 6)[1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert np.array_equal(dataset.images("test"), expected)
-    assert dataset.labels("test").tolist() == [0, 1, 2] * 8
-
-
-def test_prepared_cifar10_outlives_its_archive(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    before = prepare("cifar10", tmp_path, archive=archive)
-    shutil.rmtree(tmp_path / "raw")
-    assert prepare("cifar10", tmp_path, archive=archive) == before
-
-
-def test_cifar10_comes_in_the_size_asked_for(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    assert prepare("cifar10", tmp_path, archive=archive, image_size=(48, 40)).images("val").shape == (30, 48, 40, 3)
-
-
-class Malice:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (self.command,)
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    marker = tmp_path / "it ran"
-    members = cifar_members()
-    members["cifar-10-batches-py/data_batch_3"] = pickle.dumps({b"data": Malice(f"touch '{marker}'")})
-    archive = write_archive(tmp_path, members)
-    with pytest.raises(DatasetError, match=r"the pickle data_batch_3 is refused: it asks for (posix|nt)\.system"):
-        prepare("cifar10", tmp_path, archive=archive)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["builtins.eval", "numpy.core.multiarray.scalar", "numpy.load", "os.system"])
-def test_a_pickle_may_ask_for_nothing_but_arrays(tmp_path: Path, name: str) -> None:
-    module, _, function = name.rpartition(".")
-    members = cifar_members()
-    members["cifar-10-batches-py/test_batch"] = f"\x80\x02c{module}\n{function}\n.".encode("latin-1")
-    with pytest.raises(DatasetError, match=f"it asks for {name}"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
-
-
-@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "cifar-10-batches-py/../../outside"])
-def test_a_member_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
-    archive = write_archive(tmp_path, cifar_members(), tarfile.TarInfo(name))
-    with pytest.raises(DatasetError, match=r"holds the member '.*outside', which leads out of the archive"):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_a_member_that_is_a_link_or_a_device_is_refused(tmp_path: Path, kind: bytes) -> None:
-    link = tarfile.TarInfo("cifar-10-batches-py/link")
-    link.type, link.linkname = kind, "/etc/passwd"
-    with pytest.raises(DatasetError, match="leads out of the archive"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, cifar_members(), link))
-
-
-def spoilt_members() -> list[tuple[dict[str, bytes], str]]:
-    batch, pixels = cifar_batch(30, 1)
-    wrong: dict[str, tuple[object, str]] = {
-        "shape": ({**batch, "data": pixels[:, :3000]}, "is not N rows of 3,072 uint8"),
-        "dtype": ({**batch, "data": pixels.astype(np.int16)}, "is not N rows of 3,072 uint8"),
-        "label": ({**batch, "labels": [3] * 30}, "is not N rows of 3,072 uint8"),
-        "list": ([1, 2], "must be a dict, received list"),
-    }
-    name = "cifar-10-batches-py/data_batch_1"
-    spoilt = [({name: python2_pickle(value)}, message) for value, message in wrong.values()]
-    return [*spoilt, ({name: b"no pickle"}, "the pickle data_batch_1 is refused")]
-
-
-@pytest.mark.parametrize(("members", "message"), spoilt_members(), ids=["shape", "dtype", "label", "list", "garbage"])
-def test_a_batch_of_another_form_is_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-    archive = write_archive(tmp_path, {**cifar_members(), **members})
-    with pytest.raises(DatasetError, match=message):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-def test_an_archive_that_lacks_a_batch_is_refused(tmp_path: Path) -> None:
-    members = cifar_members()
-    del members["cifar-10-batches-py/data_batch_5"]
-    with pytest.raises(DatasetError, match="lacks cifar-10-batches-py/data_batch_5; need the python version"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
-
-
-def test_an_archive_that_is_no_tar_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "cifar.tar.gz").write_bytes(b"no tar")
-    archive = Archive("http://127.0.0.1:1/", hashlib.sha256(b"no tar").hexdigest(), "cifar.tar.gz", 6)
-    with pytest.raises(DatasetError, match=r"cannot be read as a \.tar\.gz"):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-def test_every_error_here_is_one_line(tmp_path: Path) -> None:
-    for dataset in (tmp_path / "missing", tmp_path):
-        with pytest.raises(CnnpipeError) as caught:
-            prepare(dataset, tmp_path)
-        assert "\n" not in str(caught.value)
