@@ -228,7 +228,7 @@ def _prepare(
         splits = assign_splits(
             images.labels,
             images.digests,
-            images.given,
+            images.given_split,
             val_fraction=None if VAL in images.given_splits else settings.val_fraction,
             test_fraction=None if TEST in images.given_splits else settings.test_fraction,
             seed=settings.seed,

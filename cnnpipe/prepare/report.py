@@ -149,7 +149,7 @@ def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> l
     if not unreadable:
         return []
     total = num_readable + len(unreadable)
-    offenders = _first_few([f"{file.path} ({file.kind})" for file in unreadable])
+    offenders = first_few([f"{file.path} ({file.kind})" for file in unreadable])
     return [f"{len(unreadable):,} of {total:,} files are unreadable and were left out: {offenders}"]
 
 
@@ -159,12 +159,12 @@ def _warn_of_leaks(leaks: Sequence[Leak], counts: dict[str, dict[str, int]]) -> 
         pairs = [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
         if pairs:
             total = sum(counts[split].values())
-            warnings.append(f"{len(pairs):,} of {total:,} images of {split} are also in another: {_first_few(pairs)}")
+            warnings.append(f"{len(pairs):,} of {total:,} images of {split} are also in another: {first_few(pairs)}")
     return warnings
 
 
 def _warn_of_duplicates(pairs: Sequence[str]) -> list[str]:
-    return [f"{len(pairs):,} images repeat another one of their split: {_first_few(pairs)}"] if pairs else []
+    return [f"{len(pairs):,} images repeat another one of their split: {first_few(pairs)}"] if pairs else []
 
 
 def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -175,7 +175,7 @@ def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str
         twin = first.setdefault(digest, index)
         if labels[twin] != labels[index]:
             pairs.append(f"{paths[twin]} and {paths[index]}")
-    return [f"{len(pairs)} images are in two classes: {_first_few(pairs)}"] if pairs else []
+    return [f"{len(pairs)} images are in two classes: {first_few(pairs)}"] if pairs else []
 
 
 def _warn_of_unmeasured(
@@ -194,7 +194,7 @@ def _warn_of_unmeasured(
             if not counts[split][name]
         ]
         if missing:
-            warnings.append(f"{split} has no images of {len(missing)} classes: {_first_few(missing)}")
+            warnings.append(f"{split} has no images of {len(missing)} classes: {first_few(missing)}")
     return warnings
 
 
@@ -209,7 +209,7 @@ def _warn_of_classes(train: dict[str, int]) -> list[str]:
         )
     small = [f"{name} ({train[name]})" for name in train if train[name] < _FEW_IMAGES]
     if small:
-        warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {_first_few(small)}")
+        warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {first_few(small)}")
     return warnings
 
 
@@ -302,13 +302,14 @@ def _check_share(
         return
     if total and len(offenders) / total > limit:
         raise DatasetError(
-            f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {_first_few(offenders)}; "
+            f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {first_few(offenders)}; "
             f"{remedy}, or raise the limit; see {details}"
         )
 
 
-def _first_few(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
+def first_few(items: Sequence[str], number: int = 3) -> str:
+    """Return the first items of a list as text."""
+    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
 
 
 def compute_statistics(

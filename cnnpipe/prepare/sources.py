@@ -1,8 +1,12 @@
 """Where images come from: the built-in digits, the archive of CIFAR-10, or a user's folder.
 
-A source tells what it holds in two ways. `content()` is the digest of it all, found as cheaply as can be; `read()`
-gives the images, with the same digest found on the way. Who has nothing to compare with reads at once, and everything
-is read only once.
+A source describes its content in two ways: `content()` returns the digest of it all, as cheaply as possible; `read()`
+returns the images, and the same digest with them. Without anything to compare with, a caller reads at once, so that
+everything is read only once.
+
+A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which val and test may be missing, or
+`<root>/<class>/*`. In the folder of a class a file may lie at any depth. Names that begin with a dot, those that
+`cnnpipe.images.leftovers` recognises, and files whose suffix no image has are left out; warnings count them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -30,23 +34,13 @@ from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, l
 from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
 from cnnpipe.machine import usable_cores
 from cnnpipe.prepare.cifar10 import Archive, fetch_archive, read_cifar10
-from cnnpipe.prepare.report import Unreadable
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN
+from cnnpipe.prepare.report import Unreadable, first_few
+from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.storage import storage_errors
 
-__all__ = [
-    "Cifar10Source",
-    "DigitsSource",
-    "FolderSource",
-    "ImageFolder",
-    "Source",
-    "SourceImages",
-    "list_image_folder",
-    "list_scored_folder",
-    "open_source",
-]
+__all__ = ["FolderSource", "Source", "SourceImages", "list_image_folder", "list_scored_folder", "open_source"]
 
 _NOT_IMAGES: Final = frozenset({
     ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".rst", ".xml", ".xmp", ".aae", ".yaml", ".yml", ".toml",
@@ -58,60 +52,258 @@ _NOT_IMAGES: Final = frozenset({
     ".names", ".labels", ".caption", ".md5", ".sha1", ".sha256", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v",
     ".mp3", ".wav", ".flac", ".ogg", ".m4a",
 })  # fmt: skip
-"""Suffixes, in lower case, that no image has; a file of another suffix is read, and told if it is not an image."""
+"""Suffixes, in lower case, that no image has; a file of another suffix is read, and reported if it is not an image."""
 
-# What people call their splits -> what it is called here.
 _SPLIT_NAMES: Final = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+    "train": TRAIN, "training": TRAIN,
+    "val": VAL, "valid": VAL, "validation": VAL, "dev": VAL,
+    "test": TEST, "testing": TEST,
+}  # fmt: skip
+"""Name of a folder, in lower case -> the split that it means."""
 
 _HIDDEN: Final = ".*"
-"""Counts what begins with a dot."""
+"""How files and folders that begin with a dot are called in counts."""
 
 _LAYOUTS: Final = "need <root>/{train,val,test}/<class>/* or <root>/<class>/*"
 
+_CHUNK_FILES: Final = 128
+_MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
+
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class _LeftOut:
-    """Which files are wanted, and counts of what is left out."""
+class SourceImages:
+    """All readable images of a source, N of them, in its own order."""
 
-    wanted: FileFilter
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """As `find_files` counts."""
-    suffixes: Counter[str] = field(default_factory=Counter)
-    """Counts of the suffixes of files that are not images."""
+    content: str
+    """SHA-256 of the source, as `Source.content` returns it."""
+    class_names: tuple[str, ...]
+    pixels: npt.NDArray[np.uint8]
+    """Pixels, (N, H, W, 3) RGB; those of a folder have the model's size, others their own."""
+    labels: npt.NDArray[np.int64]
+    """Index into `class_names` of each image, (N,)."""
+    paths: Sequence[str]
+    """Name of each image in the source."""
+    digests: Sequence[str]
+    """SHA-256 of each image's file or, if it has none, of its pixels."""
+    given_split: npt.NDArray[np.int8]
+    """Index into `SPLITS` of the split that each image comes with, (N,)."""
+    given_splits: frozenset[int]
+    """Splits that the source comes with; the others are taken out of train."""
+    unreadable: tuple[Unreadable, ...] = ()
+    warnings: tuple[str, ...] = ()
 
-    def warnings(self) -> list[str]:
-        warnings = []
-        if self.suffixes:
-            number = f"{self.suffixes.total():,} files that are not images by their suffixes were left out"
-            warnings.append(f"{number}: {list_left_out(self.suffixes)}")
-        if self.passed_over:
-            warnings.append(describe_passed_over(self.passed_over))
-        return warnings
+
+class Source(Protocol):
+    """What every source can do."""
+
+    kind: str
+
+    def content(self) -> str:
+        """Return the SHA-256 of everything that the prepared images are made from."""
+
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
+        """Read all images.
+
+        Args:
+            image_size: the model's (height, width), for sources that decode.
+            scratch: path of a file to write pixels to; it must outlive the result.
+        """
+
+
+def open_source(
+    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
+) -> Source:
+    """Return the source that `settings.dataset` names.
+
+    Raises:
+        DatasetError: it is a folder that cannot be a dataset.
+    """
+    name = settings.dataset
+    if name in BUILT_IN_DATASETS and Path(name).is_dir():
+        _logger.warning(
+            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s", name, name
+        )
+    if name == "digits":
+        return _DigitsSource()
+    if name == "cifar10":
+        return _Cifar10Source(archive, raw, progress)
+    folder = list_image_folder(user_path(name), FileFilter(settings.include, settings.exclude))
+    return FolderSource(folder, workers or usable_cores(), progress)
+
+
+class _DigitsSource:
+    """The 1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
+
+    kind = "digits"
+
+    def content(self) -> str:
+        return self.read((8, 8), Path()).content
+
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # Source: scikit-learn's description of the dataset: grey levels are whole numbers from 0 to 16.
+        grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+        pixels = np.repeat(grey[..., np.newaxis], 3, axis=3)
+        labels = digits.target.astype(np.int64)
+        return SourceImages(
+            content=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(),
+            class_names=tuple(str(digit) for digit in range(10)),
+            pixels=pixels,
+            labels=labels,
+            paths=[f"digits/{index:04d}" for index in range(len(labels))],
+            digests=_hash_pixels(pixels),
+            given_split=np.full(len(labels), TRAIN, np.int8),
+            given_splits=frozenset(),
+        )
+
+
+class _Cifar10Source:
+    """The official archive, from `data/raw` or the network, with its own split of train and test."""
+
+    kind = "cifar10"
+
+    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
+        self._archive = archive
+        self._raw = raw
+        self._progress = progress
+
+    def content(self) -> str:
+        return self._archive.sha256  # known without the file: what is prepared outlives a tidied data/raw
+
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
+        cifar10 = read_cifar10(fetch_archive(self._archive, self._raw, self._progress))
+        return SourceImages(
+            content=self._archive.sha256,
+            class_names=cifar10.class_names,
+            pixels=cifar10.pixels,
+            labels=cifar10.labels,
+            paths=cifar10.paths,
+            digests=_hash_pixels(cifar10.pixels),
+            given_split=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
+            given_splits=frozenset({TRAIN, TEST}),
+        )
+
+
+def _hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+
+
+class FolderSource:
+    """A user's folder of images, hashed and decoded on all cores."""
+
+    kind = "folder"
+
+    def __init__(self, folder: ImageFolder, workers: int, progress: ProgressCallback) -> None:
+        self._folder = folder
+        self._workers = workers
+        self._progress = progress
+
+    def content(self) -> str:
+        paths = self._folder.paths
+        chunks = [paths[start : start + _CHUNK_FILES] for start in range(0, len(paths), _CHUNK_FILES)]
+        outcomes: list[str] = []
+        # Threads: reading and hashing release the interpreter, and processes would have to be started.
+        with ThreadPoolExecutor(self._workers) as threads:
+            try:
+                for chunk in threads.map(self._hash_files, chunks):
+                    outcomes += chunk
+                    self._progress("hash", len(outcomes), len(paths))
+            except BaseException:  # such as Ctrl-C: the rest need not be read before it takes effect
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        return _hash_folder(paths, outcomes)
+
+    def _hash_files(self, paths: Sequence[str]) -> list[str]:
+        """Return for each file the SHA-256 of its bytes, or the kind of error for which it cannot be read."""
+        outcomes = []
+        for path in paths:
+            try:
+                outcomes.append(hashlib.sha256(read_file(self._folder.root / path)).hexdigest())
+            except ImageError as error:
+                outcomes.append(error.kind)
+        return outcomes
+
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
+        files = self._decode_to(scratch, image_size)
+        readable = np.array([not file.error_kind for file in files], np.bool_)
+        if not readable.any():
+            raise DatasetError(
+                f"none of the {len(files):,} files in {self._folder.root} can be read as an image; "
+                f"the first, {display_path(files[0].path)}: {files[0].error}"
+            )
+        return SourceImages(
+            content=_hash_folder(self._folder.paths, [file.sha256 or file.error_kind for file in files]),
+            class_names=self._folder.class_names,
+            pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
+            labels=self._folder.labels[readable],
+            paths=[display_path(file.path) for file in files if not file.error_kind],
+            digests=[file.sha256 for file in files if not file.error_kind],
+            given_split=self._folder.given_split[readable],
+            given_splits=self._folder.given_splits,
+            unreadable=tuple(
+                Unreadable(display_path(file.path), file.error_kind, display_path(file.error))
+                for file in files
+                if file.error_kind
+            ),
+            warnings=self._folder.warnings,
+        )
+
+    def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
+        """Decode all files, and write the pixels of those that are images to `scratch`, one after the other."""
+        files: list[DecodedFile] = []
+        # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
+        with storage_errors(scratch):
+            file = scratch.open("wb")
+        with file, closing(self._decode_chunks(image_size)) as chunks:
+            for chunk in chunks:
+                with storage_errors(scratch):
+                    file.write(chunk.images.tobytes())
+                    file.flush()  # reports a full disk here and not when the file is closed
+                files += chunk.files
+                self._progress("decode", len(files), len(self._folder.paths))
+        return files
+
+    def _decode_chunks(self, image_size: tuple[int, int]) -> Generator[DecodedChunk, None, None]:
+        root, paths = self._folder.root, self._folder.paths
+        if self._workers > 1 and len(paths) >= _MIN_FILES_FOR_POOL:
+            with DecoderPool(self._workers) as pool:
+                yield from pool.decode(root, iter(paths), image_size)
+            return
+        for start in range(0, len(paths), _CHUNK_FILES):
+            yield decode_files(root, paths[start : start + _CHUNK_FILES], image_size)
+
+
+def _hash_folder(paths: Sequence[str], outcomes: Sequence[str]) -> str:
+    """Return a digest of a folder's paths and content, whatever the order in which they were listed or read.
+
+    Args:
+        paths: relative to the folder.
+        outcomes: for each path the SHA-256 of the file's bytes, or why they could not be read.
+    """
+    content = hashlib.sha256()
+    for path, outcome in sorted(zip(map(os.fsencode, paths), outcomes, strict=True)):
+        content.update(b"%d:%b%b\n" % (len(path), path, outcome.encode()))
+    return content.hexdigest()
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Every file of a folder that should be an image, in order: by split, class, and then `find_files`."""
+    """Every file of a folder that should be an image, N in all, in order: by split, by class, and as `find_files`."""
 
     root: Path
     class_names: tuple[str, ...]
     paths: list[str]
-    """Relative to `root`, with `/`; N in all."""
+    """Path of each file relative to `root`, with `/`."""
     labels: npt.NDArray[np.int64]
-    """(N,)"""
-    given: npt.NDArray[np.int8]
-    """(N,) index into `SPLITS`; all train in the flat layout."""
+    """Index into `class_names` of each file, (N,)."""
+    given_split: npt.NDArray[np.int8]
+    """Index into `SPLITS` of each file, (N,); train for all in the flat layout."""
     given_splits: frozenset[int]
-    """The splits that the folder comes with."""
+    """Splits that the folder comes with."""
     warnings: tuple[str, ...]
 
 
@@ -119,167 +311,205 @@ def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFold
     """Find the classes and files of a folder in either layout.
 
     Args:
-        wanted: only files that it admits, by their paths relative to `root`; default: all.
+        wanted: lists only files that it admits, by their paths relative to `root`; default: all.
     Raises:
-        DatasetError: it does not exist, has neither layout, fewer than two classes, a class without images, or a
-            class in val or test that train lacks.
+        DatasetError: the folder does not exist, has neither layout, fewer than two classes, a class without images, or
+            a class in val or test that train lacks.
     """
-    left_out = _LeftOut(wanted or FileFilter())
-    folders, files = _look_into(root, left_out.passed_over)
+    listing = _Listing(root, wanted or FileFilter())
+    folders, files = _list_names(root)
     if not folders:
         holds = f"{len(files)} files and no folders" if files else "nothing"
         raise DatasetError(f"{root} holds {holds}; {_LAYOUTS}")
-    warnings = _stray_files(root, files)
-    splits = _find_splits(root, folders, warnings)
-    listing: dict[int, dict[str, list[str]]] = {}
+    folders = listing.class_folders("")
+    splits = _find_splits(root, folders)
+    if not splits:
+        listing.add_split(TRAIN, "", folders)
+    elif others := [display_path(name) for name in folders if name not in splits.values()]:
+        listing.warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
     for split, folder in splits.items():
-        if folder:
-            folders, files = _look_into(root / folder, left_out.passed_over)
-            warnings += _stray_files(root / folder, files)
-        classes = ((name, _class_files(root, folder, name, left_out)) for name in folders)
-        listing[split] = {name: files for name, files in classes if files is not None}
-    class_names = _check_classes(root, splits, listing)
-    warnings += [*_warn_of_look_alikes(class_names), *left_out.warnings()]
-    return _flatten(root, class_names, listing, frozenset(splits) if any(splits.values()) else frozenset(), warnings)
+        listing.add_split(split, folder, listing.class_folders(folder))
+    class_names = _check_classes(root, splits, listing.files)
+    listing.warnings += _warn_of_look_alikes(class_names)
+    return listing.finish(class_names, frozenset(splits))
 
 
 def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> ImageFolder:
-    """Find all images of a folder to score a model on: those below `test`, else of all splits, else of all classes.
+    """Find all images of a folder to score a model on: those in `test`, else in all splits, else in all classes.
 
     Args:
-        class_names: the model's, which give the labels; None takes the folder's own.
+        class_names: the model's, which determine the labels; None takes the folder's own.
     Raises:
-        DatasetError: it does not exist, holds no images in class folders, or has a class that the model does not know.
+        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model does
+            not know.
     """
-    left_out = _LeftOut(FileFilter())
-    folders, files = _look_into(root, left_out.passed_over)
-    known = class_names or ()
-    meant = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES and name not in known}
-    splits = [name for name in meant if _look_into(root / name, Counter())[0]]  # else it is a class
-    tests = [name for name in splits if meant[name] == SPLITS[TEST]]
-    warnings = _stray_files(root, files)
-    listing: dict[int, dict[str, list[str]]] = {}
-    for place in tests or (splits if splits == folders else [""]):
-        if place:
-            folders, files = _look_into(root / place, left_out.passed_over)
-            warnings += _stray_files(root / place, files)
-        classes = listing.setdefault(SPLITS.index(meant.get(place, SPLITS[TEST])), {})
-        for name in folders:
-            classes.setdefault(name, []).extend(_class_files(root, place, name, left_out) or [])
-    filled = {name for classes in listing.values() for name, found in classes.items() if found}
+    listing = _Listing(root, FileFilter())
+    folders = listing.class_folders("")
+    splits = {
+        name: _SPLIT_NAMES[name.lower()]
+        for name in folders
+        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name)[0]
+    }
+    tests = [name for name, split in splits.items() if split == TEST]
+    for name in tests or (splits if list(splits) == folders else []):
+        listing.add_split(splits[name], name, listing.class_folders(name))
+    if not listing.files:
+        listing.add_split(TEST, "", folders)
+    filled = {name for classes in listing.files.values() for name, found in classes.items() if found}
     if not filled:
         raise DatasetError(f"{root} holds no images in class folders; need <root>/<class>/* or <root>/test/<class>/*")
     names = class_names or tuple(sorted(filled, key=os.fsencode))
     if unknown := sorted(filled - set(names)):
         raise DatasetError(
-            f"{root} has folders of classes that the model does not know: {_first_few(unknown)}; it knows "
-            f"{_first_few(names)}; rename or remove the others"
+            f"{root} has folders of classes that the model does not know: {_show(unknown)}; it knows "
+            f"{_show(names)}; rename or remove the others"
         )
     if missing := [name for name in names if name not in filled]:
-        warnings.append(f"{root} has no images of these classes of the model: {_first_few(missing)}")
-    return _flatten(root, names, listing, frozenset(), [*warnings, *left_out.warnings()])
+        listing.warnings.append(f"{root} has no images of these classes of the model: {_show(missing)}")
+    return listing.finish(names, frozenset())
 
 
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(map(display_path, names[:5])) + (", …" if len(names) > 5 else "")
+def _show(names: Iterable[str]) -> str:
+    return first_few([display_path(name) for name in names], 5)
 
 
-def _look_into(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
+class _Listing:
+    """The files of a folder, and what is to be said about it."""
+
+    def __init__(self, root: Path, wanted: FileFilter) -> None:
+        self._root = root
+        self._wanted = wanted
+        self._passed_over: Counter[str] = Counter()
+        self._suffixes: Counter[str] = Counter()
+        self.files: dict[int, dict[str, list[str]]] = {}
+        """Split -> class -> paths relative to the root."""
+        self.warnings: list[str] = []
+
+    def class_folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder; warn of the files that lie beside them."""
+        folders, files = _list_names(self._root / folder, self._passed_over)
+        if files:
+            where, shown = display_path(str(self._root / folder)), first_few([display_path(name) for name in files])
+            self.warnings.append(f"{len(files)} files in {where} are in no class folder and were left out: {shown}")
+        return folders
+
+    def add_split(self, split: int, folder: str, classes: Iterable[str]) -> None:
+        """List the files of the classes in a folder; leave out a class that is cnnpipe's own or has no wanted file."""
+        paths = self.files.setdefault(split, {})
+        for name in classes:
+            if (found := self._list_class(f"{folder}/{name}" if folder else name)) is not None:
+                paths[name] = paths.get(name, []) + found
+
+    def _list_class(self, folder: str) -> list[str] | None:
+        """Return the files of a class, relative to the root; None if the class is to be left out."""
+        try:
+            folder.encode()
+        except UnicodeEncodeError as error:
+            name = display_path(PurePosixPath(folder).name)
+            raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
+        path, passed_over = self._root / folder, Counter[str]()
+        with suppress(OSError):  # `find_files` reports it
+            if is_own_folder(os.fsencode(path), map(os.fsencode, os.listdir(path))):
+                self._passed_over[OWN] += 1
+                return None
+        files, all_wanted = [], True
+        for file in find_files(path, passed_over=passed_over):
+            suffix = PurePosixPath(file).suffix.lower()
+            if file.startswith(".") or "/." in file:
+                passed_over[_HIDDEN] += 1
+            elif not self._wanted.admits(f"{folder}/{file}"):
+                all_wanted = False
+            elif suffix in _NOT_IMAGES:
+                self._suffixes[suffix] += 1
+            else:
+                files.append(f"{folder}/{file}")
+        self._passed_over.update(passed_over)
+        return files if files or (all_wanted and not passed_over[OWN]) else None
+
+    def finish(self, class_names: tuple[str, ...], given_splits: frozenset[int]) -> ImageFolder:
+        """Return the listed files."""
+        if self._suffixes:
+            number = f"{self._suffixes.total():,} files that are not images by their suffixes were left out"
+            self.warnings.append(f"{number}: {list_left_out(self._suffixes)}")
+        if self._passed_over:
+            self.warnings.append(describe_passed_over(self._passed_over))
+        rows = [
+            (path, label, split)
+            for split, classes in self.files.items()
+            for label, name in enumerate(class_names)
+            for path in classes.get(name, [])
+        ]
+        return ImageFolder(
+            root=self._root,
+            class_names=class_names,
+            paths=[path for path, _, _ in rows],
+            labels=np.array([label for _, label, _ in rows], np.int64),
+            given_split=np.array([split for _, _, split in rows], np.int8),
+            given_splits=given_splits,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _list_names(folder: Path, passed_over: Counter[str] | None = None) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the other entries in a folder, each sorted bytewise."""
     folders: list[str] = []
     files: list[str] = []
+    shown = display_path(str(folder))
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 leftover = name_leftover(os.fsencode(folder), os.fsencode(entry.name), entry.is_dir())
-                if leftover or entry.name.startswith("."):
-                    passed_over[leftover or _HIDDEN] += 1
-                else:
+                if not leftover and not entry.name.startswith("."):
                     (folders if entry.is_dir() else files).append(entry.name)
+                elif passed_over is not None:
+                    passed_over[leftover or _HIDDEN] += 1
     except FileNotFoundError as error:
         raise DatasetError(
-            f"there is no dataset {display_path(str(folder))}; need digits, cifar10 or the path of a folder of images"
+            f"there is no dataset {shown}; need digits, cifar10 or the path of a folder of images"
         ) from error
     except NotADirectoryError as error:
-        raise DatasetError(f"{display_path(str(folder))} is a file; {_LAYOUTS}") from error
+        raise DatasetError(f"{shown} is a file; {_LAYOUTS}") from error
     except OSError as error:
-        raise DatasetError(
-            f"cannot list {display_path(str(folder))}: {error.strerror}; check its permissions"
-        ) from error
+        raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
     return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
 
 
-def _stray_files(folder: Path, names: list[str]) -> list[str]:
-    """Return a warning for files that lie beside class folders: they belong to no class."""
-    if not names:
-        return []
-    shown = ", ".join(display_path(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-    return [f"{len(names)} files in {display_path(str(folder))} are in no class folder and were left out: {shown}"]
-
-
-def _find_splits(root: Path, folders: list[str], warnings: list[str]) -> dict[int, str]:
-    """Return split -> name of its folder; for the flat layout, train -> "".
+def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
+    """Return split -> name of its folder; empty for the flat layout.
 
     A class may well be called train (beside car and bus), so the name alone does not make a split: it must hold
     folders itself, or lie beside nothing but splits.
     """
-    meant = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
-    has_splits = any(_look_into(root / name, Counter())[0] for name, split in meant.items() if split == "train")
-    if not has_splits and len(meant) < len(folders):
-        return {TRAIN: ""}
+    named = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
+    has_splits = any(_list_names(root / name)[0] for name, split in named.items() if split == TRAIN)
+    if not has_splits and len(named) < len(folders):
+        return {}
     splits: dict[int, str] = {}
-    for name, split in sorted(meant.items(), key=lambda each: SPLITS.index(each[1])):
-        if (other := splits.setdefault(SPLITS.index(split), name)) != name:
-            raise DatasetError(f"{root} has {other} and {name}, and both mean {split}; merge them, or rename one")
+    for name, split in sorted(named.items(), key=lambda item: item[1]):
+        if (other := splits.setdefault(split, name)) != name:
+            raise DatasetError(
+                f"{root} has {other} and {name}, and both mean {SPLITS[split]}; merge them, or rename one"
+            )
     if TRAIN not in splits:
-        raise DatasetError(f"{root} has {' and '.join(meant)}, but no train; {_LAYOUTS}")
-    others = [display_path(name) for name in folders if name not in meant]
-    if others:
-        warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
+        raise DatasetError(f"{root} has {' and '.join(named)}, but no train; {_LAYOUTS}")
     return splits
 
 
-def _class_files(root: Path, folder: str, name: str, left_out: _LeftOut) -> list[str] | None:
-    """Return the files of one class, relative to `root`; None if what it holds is cnnpipe's, or not wanted."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DatasetError(f"the name of the class {display_path(name)} is not UTF-8; rename the folder") from error
-    prefix = f"{folder}/{name}/" if folder else f"{name}/"
-    place, inside = root / prefix, Counter[str]()
-    with suppress(OSError):  # `find_files` tells
-        if is_own_folder(os.fsencode(place), map(os.fsencode, os.listdir(place))):
-            left_out.passed_over[OWN] += 1
-            return None
-    files, is_wanted = [], True
-    for path in find_files(place, passed_over=inside):
-        suffix = PurePosixPath(path).suffix.lower()
-        if path.startswith(".") or "/." in path:
-            inside[_HIDDEN] += 1
-        elif not left_out.wanted.admits(prefix + path):
-            is_wanted = False
-        elif suffix in _NOT_IMAGES:
-            left_out.suffixes[suffix] += 1
-        else:
-            files.append(prefix + path)
-    left_out.passed_over.update(inside)
-    return files if files or (is_wanted and not inside[OWN]) else None
-
-
-def _check_classes(root: Path, folders: dict[int, str], listing: dict[int, dict[str, list[str]]]) -> tuple[str, ...]:
-    """Return the class names, which are those of train; hold the other splits against them."""
-    train = listing[TRAIN]
+def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[str, list[str]]]) -> tuple[str, ...]:
+    """Return the class names, which are those of train; check that the other splits have no others."""
+    train = files[TRAIN]
     if not train:
-        raise DatasetError(f"{root / folders[TRAIN]} has no class folders with files that are wanted; {_LAYOUTS}")
-    empty = [name for name, files in train.items() if not files]
-    if empty:
+        raise DatasetError(
+            f"{root / folders.get(TRAIN, '')} has no class folders with files that are wanted; {_LAYOUTS}"
+        )
+    if empty := [name for name, found in train.items() if not found]:
         raise DatasetError(
             f"class {', '.join(map(repr, empty[:5]))} of {root} has no images in train; add some, or remove its folder"
         )
     if len(train) < 2:
         raise DatasetError(f"need at least two classes, received only {next(iter(train))!r} in {root}; {_LAYOUTS}")
-    for split in sorted(set(listing) - {TRAIN}):
-        filled = {name for name, files in listing[split].items() if files}
+    for split in sorted(set(files) - {TRAIN}):
+        filled = {name for name, found in files[split].items() if found}
         if not filled:
             raise DatasetError(f"{root / folders[split]} holds no images in class folders; fill it, or remove it")
         if unknown := sorted(filled - set(train)):
@@ -317,258 +547,3 @@ def _appearance(name: str) -> str:
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     visible = (" " if char.isspace() else char for char in plain if unicodedata.category(char) != "Cf")
     return " ".join("".join(visible).split())
-
-
-def _flatten(
-    root: Path,
-    class_names: tuple[str, ...],
-    listing: dict[int, dict[str, list[str]]],
-    given_splits: frozenset[int],
-    warnings: list[str],
-) -> ImageFolder:
-    paths: list[str] = []
-    labels: list[int] = []
-    given: list[int] = []
-    for split, classes in listing.items():
-        for label, name in enumerate(class_names):
-            files = classes.get(name, [])
-            paths += files
-            labels += [label] * len(files)
-            given += [split] * len(files)
-    return ImageFolder(
-        root=root,
-        class_names=class_names,
-        paths=paths,
-        labels=np.array(labels, np.int64),
-        given=np.array(given, np.int8),
-        given_splits=given_splits,
-        warnings=tuple(warnings),
-    )
-
-
-_logger = logging.getLogger(__name__)
-
-_CHUNK_FILES: Final = 128
-_MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
-
-
-@dataclass(frozen=True)
-class SourceImages:
-    """All readable images of a source, N of them, in its own order."""
-
-    content: str
-    """SHA-256 of the source, as `Source.content` gives it."""
-    class_names: tuple[str, ...]
-    pixels: npt.NDArray[np.uint8]
-    """(N, H, W, 3) RGB, in the source's own size or, from a folder, in the model's."""
-    labels: npt.NDArray[np.int64]
-    """(N,)"""
-    paths: Sequence[str]
-    digests: Sequence[str]
-    """SHA-256 of each image's file or, where it has none, of its pixels."""
-    given: npt.NDArray[np.int8]
-    """(N,) index into `SPLITS`."""
-    given_splits: frozenset[int]
-    """The splits that the source comes with; the others are taken out of train."""
-    unreadable: tuple[Unreadable, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-class Source(Protocol):
-    """What every source can do."""
-
-    kind: str
-
-    def content(self) -> str:
-        """Return the SHA-256 of everything that the prepared images are made from."""
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        """Read all images.
-
-        Args:
-            image_size: the model's (height, width), for sources that decode.
-            scratch: a file that may be written, in a place with room for all images; it must outlive the result.
-        """
-
-
-def open_source(
-    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
-) -> Source:
-    """Return the source that `settings.dataset` names.
-
-    Raises:
-        DatasetError: it is a folder that cannot be a dataset.
-    """
-    if settings.dataset in BUILT_IN_DATASETS and Path(settings.dataset).is_dir():
-        _logger.warning(
-            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s",
-            settings.dataset,
-            settings.dataset,
-        )
-    if settings.dataset == "digits":
-        return DigitsSource()
-    if settings.dataset == "cifar10":
-        return Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(user_path(settings.dataset), FileFilter(settings.include, settings.exclude))
-    return FolderSource(folder, workers or usable_cores(), progress)
-
-
-class DigitsSource:
-    """1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
-
-    kind = "digits"
-
-    def content(self) -> str:
-        pixels, labels = self._load()
-        return hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
-        pixels, labels = self._load()
-        return SourceImages(
-            content=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(),
-            class_names=tuple(str(digit) for digit in range(10)),
-            pixels=pixels,
-            labels=labels,
-            paths=[f"digits/{index:04d}" for index in range(len(labels))],
-            digests=_pixel_digests(pixels),
-            given=np.full(len(labels), TRAIN, np.int8),
-            given_splits=frozenset(),
-        )
-
-    @staticmethod
-    def _load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        # Source: scikit-learn's description of the dataset: grey levels are whole numbers from 0 to 16.
-        grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-        return np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int64)
-
-
-class Cifar10Source:
-    """The official archive, from `data/raw` or the network, with its own split of train and test."""
-
-    kind = "cifar10"
-
-    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
-        self._archive = archive
-        self._raw = raw
-        self._progress = progress
-
-    def content(self) -> str:
-        return self._archive.sha256  # known without the file: what is prepared outlives a tidied data/raw
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
-        cifar10 = read_cifar10(fetch_archive(self._archive, self._raw, self._progress))
-        return SourceImages(
-            content=self._archive.sha256,
-            class_names=cifar10.class_names,
-            pixels=cifar10.pixels,
-            labels=cifar10.labels,
-            paths=cifar10.paths,
-            digests=_pixel_digests(cifar10.pixels),
-            given=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
-            given_splits=frozenset({TRAIN, TEST}),
-        )
-
-
-def _pixel_digests(pixels: npt.NDArray[np.uint8]) -> list[str]:
-    return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
-
-
-class FolderSource:
-    """A user's folder of images, hashed and decoded on all cores."""
-
-    kind = "folder"
-
-    def __init__(self, folder: ImageFolder, workers: int, progress: ProgressCallback) -> None:
-        self._folder = folder
-        self._workers = workers
-        self._progress = progress
-
-    def content(self) -> str:
-        paths, done = self._folder.paths, 0
-        chunks = [paths[start : start + _CHUNK_FILES] for start in range(0, len(paths), _CHUNK_FILES)]
-        entries: list[tuple[str, str]] = []
-        # Threads: reading and hashing let go of the interpreter, and processes would have to be started.
-        with ThreadPoolExecutor(self._workers) as threads:
-            try:
-                for chunk in threads.map(self._hash_files, chunks):
-                    entries += chunk
-                    done += len(chunk)
-                    self._progress("hash", done, len(paths))
-            except BaseException:  # such as Ctrl-C: the rest need not be read before it takes effect
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-        return _folder_content(entries)
-
-    def _hash_files(self, paths: Sequence[str]) -> list[tuple[str, str]]:
-        entries = []
-        for path in paths:
-            try:
-                digest = hashlib.sha256(read_file(self._folder.root / path)).hexdigest()
-            except ImageError as error:
-                digest = error.kind
-            entries.append((path, digest))
-        return entries
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        files = self._decode_to(scratch, image_size)
-        readable = np.array([not file.error_kind for file in files], np.bool_)
-        if not readable.any():
-            raise DatasetError(
-                f"none of the {len(files):,} files in {self._folder.root} can be read as an image; "
-                f"the first, {display_path(files[0].path)}: {files[0].error}"
-            )
-        return SourceImages(
-            content=_folder_content([(file.path, file.sha256 or file.error_kind) for file in files]),
-            class_names=self._folder.class_names,
-            pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
-            labels=self._folder.labels[readable],
-            paths=[display_path(file.path) for file in files if not file.error_kind],
-            digests=[file.sha256 for file in files if not file.error_kind],
-            given=self._folder.given[readable],
-            given_splits=self._folder.given_splits,
-            unreadable=tuple(
-                Unreadable(display_path(file.path), file.error_kind, display_path(file.error))
-                for file in files
-                if file.error_kind
-            ),
-            warnings=self._folder.warnings,
-        )
-
-    def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
-        """Decode all files, write the pixels of those that can be decoded to `scratch`, one after the other."""
-        files: list[DecodedFile] = []
-        # Plain writes report a full disk; into a mapped file they would end the process with SIGBUS.
-        with storage_errors(scratch):
-            file = scratch.open("wb")
-        with file, closing(self._decode_chunks(image_size)) as chunks:
-            for chunk in chunks:
-                with storage_errors(scratch):
-                    file.write(chunk.images.tobytes())
-                    file.flush()  # here, so that a full disk is not told at closing
-                files += chunk.files
-                self._progress("decode", len(files), len(self._folder.paths))
-        return files
-
-    def _decode_chunks(self, image_size: tuple[int, int]) -> Generator[DecodedChunk, None, None]:
-        root, paths = self._folder.root, self._folder.paths
-        if self._workers > 1 and len(paths) >= _MIN_FILES_FOR_POOL:
-            with DecoderPool(self._workers) as pool:
-                yield from pool.decode(root, iter(paths), image_size)
-            return
-        for start in range(0, len(paths), _CHUNK_FILES):
-            yield decode_files(root, paths[start : start + _CHUNK_FILES], image_size)
-
-
-def _folder_content(entries: Sequence[tuple[str, str]]) -> str:
-    """Digest a folder: paths and what they hold, whatever the order in which they were listed or read.
-
-    Args:
-        entries: relative path, and SHA-256 of the bytes or why they could not be read.
-    """
-    content = hashlib.sha256()
-    for path, digest in sorted((os.fsencode(path), digest) for path, digest in entries):
-        content.update(b"%d:%b%b\n" % (len(path), path, digest.encode()))
-    return content.hexdigest()
