@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ from cnnpipe.prepare.dataset import (
     load_prepared,
     prepare_arrays,
     prepare_dataset,
+    scratch_folder,
 )
 from cnnpipe.prepare.sources import open_source
 from cnnpipe.prepare.splits import TEST, TRAIN, VAL, assign_splits
@@ -809,15 +811,24 @@ def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "data" / "prepared").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+def test_what_killed_processes_left_is_removed_unless_another_is_at_work(tmp_path: Path) -> None:
     prepared = tmp_path / "data" / "prepared"
-    for name, age in ((".scratch.old", 2 * 24 * 3600), (".scratch.new", 60)):
-        (prepared / name).mkdir(parents=True)
-        (prepared / name / "pixels").touch()
-        moment = (prepared / name).stat().st_mtime - age
-        os.utime(prepared / name, (moment, moment))
-    dataset = prepare(write_flat(tmp_path / "root"), tmp_path / "data")
-    assert {folder.name for folder in prepared.iterdir()} == {".scratch.new", dataset.path.name}
+    users, left = prepared / ".users", {prepared / ".scratch.abcdefgh", prepared / ".root.0123456789abcdef"}
+    for folder in (users, *left):
+        folder.mkdir(parents=True)
+        (folder / "pixels").touch()
+        os.utime(folder, (1, 1))  # a folder that is written to keeps its own time
+    root = write_flat(tmp_path / "root")
+    lock = os.open(prepared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    dataset = prepare(root, tmp_path / "data")
+    assert {users, *left, dataset.path} == set(prepared.iterdir())
+    os.close(lock)
+    with scratch_folder(prepared) as scratch, scratch_folder(prepared) as other:
+        assert scratch.is_dir()
+        assert other.is_dir()
+        assert {users, dataset.path, scratch, other} == set(prepared.iterdir())
+    assert {users, dataset.path} == set(prepared.iterdir())
 
 
 @pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
