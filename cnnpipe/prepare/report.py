@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, and whether it is too wrong to learn from."""
+"""Report what is wrong with a dataset, and refuse one that is too bad to learn from."""
 
 from __future__ import annotations
 
@@ -30,53 +30,59 @@ __all__ = [
 
 _CHUNK_BYTES = 2**22
 
-# Worth a line to the user, though not worth stopping the run for, as the limits in the settings are.
+# What is worth a warning; the limits in the settings, which stop the run, are others.
 _NOTABLE_IMBALANCE = 10.0
 _FEW_IMAGES = 50
 
 _LOW_STD = 1.0
-"""Standard deviation of all pixels, 0-255, below which there is nothing to learn from."""
+"""Standard deviation of all pixels, 0-255, below which there is nothing to learn."""
 _DARK = 16
-"""Mean brightness, 0-255, that no image reaches whose 16-bit values are below 4,096."""
-_LOOK_INTO = 20
-"""Files that are read again to find the range of their values."""
+"""Mean brightness, 0-255, that an image with 16-bit values below 4,096 cannot reach."""
+_SAMPLE_FILES = 20
+"""Number of files that are read again to find the range of their values."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A source file that is no image, or a damaged one."""
+    """A source file that is not an image, or a damaged one."""
 
     path: str
     kind: str
     """One of `cnnpipe.images.decode.ERROR_KINDS`."""
     message: str
+    """Error message, one line."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """An image that a model is judged on, and exactly the same image among those it has learnt from."""
+    """An image that a model is judged on, and exactly the same image among those that it learns from."""
 
     path: str
+    """Image in `val` or `test`."""
     split: str
+    """Split of the image."""
     other_path: str
+    """The same image in another split."""
     other_split: str
+    """That other split, `train` or `val`."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found while preparing a dataset; written to its `dataset.json`."""
+    """Findings about a dataset; part of its `dataset.json`."""
 
     unreadable: tuple[Unreadable, ...]
+    """Source files that were left out."""
     leaks: tuple[Leak, ...]
     """Images of val that are also in train, and of test that are also in train or val."""
     duplicates: int
-    """Images that repeat an earlier one of the same split."""
+    """Number of images that repeat an earlier one of the same split."""
     class_counts: dict[str, dict[str, int]]
     """Split -> class -> number of images."""
     imbalance: float
-    """Images of the largest class in train for each one of the smallest; ≥ 1."""
+    """Ratio of the largest class in train to the smallest; ≥ 1."""
     warnings: tuple[str, ...]
-    """All of that, where it is worth reading, in a line each; whether or not a limit is passed."""
+    """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
 
 
 def build_report(
@@ -91,8 +97,12 @@ def build_report(
     """Find leaks, duplicates, contradictions and small classes.
 
     Args:
-        labels, splits, digests, paths: of each readable image, N in all; `splits` indexes `SPLITS`.
-        warnings: of the source, put first.
+        labels: class of each readable image, (N,), an index into `class_names`.
+        splits: split of each readable image, (N,), an index into `SPLITS`.
+        digests: SHA-256 of each readable image.
+        paths: name of each readable image.
+        unreadable: source files that were left out.
+        warnings: warnings of the source, which come first.
     """
     leaks, duplicates = _find_leaks(splits, digests, paths)
     counts = {
@@ -114,7 +124,7 @@ def build_report(
         duplicates=len(duplicates),
         class_counts=counts,
         imbalance=_imbalance(counts[SPLITS[TRAIN]]),
-        warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may hold line breaks
+        warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may have line breaks
     )
 
 
@@ -123,13 +133,13 @@ def _count(labels: npt.NDArray[np.int64], num_classes: int) -> list[int]:
 
 
 def _imbalance(train: dict[str, int]) -> float:
-    return max(train.values()) / max(min(train.values()), 1)  # none at all counts as one; JSON has no infinity
+    return max(train.values()) / max(min(train.values()), 1)  # an empty class counts as one image; JSON has no infinity
 
 
 def _find_leaks(
     splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
-    """Return the leaks in the order of the images, and for each duplicate within a split whose it is."""
+    """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
     first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
     duplicates = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
@@ -184,7 +194,7 @@ def _warn_of_unmeasured(
     labels: npt.NDArray[np.int64],
     digests: Sequence[str],
 ) -> list[str]:
-    """Return a warning for each of val and test that lacks classes: nothing is measured of them there."""
+    """Return a warning for each of val and test that lacks classes, which are then not measured."""
     warnings = []
     different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
     for split in (SPLITS[VAL], SPLITS[TEST]):
@@ -199,31 +209,35 @@ def _warn_of_unmeasured(
 
 
 def _warn_of_classes(train: dict[str, int]) -> list[str]:
-    """Return a warning if classes are far apart in size, and one if some are small."""
+    """Return a warning if classes differ much in size, and one if some are small."""
     warnings = []
     if (ratio := _imbalance(train)) > _NOTABLE_IMBALANCE:
-        smallest, largest = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
-        warnings.append(
-            f"class {largest!r} has {train[largest]:,} images in train and {smallest!r} has {train[smallest]:,}, "
-            f"{ratio:.4g} times fewer"
-        )
+        warnings.append(_describe_imbalance(train, ratio))
     small = [f"{name} ({train[name]})" for name in train if train[name] < _FEW_IMAGES]
     if small:
         warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {first_few(small)}")
     return warnings
 
 
+def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
+    smallest, largest = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
+    return (
+        f"class {largest!r} has {train[largest]:,} images in train and {smallest!r} has {train[smallest]:,}, "
+        f"{ratio:.4g} times fewer"
+    )
+
+
 def check_limits(report: DataReport, settings: PrepareSettings, details: str) -> None:
-    """Refuse a dataset that is too bad to learn from.
+    """Refuse a dataset that exceeds a limit.
 
     Args:
-        settings: the limits; they do not touch what is prepared, so a milder limit needs no new preparation.
-        details: where the whole report is, for the messages.
+        settings: the limits; they change no array, so a milder limit needs no new preparation.
+        details: path of the whole report, for the messages.
     Raises:
-        DatasetError: a limit is passed; names it, what it received, and the first of the images.
+        DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    _check_share(
+    _check_fraction(
         [f"{file.path} ({file.kind})" for file in report.unreadable],
         sum(num_images.values()) + len(report.unreadable),
         settings.max_unreadable_fraction,
@@ -238,7 +252,7 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
     for split in ("val", "test"):
-        _check_share(
+        _check_fraction(
             [f"{leak.path} = {leak.other_path}" for leak in report.leaks if leak.split == split],
             num_images[split],
             settings.max_leaked_fraction,
@@ -246,12 +260,9 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
             details,
         )
     if report.imbalance > settings.max_imbalance:
-        counts = report.class_counts["train"]
-        largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         raise DatasetError(
-            f"class {largest!r} has {counts[largest]:,} images in train and {smallest!r} has {counts[smallest]:,}, "
-            f"{report.imbalance:.4g} times fewer; at most {settings.max_imbalance:g} are allowed (max_imbalance); "
-            f"balance them or raise the limit; see {details}"
+            f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
+            f"{settings.max_imbalance:g} are allowed (max_imbalance); balance them or raise the limit; see {details}"
         )
 
 
@@ -260,21 +271,22 @@ def check_contrast(
 ) -> None:
     """Refuse pictures that are black, of one colour or all the same once they are decoded to 8 bits.
 
-    Most often their files have 16 bits, of which the values fill the lower part: a decoder keeps the high byte.
+    Most often their files have 16 bits but only low values: a decoder keeps the high byte.
 
     Args:
-        images: of train, (N, H, W, 3), N ≥ 1; may be mapped.
-        files: of those images, or none where they never were files.
-        details: where the whole report is, for the message.
+        images: training images, (N, H, W, 3), N ≥ 1; may be mapped.
+        statistics: statistics of those images.
+        files: files of those images, or none if they do not come from files.
+        details: path of the whole report, for the message.
     Raises:
-        DatasetError: the pictures hardly differ; names the range of values, and how to fix it.
+        DatasetError: the pictures hardly differ; the message names the range of values, and how to fix it.
     """
     hardly_differ = max(statistics.channel_std) < _LOW_STD or all(np.array_equal(image, images[0]) for image in images)
     if not hardly_differ and statistics.brightness_deciles[-1] >= _DARK:
         return
     highest, most = 0, 255
-    for file in files[:: max(1, len(files) // _LOOK_INTO)]:
-        with suppress(ImageError):  # gone since, or one that only just could be decoded
+    for file in files[:: max(1, len(files) // _SAMPLE_FILES)]:
+        with suppress(ImageError):  # gone since, or too large to be decoded whole
             highest, most = max((highest, most), highest_value(read_file(file)))
     low_values = most > 255 and highest < _DARK << 8
     if not (hardly_differ or low_values):
@@ -288,7 +300,7 @@ def check_contrast(
     )
 
 
-def _check_share(
+def _check_fraction(
     offenders: list[str],
     total: int,
     limit: float,
@@ -298,7 +310,7 @@ def _check_share(
     one_is_allowed: bool = False,
 ) -> None:
     what, setting, remedy = words
-    if one_is_allowed and limit and len(offenders) == 1:  # of less than 100 files, one is over 1 %
+    if one_is_allowed and limit and len(offenders) == 1:  # one of fewer than 100 files is over 1 %
         return
     if total and len(offenders) / total > limit:
         raise DatasetError(
@@ -317,15 +329,15 @@ def compute_statistics(
 ) -> TrainingStatistics:
     """Measure the training images, a few at a time.
 
-    An image's brightness is the mean of all its values, the three channels alike.
+    The brightness of an image is the mean of all its values, in all three channels.
 
     Args:
-        images: shape (N, H, W, 3), uint8; may be a mapped file larger than the memory. N ≥ 1.
-        labels: shape (N,).
+        images: (N, H, W, 3) uint8, N ≥ 1; may be a mapped file larger than the memory.
+        labels: (N,), indices of classes.
     """
     num_pixels = images.shape[1] * images.shape[2]
     step = max(1, _CHUNK_BYTES // (num_pixels * 3))
-    histogram = np.zeros((3, 256))  # of each channel; exact, as are the sums that follow from it
+    histogram = np.zeros((3, 256))  # for each channel; exact, and so are the sums below
     sums = np.empty(len(images))
     for start in range(0, len(images), step):
         chunk = np.ascontiguousarray(images[start : start + step])
