@@ -28,7 +28,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from math import inf
@@ -267,11 +267,9 @@ class _Worker:
             raise CnnpipeError(f"cannot start a decoding process: {error}; try fewer with --workers") from error
         self._requests = cast("IO[bytes]", self._process.stdin)
         self._replies = cast("IO[bytes]", self._process.stdout)
+        self._poll = select.poll()
+        self._poll.register(self._replies, select.POLLIN)
         self._is_ready = False
-        self._lock = threading.Lock()
-        self._seconds_left: float | None = None
-        self.was_late = False
-        """Whether the worker was killed because it exceeded its time limit."""
         with suppress(OSError):  # a worker that is dead already shows it at the first request
             self._send(message)
 
@@ -288,67 +286,48 @@ class _Worker:
         """
         if not self._is_ready:
             try:
-                with self._time_limit(_MAX_START_SECONDS):
-                    self._receive()
+                self._receive(_MAX_START_SECONDS)
             except _WorkerDiedError as error:
                 raise CnnpipeError(f"a decoding process did not start: {error}; see its message above") from error
             self._is_ready = True
-        with self._time_limit(max_seconds):
-            try:
-                self._send(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
-            except OSError as error:
-                raise self._death() from error
-            reply = self._receive()
+        try:
+            self._send(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
+        except OSError as error:
+            raise _WorkerDiedError(self._end()) from error
+        reply = self._receive(max_seconds)
         if isinstance(reply, DecodedChunk):
             return replace(reply, paths=request.paths[: len(reply.sha256)])
         raise RuntimeError(f"a bug in the decoder, from a worker process:\n{reply}")
-
-    @contextmanager
-    def _time_limit(self, seconds: float) -> Iterator[None]:
-        """Let `count_down` kill the process if the block takes longer."""
-        with self._lock:
-            self._seconds_left = seconds
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._seconds_left = None
-
-    def count_down(self, seconds: float) -> None:
-        """Subtract the time that has passed, and kill the process if none is left; called from the pool's clock.
-
-        Called regularly, not once at a deadline: when a parent is suspended and continued (Ctrl-Z), the time between
-        must not count as the worker's.
-        """
-        with self._lock:
-            if self._seconds_left is None or self.was_late:
-                return
-            if self._seconds_left < 0:
-                self.was_late = True
-                self._process.kill()
-            self._seconds_left -= seconds
 
     def _send(self, message: bytes) -> None:
         self._requests.write(message)
         self._requests.flush()
 
-    def _receive(self) -> Any:
-        try:
-            return pickle.load(self._replies)  # noqa: S301  our own worker's bytes
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise self._death() from error
+    def _receive(self, max_seconds: float) -> Any:
+        """Return the next message.
 
-    def _death(self) -> _WorkerDiedError:
-        """Return the error of a worker whose pipe has closed."""
+        The time is counted in ticks, not taken from a clock: when this process is suspended and continued (Ctrl-Z), the
+        time between must not count as the worker's.
+        """
+        tick = min(_MAX_TICK_SECONDS, max_seconds / 10)
+        try:
+            while not self._poll.poll(tick * 1000):
+                max_seconds -= tick
+                if max_seconds < 0:
+                    self.kill()
+                    raise _WorkerLateError("it took too long")
+            return pickle.load(self._replies)  # noqa: S301  our own worker's bytes
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:  # ValueError: closed by `kill`
+            raise _WorkerDiedError(self._end()) from error
+
+    def _end(self) -> str:
+        """Return how a worker ended whose pipe has closed."""
         try:
             status = self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             self.kill()
-            how = "it closed its pipe"
-        else:
-            how = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
-        with self._lock:
-            return _WorkerLateError("it took too long") if self.was_late else _WorkerDiedError(how)
+            return "it closed its pipe"
+        return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
 
     def kill(self) -> None:
         """End the process at once: it holds nothing that could be lost."""
@@ -386,8 +365,7 @@ class DecoderPool:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._alive: set[_Worker] = set()
-        self._closed = threading.Event()
-        self._clock: threading.Thread | None = None
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -403,14 +381,12 @@ class DecoderPool:
     def close(self) -> None:
         """End every worker and thread; chunks that were not yet decoded are dropped."""
         with self._lock:
-            self._closed.set()
+            self._closed = True
             alive = list(self._alive)
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in alive:
             worker.kill()
         self._threads.shutdown(wait=True)
-        if self._clock is not None:
-            self._clock.join()
 
     def decode(
         self,
@@ -488,25 +464,21 @@ class DecoderPool:
         try:
             chunk = worker.decode(request, self._seconds_per_file)
         except (_WorkerDiedError, CnnpipeError):
-            self._remove_worker(worker)
-            if self._closed.is_set():  # killed by `close`, not by a file: nobody waits for this chunk any more
+            with self._lock:
+                self._alive.discard(worker)
+            worker.kill()
+            if self._closed:  # killed by `close`, not by a file: nobody waits for this chunk any more
                 raise CnnpipeError("decoding was stopped") from None
             raise
-        if worker.was_late:  # killed just after it had answered
-            self._remove_worker(worker)
-        else:
-            self._return_worker(worker)
+        self._return_worker(worker)
         return chunk
 
     def _take_worker(self) -> _Worker:
         with self._lock:
-            if self._closed.is_set():
+            if self._closed:
                 raise CnnpipeError("decoding was stopped")
             if self._idle:
                 return self._idle.pop()
-            if self._clock is None:
-                self._clock = threading.Thread(target=self._run_clock, name="decoder-clock", daemon=True)
-                self._clock.start()
             worker = _Worker(self._decoder)
             self._alive.add(worker)
             return worker
@@ -514,17 +486,3 @@ class DecoderPool:
     def _return_worker(self, worker: _Worker) -> None:
         with self._lock:
             self._idle.append(worker)
-
-    def _remove_worker(self, worker: _Worker) -> None:
-        with self._lock:
-            self._alive.discard(worker)
-        worker.kill()
-
-    def _run_clock(self) -> None:
-        """Count down the time of the workers until the pool is closed."""
-        tick = min(_MAX_TICK_SECONDS, self._seconds_per_file / 10)
-        while not self._closed.wait(tick):
-            with self._lock:
-                alive = list(self._alive)
-            for worker in alive:
-                worker.count_down(tick)
