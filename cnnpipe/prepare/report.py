@@ -106,34 +106,60 @@ def build_report(
     """
     leaks, duplicates = _find_leaks(splits, digests, paths)
     counts = {
-        name: dict(zip(class_names, _count(labels[splits == split], len(class_names)), strict=True))
+        name: dict(
+            zip(class_names, np.bincount(labels[splits == split], minlength=len(class_names)).tolist(), strict=True)
+        )
         for split, name in enumerate(SPLITS)
     }
-    found = [
-        *warnings,
-        *warn_of_unreadable(unreadable, len(labels)),
-        *_warn_of_leaks(leaks, counts),
-        *_warn_of_duplicates(duplicates),
-        *_warn_of_contradictions(labels, digests, paths),
-        *_warn_of_unmeasured(counts, class_names, labels, digests),
-        *_warn_of_classes(counts[SPLITS[TRAIN]]),
-    ]
+    train = counts["train"]
+    imbalance = max(train.values()) / max(min(train.values()), 1)  # JSON has no infinity
+    found = [*warnings, *warn_of_unreadable(unreadable, len(labels))]
+    for split in ("val", "test"):
+        pairs, total = _leaked_into(split, leaks), sum(counts[split].values())
+        found += _warn(pairs, f"{len(pairs):,} of {total:,} images of {split} are also in another")
+    found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
+    contradictions = _find_contradictions(labels, digests, paths)
+    found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
+    different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
+    totals = {name: f"{name} ({different[label]:,} different in all)" for label, name in enumerate(class_names)}
+    for split in ("val", "test"):
+        missing = [totals[name] for name, count in counts[split].items() if not count]
+        found += _warn(missing, f"{split} has no images of {len(missing)} classes")
+    if imbalance > _NOTABLE_IMBALANCE:
+        found.append(_describe_imbalance(train, imbalance))
+    small = [f"{name} ({count})" for name, count in train.items() if count < _FEW_IMAGES]
+    found += _warn(small, f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train")
     return DataReport(
         unreadable=tuple(unreadable),
         leaks=tuple(leaks),
         duplicates=len(duplicates),
         class_counts=counts,
-        imbalance=_imbalance(counts[SPLITS[TRAIN]]),
+        imbalance=imbalance,
         warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may have line breaks
     )
 
 
-def _count(labels: npt.NDArray[np.int64], num_classes: int) -> list[int]:
-    return [int(count) for count in np.bincount(labels, minlength=num_classes)]
+def _warn(offenders: Sequence[str], text: str) -> list[str]:
+    return [f"{text}: {first_few(offenders)}"] if offenders else []
 
 
-def _imbalance(train: dict[str, int]) -> float:
-    return max(train.values()) / max(min(train.values()), 1)  # an empty class counts as one image; JSON has no infinity
+def first_few(items: Sequence[str], number: int = 3) -> str:
+    """Return the first items of a list as text."""
+    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
+
+
+def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+    """Return a warning if some files are unreadable, else nothing."""
+    number, total = len(unreadable), num_readable + len(unreadable)
+    return _warn(_name_unreadable(unreadable), f"{number:,} of {total:,} files are unreadable and were left out")
+
+
+def _name_unreadable(unreadable: Sequence[Unreadable]) -> list[str]:
+    return [f"{file.path} ({file.kind})" for file in unreadable]
+
+
+def _leaked_into(split: str, leaks: Sequence[Leak]) -> list[str]:
+    return [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
 
 
 def _find_leaks(
@@ -154,69 +180,11 @@ def _find_leaks(
     return leaks, duplicates
 
 
-def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
-    """Return a warning if some files are unreadable, else nothing."""
-    if not unreadable:
-        return []
-    total = num_readable + len(unreadable)
-    offenders = first_few([f"{file.path} ({file.kind})" for file in unreadable])
-    return [f"{len(unreadable):,} of {total:,} files are unreadable and were left out: {offenders}"]
-
-
-def _warn_of_leaks(leaks: Sequence[Leak], counts: dict[str, dict[str, int]]) -> list[str]:
-    warnings = []
-    for split in (SPLITS[VAL], SPLITS[TEST]):
-        pairs = [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
-        if pairs:
-            total = sum(counts[split].values())
-            warnings.append(f"{len(pairs):,} of {total:,} images of {split} are also in another: {first_few(pairs)}")
-    return warnings
-
-
-def _warn_of_duplicates(pairs: Sequence[str]) -> list[str]:
-    return [f"{len(pairs):,} images repeat another one of their split: {first_few(pairs)}"] if pairs else []
-
-
-def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Return a warning if the same image is in two classes: one of its labels is wrong."""
+def _find_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return the names of images that are in two classes, so that one of their labels is wrong."""
     first: dict[str, int] = {}
-    pairs = []
-    for index, digest in enumerate(digests):
-        twin = first.setdefault(digest, index)
-        if labels[twin] != labels[index]:
-            pairs.append(f"{paths[twin]} and {paths[index]}")
-    return [f"{len(pairs)} images are in two classes: {first_few(pairs)}"] if pairs else []
-
-
-def _warn_of_unmeasured(
-    counts: dict[str, dict[str, int]],
-    class_names: Sequence[str],
-    labels: npt.NDArray[np.int64],
-    digests: Sequence[str],
-) -> list[str]:
-    """Return a warning for each of val and test that lacks classes, which are then not measured."""
-    warnings = []
-    different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
-    for split in (SPLITS[VAL], SPLITS[TEST]):
-        missing = [
-            f"{name} ({different[label]:,} different in all)"
-            for label, name in enumerate(class_names)
-            if not counts[split][name]
-        ]
-        if missing:
-            warnings.append(f"{split} has no images of {len(missing)} classes: {first_few(missing)}")
-    return warnings
-
-
-def _warn_of_classes(train: dict[str, int]) -> list[str]:
-    """Return a warning if classes differ much in size, and one if some are small."""
-    warnings = []
-    if (ratio := _imbalance(train)) > _NOTABLE_IMBALANCE:
-        warnings.append(_describe_imbalance(train, ratio))
-    small = [f"{name} ({train[name]})" for name in train if train[name] < _FEW_IMAGES]
-    if small:
-        warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {first_few(small)}")
-    return warnings
+    twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
+    return [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
 
 
 def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
@@ -237,14 +205,13 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    _check_fraction(
-        [f"{file.path} ({file.kind})" for file in report.unreadable],
-        sum(num_images.values()) + len(report.unreadable),
-        settings.max_unreadable_fraction,
-        ("files are unreadable", "max_unreadable_fraction", "fix or remove them"),
-        details,
-        one_is_allowed=True,
-    )
+    unreadable, max_unreadable = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
+    if len(unreadable) != 1 or not max_unreadable:  # one of fewer than 100 files is over 1 %, but is no reason to stop
+        text = f"files are unreadable, more than {max_unreadable:.4g} (max_unreadable_fraction)"
+        total = sum(num_images.values()) + len(unreadable)
+        _check_fraction(
+            unreadable, total, max_unreadable, text, f"fix or remove them, or raise the limit; see {details}"
+        )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(
@@ -252,18 +219,20 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
     for split in ("val", "test"):
-        _check_fraction(
-            [f"{leak.path} = {leak.other_path}" for leak in report.leaks if leak.split == split],
-            num_images[split],
-            settings.max_leaked_fraction,
-            (f"images of {split} are also in another split", "max_leaked_fraction", "remove them from one"),
-            details,
-        )
+        limit = settings.max_leaked_fraction
+        text = f"images of {split} are also in another split, more than {limit:.4g} (max_leaked_fraction)"
+        remedy = f"remove them from one, or raise the limit; see {details}"
+        _check_fraction(_leaked_into(split, report.leaks), num_images[split], limit, text, remedy)
     if report.imbalance > settings.max_imbalance:
         raise DatasetError(
             f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
             f"{settings.max_imbalance:g} are allowed (max_imbalance); balance them or raise the limit; see {details}"
         )
+
+
+def _check_fraction(offenders: list[str], total: int, limit: float, text: str, remedy: str) -> None:
+    if total and len(offenders) / total > limit:
+        raise DatasetError(f"{len(offenders):,} of {total:,} {text}: {first_few(offenders)}; {remedy}")
 
 
 def check_contrast(
@@ -298,30 +267,6 @@ def check_contrast(
         f"the decoded pictures hardly differ ({most.bit_length()}-bit values up to {highest:,} of {most:,}); {remedy}; "
         f"see {details}"
     )
-
-
-def _check_fraction(
-    offenders: list[str],
-    total: int,
-    limit: float,
-    words: tuple[str, str, str],
-    details: str,
-    *,
-    one_is_allowed: bool = False,
-) -> None:
-    what, setting, remedy = words
-    if one_is_allowed and limit and len(offenders) == 1:  # one of fewer than 100 files is over 1 %
-        return
-    if total and len(offenders) / total > limit:
-        raise DatasetError(
-            f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {first_few(offenders)}; "
-            f"{remedy}, or raise the limit; see {details}"
-        )
-
-
-def first_few(items: Sequence[str], number: int = 3) -> str:
-    """Return the first items of a list as text."""
-    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
 
 
 def compute_statistics(
