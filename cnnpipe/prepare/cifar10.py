@@ -193,7 +193,8 @@ class _Download:
             if status in _RETRIED_STATUSES:
                 wait = response.headers.get("Retry-After", "")
                 raise _TryAgainError(f"HTTP status {status}", float(wait) if wait.isdigit() else 0.0)
-            if status == 416 or (status == 206 and not _starts_at(response, start)):
+            content_range = response.headers.get("Content-Range", "")
+            if status == 416 or (status == 206 and not content_range.startswith(f"bytes {start}-")):
                 with storage_errors(self._part):
                     self._part.unlink(missing_ok=True)
                 raise _TryAgainError(f"the server does not have the bytes from {start:,} on")
@@ -228,10 +229,6 @@ class _Download:
             f"cannot download {self._archive.url}: {' '.join(reason.split())}; "
             f"try again later, or fetch it another way and put it at {self._path}"
         )
-
-
-def _starts_at(response: httpx.Response, start: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
 
 @dataclass(frozen=True)

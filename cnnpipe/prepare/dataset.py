@@ -314,15 +314,7 @@ def _write_dataset(
         image_size=settings.image_size,
         num_images={name: int((splits == split).sum()) for split, name in enumerate(SPLITS)},
         statistics=compute_statistics(train, images.labels[splits == TRAIN], len(images.class_names)),
-        report=build_report(
-            images.class_names,
-            images.labels,
-            splits,
-            images.digests,
-            images.paths,
-            images.unreadable,
-            images.warnings,
-        ),
+        report=build_report(images, splits),
     )
     write_json(folder / DATASET_FILE, _adapter().dump_python(dataset, mode="json", exclude={"path"}))
 

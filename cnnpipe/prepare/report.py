@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import PrepareSettings
+
+if TYPE_CHECKING:
+    from cnnpipe.prepare.sources import SourceImages
 
 __all__ = [
     "DataReport",
@@ -85,25 +89,13 @@ class DataReport:
     """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
 
 
-def build_report(
-    class_names: Sequence[str],
-    labels: npt.NDArray[np.int64],
-    splits: npt.NDArray[np.int8],
-    digests: Sequence[str],
-    paths: Sequence[str],
-    unreadable: Sequence[Unreadable],
-    warnings: Sequence[str],
-) -> DataReport:
+def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataReport:
     """Find leaks, duplicates, contradictions and small classes.
 
     Args:
-        labels: class of each readable image, (N,), an index into `class_names`.
-        splits: split of each readable image, (N,), an index into `SPLITS`.
-        digests: SHA-256 of each readable image.
-        paths: name of each readable image.
-        unreadable: source files that were left out.
-        warnings: warnings of the source, which come first.
+        splits: split of each image, (N,), an index into `SPLITS`.
     """
+    class_names, labels, digests, paths = images.class_names, images.labels, images.digests, images.paths
     leaks, duplicates = _find_leaks(splits, digests, paths)
     counts = {
         name: dict(
@@ -113,7 +105,7 @@ def build_report(
     }
     train = counts["train"]
     imbalance = max(train.values()) / max(min(train.values()), 1)  # JSON has no infinity
-    found = [*warnings, *warn_of_unreadable(unreadable, len(labels))]
+    found = [*images.warnings, *warn_of_unreadable(images.unreadable, len(labels))]
     for split in ("val", "test"):
         pairs, total = _leaked_into(split, leaks), sum(counts[split].values())
         found += _warn(pairs, f"{len(pairs):,} of {total:,} images of {split} are also in another")
@@ -130,7 +122,7 @@ def build_report(
     small = [f"{name} ({count})" for name, count in train.items() if count < _FEW_IMAGES]
     found += _warn(small, f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train")
     return DataReport(
-        unreadable=tuple(unreadable),
+        unreadable=images.unreadable,
         leaks=tuple(leaks),
         duplicates=len(duplicates),
         class_counts=counts,
