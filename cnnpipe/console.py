@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError, FailureBudgetError, UsageError, one_line
-from cnnpipe.files import open_standard_descriptors, user_path
+from cnnpipe.files import user_path
 from cnnpipe.machine import package_versions
 from cnnpipe.progress import ProgressCallback, StageClock, progress_text, stage_of
 
@@ -72,7 +72,7 @@ def run_app(app: typer.Typer) -> None:
     the names of files and the command line. Printing never fails: bytes in a path that are not text are the same bytes
     on stdout, so that a shell can use them.
     """
-    open_standard_descriptors()
+    _open_standard_descriptors()
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
@@ -335,3 +335,10 @@ def _print_lines() -> ProgressCallback:
         _stderr.print(progress_text(what, done, total, rate), soft_wrap=True)
 
     return update
+
+
+def _open_standard_descriptors() -> None:
+    """Put the null device on descriptors 0, 1 and 2 where they are closed, so that no file is opened as one of them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
