@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +52,8 @@ __all__ = [
     "DATASET_FILE",
     "SPLITS",
     "PreparedDataset",
-    "check_gates",
     "count_shared",
     "load_prepared",
-    "prepare_arrays",
     "prepare_dataset",
     "scratch_folder",
 ]
@@ -117,8 +115,12 @@ def prepare_dataset(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
+    publish: Callable[[PreparedDataset], None] | None = None,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
+
+    The folder is complete even if a limit is exceeded: it holds the report with every offending path, and nothing is
+    decoded again once the limit is raised. Every warning of the report is logged.
 
     Args:
         settings: the dataset, its splits, and the limits that it must keep.
@@ -126,30 +128,10 @@ def prepare_dataset(
         workers: decoding processes; default: one for each core.
         progress: called with (stage, done, total), from the calling thread.
         archive: the archive of `cifar10`.
+        publish: called with the dataset before it may be refused, to show why.
     Raises:
-        DatasetError: the source is missing or malformed, or a limit in `settings` is exceeded.
-        StorageError: `data/prepared` cannot be written.
-    """
-    dataset = prepare_arrays(settings, data, workers=workers, progress=progress, archive=archive)
-    check_gates(dataset, settings)
-    return dataset
-
-
-def prepare_arrays(
-    settings: PrepareSettings,
-    data: Path,
-    *,
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-    archive: Archive = CIFAR10_ARCHIVE,
-) -> PreparedDataset:
-    """Prepare a dataset as `prepare_dataset` does, and leave `check_gates` to the caller.
-
-    The folder is complete even if a limit is exceeded: it holds the report with every offending path, which the caller
-    can show first, and nothing is decoded again once the limit is raised. Every warning of the report is logged.
-
-    Raises:
-        DatasetError: the source is missing or malformed.
+        DatasetError: the source is missing or malformed, a limit in `settings` is exceeded, or the decoded pictures
+            hardly differ; the message names the limit, what was received, and where the whole report is.
         StorageError: `data/prepared` cannot be written.
     """
     progress = progress or (lambda *_: None)
@@ -158,21 +140,14 @@ def prepare_arrays(
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
-    return dataset
-
-
-def check_gates(dataset: PreparedDataset, settings: PrepareSettings) -> None:
-    """Refuse a dataset that is too bad to learn from.
-
-    Raises:
-        DatasetError: a limit in `settings` is exceeded, or the decoded pictures hardly differ; the message names the
-            limit, what was received, and where the whole report is.
-    """
-    details, split = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
+    if publish is not None:
+        publish(dataset)
+    details, train = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
     check_limits(dataset.report, settings, details)
     root = user_path(settings.dataset)
-    files = [root / path for path in dataset.paths(split)] if dataset.source == "folder" else []
-    check_contrast(dataset.images(split), dataset.statistics, files, details)
+    files = [root / path for path in dataset.paths(train)] if dataset.source == "folder" else []
+    check_contrast(dataset.images(train), dataset.statistics, files, details)
+    return dataset
 
 
 def _find_prepared(source: Source, settings: PrepareSettings, prepared: Path) -> PreparedDataset | None:

@@ -30,9 +30,7 @@ from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     SPLITS,
     PreparedDataset,
-    check_gates,
     load_prepared,
-    prepare_arrays,
     prepare_dataset,
     scratch_folder,
 )
@@ -656,12 +654,12 @@ def test_every_warning_is_a_line_of_the_log_each_time(tmp_path: Path, caplog: py
         ]
 
 
-def test_a_dataset_that_fails_a_gate_is_prepared_all_the_same(tmp_path: Path) -> None:
+def test_a_dataset_that_exceeds_a_limit_is_prepared_and_shown_all_the_same(tmp_path: Path) -> None:
     strict = PrepareSettings(dataset=str(write_flat(tmp_path / "root")), min_images_per_class=100)
-    dataset = prepare_arrays(strict, tmp_path / "data")
-    assert load_prepared(dataset.path) == dataset
+    shown: list[PreparedDataset] = []
     with pytest.raises(DatasetError, match=r"class 'digit0' has 13 images in train, need at least 100"):
-        check_gates(dataset, strict)
+        prepare_dataset(strict, tmp_path / "data", publish=shown.append)
+    assert [load_prepared(shown[0].path)] == shown
 
 
 @pytest.mark.parametrize(
