@@ -128,7 +128,7 @@ class _Folder(NamedTuple):
 
 @dataclass(frozen=True)
 class _Walk:
-    """What stays the same while a tree is walked."""
+    """Settings of a walk, and the counts of what it skips."""
 
     root: bytes
     passed_over: Counter[str]

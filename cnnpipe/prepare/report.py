@@ -68,7 +68,7 @@ class Leak:
     other_path: str
     """The same image in another split."""
     other_split: str
-    """That other split, `train` or `val`."""
+    """Split of that image, `train` or `val`."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class SourceImages:
 
 
 class Source(Protocol):
-    """What every source can do."""
+    """Interface of a source."""
 
     kind: str
 
