@@ -22,9 +22,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cnnpipe.images.decoding import decode_files
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecoderPool, decode_files
 from cnnpipe.machine import usable_cores
 
 __all__ = ["InferenceLimit", "both_per_second", "measure_decoding", "measure_inference", "measure_pool"]

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError, UsageError, one_line
-from cnnpipe.files import open_standard_descriptors, user_path
+from cnnpipe.files import user_path
 from cnnpipe.machine import package_versions
 from cnnpipe.settings import set_signature
 
@@ -80,7 +80,7 @@ def run_app(app: typer.Typer) -> None:
     file names and arguments. Printing never fails: bytes of a path that are not text are printed as they are on stdout,
     so that a shell can use them.
     """
-    open_standard_descriptors()
+    _open_standard_descriptors()
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
@@ -293,3 +293,10 @@ def progress_bar() -> Iterator[ProgressCallback]:
                 _stderr.print(progress.text(), soft_wrap=True, markup=False)
 
         yield report
+
+
+def _open_standard_descriptors() -> None:
+    """Put the null device on descriptors 0, 1 and 2 where they are closed, so that no file is opened as one of them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)

@@ -269,8 +269,7 @@ def _evaluate_folder(
     """Score a model on all images of a folder, whatever their number: no limit of training holds, and no split."""
     from cnnpipe.evaluate.metrics import evaluate_probabilities, recorded_classes
     from cnnpipe.evaluate.predict import open_model
-    from cnnpipe.prepare.folders import list_scored_folder
-    from cnnpipe.prepare.sources import FolderSource
+    from cnnpipe.prepare.sources import FolderSource, list_scored_folder
 
     opened = open_model(model, recorded_classes(model.parent))
     source = FolderSource(list_scored_folder(folder, opened.class_names), usable_cores(), progress or (lambda *_: None))

@@ -59,7 +59,7 @@ def test_light_stages_load_no_training_package() -> None:
 
 
 def test_decoding_worker_loads_only_the_decoder() -> None:
-    loaded = loaded_packages("cnnpipe.images.decoding")
+    loaded = loaded_packages("cnnpipe.images.workers")
     assert {"numpy", "PIL"} <= loaded
     assert not loaded & {*TRAINING, *FLOWS, "onnxruntime", "pydantic", "pyarrow", "typer", "rich"}
 

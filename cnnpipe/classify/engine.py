@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import ConfigError, GpuMemoryError
-from cnnpipe.images.decoding import DecodedFile
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedFile, DecoderPool
 
 if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
     from cnnpipe.session import ClassifierSession
@@ -148,9 +147,10 @@ def classify_shards(
     with _Inference(runner, options.runners, len(session.info.class_names), seconds) as inference:
         for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
             seconds.decode += chunk.seconds
-            rows.waiting.extend(chunk.files)
+            files = chunk.files
+            rows.waiting.extend(files)
             images.add(chunk.images)
-            for size in batches.add(chunk.files):
+            for size in batches.add(files):
                 inference.begin(images.take(size))
             too_many = len(rows.waiting) > 2 * _MAX_WAITING_FILES
             # One at a time: a GPU that is waited for until it has nothing left to do has a pause.

@@ -12,8 +12,7 @@ from cnnpipe.classify.earlier import EarlierTable
 from cnnpipe.classify.shards import Job
 from cnnpipe.errors import PredictionsError
 from cnnpipe.files import source_path
-from cnnpipe.images.find import count_files, find_files
-from cnnpipe.images.selection import FileFilter, read_file_list
+from cnnpipe.images.find import FileFilter, count_files, find_files, read_file_list
 
 __all__ = ["JobFiles"]
 

@@ -30,9 +30,8 @@ from cnnpipe.classify.summary import (
 from cnnpipe.classify.table import join_tables, read_table
 from cnnpipe.errors import DatasetError, PredictionsError
 from cnnpipe.files import display_path, user_path
-from cnnpipe.images.find import has_files
+from cnnpipe.images.find import check_file_list, has_files, no_listed_file
 from cnnpipe.images.leftovers import describe_passed_over
-from cnnpipe.images.selection import check_file_list, no_listed_file
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import package_versions, usable_cores
 from cnnpipe.progress import FilesShown, ProgressCallback

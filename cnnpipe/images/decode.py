@@ -1,6 +1,6 @@
-"""Decode images: the only decoder, used for training and for classifying alike.
+"""Read image files and decode them: the only decoder, used for training and for classifying alike.
 
-One decoder for both is what keeps a model's accuracy: the pixels it is applied to are made exactly as the pixels
+One decoder for both is what keeps a model's accuracy: the pixels it is applied to are made exactly like the pixels
 it was trained on. The rules, in order: the first frame; transparency over white; any colour mode to 8-bit RGB;
 stretched (not cropped) to the model's size with an antialiasing bilinear filter; turned upright by its EXIF tag.
 """
@@ -8,9 +8,12 @@ stretched (not cropped) to the model's size with an antialiasing bilinear filter
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
@@ -21,10 +24,12 @@ from cnnpipe.errors import ImageError, one_line
 
 __all__ = [
     "ERROR_KINDS",
+    "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "RGBImage",
     "decode_image",
     "highest_value",
+    "read_file",
     "resize_pixels",
     "upright_size",
 ]
@@ -43,13 +48,16 @@ ERROR_KINDS: Final = {
     "corrupt": "the image's data contradict themselves",
     "unsupported": "an image, but of a kind that has no agreed conversion to 8-bit RGB",
     "too_large": f"more than {2**30:,} bytes, or more pixels than the limit",
-    "crashed": "the decoder ended its process; only ever seen from a worker process",
-    "timeout": "the decoder took longer than the limit; only ever seen from a worker process",
+    "crashed": "the decoder ended its worker process",
+    "timeout": "the decoder took longer than the limit",
 }
 """Why a file could not be turned into pixels: kind -> meaning."""
 
+MAX_FILE_BYTES: Final = 2**30
+"""Size of the largest file that is read."""
+
 MAX_PIXELS: Final = 178_956_970
-"""Larger images are refused before they are unpacked; twice Pillow's warning threshold, where it refuses too.
+"""Pixels of the largest image that is unpacked; twice Pillow's warning threshold, where Pillow refuses too.
 
 Source: https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.MAX_IMAGE_PIXELS
 """
@@ -57,8 +65,8 @@ Source: https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.M
 # `_open` enforces MAX_PIXELS itself and reports one row; Pillow's own check would also print warnings below it.
 Image.MAX_IMAGE_PIXELS = None
 
-# What a decoder may raise on damaged data, seen by fuzzing Pillow's plugins; anything else is a bug and is not hidden.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError,
+# What Pillow's plugins raise on damaged data, found by fuzzing them; anything else is a bug and is not hidden.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, AssertionError,
                    AttributeError, RuntimeError, ArithmeticError, struct.error, zlib.error)  # fmt: skip
 
 _TRUNCATED: Final = ("truncated", "but only got", "unexpected end", "requires a buffer of at least")
@@ -82,21 +90,77 @@ _SIDEWAYS: Final = frozenset({5, 6, 7, 8})  # orientations that swap width and h
 # Source: ITU-T T.81, table B.1. Frames: baseline, extended sequential and progressive, Huffman coded.
 _FRAMES: Final = frozenset({0xC0, 0xC1, 0xC2})
 _SCAN: Final = 0xDA
-# Segments that Pillow's plugin steps over without another thought: tables, comments, JFIF and colour profiles. Not
-# those that may turn the image (APP1, EXIF), name its colours (APP14, Adobe) or be refused (APP13, Photoshop).
+# Segments that Pillow's plugin skips: tables, comments, JFIF and colour profiles. Not those that may turn the image
+# (APP1, EXIF), name its colours (APP14, Adobe) or be refused (APP13, Photoshop).
 _PLAIN_SEGMENTS: Final = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, 0xE2})
-_MIN_APP_BYTES: Final = 16  # of JFIF's segment, and of a profile's head; the plugin refuses shorter ones
+_MIN_APP_BYTES: Final = 16  # JFIF's segment and the head of a profile; the plugin refuses shorter ones
 _frame_header = struct.Struct(">HBHHB").unpack_from  # length, bits a sample, height, width, components
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PICTURE: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-"""The chunks of a PNG file that decide over pixels as we decode them; all others are metadata or later frames.
+"""Chunks of a PNG file that determine its pixels; all others are metadata or later frames.
 
 Source: https://www.w3.org/TR/png-3/#11Chunks
 """
 
 _BAND_PIXELS: Final = 2**20
-"""Transparent images are laid over white in bands of so many pixels, not in four copies of the whole."""
+"""Pixels of a band in which a transparent image is laid over white, which saves four copies of the whole."""
+
+
+def read_file(path: Path | str) -> bytes:
+    """Read a regular file; refuse pipes, devices and whatever else could block or never end.
+
+    Raises:
+        ImageError: its kind is `not_found`, `not_a_file`, `unreadable`, `empty` or `too_large`.
+    """
+    try:
+        # Non-blocking, so that a pipe that takes the file's place between listing and reading cannot hang us.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            data = _read_regular(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        raise ImageError("not_found", "no such file, or a link to nothing") from error
+    except OSError as error:
+        # A socket cannot be opened at all (ENXIO); its type says more than the errno.
+        regular = _is_regular(path)
+        kind = "unreadable" if regular else "not_a_file"
+        raise ImageError(kind, error.strerror if regular and error.strerror else "not a regular file") from error
+    except ValueError as error:  # from a list of files
+        raise ImageError("not_found", "no file has a NUL byte in its path") from error
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    return data
+
+
+def _read_regular(descriptor: int) -> bytes:
+    """Read an open regular file to its end; by plain system calls, because there may be millions of files."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("not_a_file", "a folder that cannot be walked")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not_a_file", "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
+    data = os.read(descriptor, status.st_size + 1)
+    if len(data) == status.st_size:  # one byte less than asked for, so this is the end
+        return data
+    parts = [data]  # the file grows while it is read, or the read was cut short
+    received = len(data)
+    while part := os.read(descriptor, 2**20):
+        parts.append(part)
+        received += len(part)
+        if received > MAX_FILE_BYTES:
+            raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+    return b"".join(parts)
+
+
+def _is_regular(path: Path | str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True  # forbidden or a link in a circle: the error that was raised says it better
 
 
 def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
@@ -108,7 +172,7 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     Returns:
         RGB array, shape (height, width, 3), uint8, 0-255; not to be written to.
     Raises:
-        ImageError: it cannot be decoded; `kind` is one of `ERROR_KINDS`.
+        ImageError: they cannot be decoded; its kind is one of `ERROR_KINDS`.
     """
     height, width = image_size
     try:
@@ -145,9 +209,10 @@ def _read_upright_size(data: bytes) -> tuple[int, int]:
 
 
 def highest_value(data: bytes) -> tuple[int, int]:
-    """Return the highest value in an image as its file has it, and the highest that its number of bits allows.
+    """Return the highest value in an image file, and the highest that its number of bits allows.
 
-    Of colours of 16 bits, and of grey with transparency, Pillow gives the high bytes alone: then it is at most that.
+    For 16-bit colours, and 16-bit grey with transparency, Pillow gives the high bytes alone; the first value is then
+    an upper bound.
 
     Raises:
         ImageError: it cannot be decoded.
@@ -163,13 +228,13 @@ def highest_value(data: bytes) -> tuple[int, int]:
 
 
 def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
-    """Bring pixels that never were a file to the model's size, exactly as `decode_image` would.
+    """Resize pixels that do not come from a file, exactly as `decode_image` would.
 
     Args:
         pixels: RGB array, shape (H, W, 3), uint8.
         image_size: target (height, width) in pixels.
     Returns:
-        RGB array, shape (height, width, 3), uint8; `pixels` itself where it has that size already.
+        RGB array, shape (height, width, 3), uint8; `pixels` itself if it has that size already.
     """
     height, width = image_size
     if pixels.shape[:2] == (height, width):
@@ -178,10 +243,9 @@ def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
 
 
 def _despite_metadata(read: Callable[[bytes], _Result], data: bytes) -> _Result:
-    """Call `read` with a file; where that fails on a PNG file, again without its metadata.
+    """Call `read` with a file; if that fails on a PNG file, call it again without the file's metadata.
 
-    Pillow refuses the whole file for a damaged text, profile or date, and for more text than its limit on memory. Text
-    that is left out is never unpacked.
+    Pillow refuses the whole file for a damaged text, profile or date, and for text beyond its limit on memory.
     """
     try:
         return read(data)
@@ -193,20 +257,20 @@ def _despite_metadata(read: Callable[[bytes], _Result], data: bytes) -> _Result:
 
 
 def _png_picture(data: bytes) -> bytes:
-    """Return a PNG file of only the chunks that make its picture, and of EXIF, which may turn it, where it is whole."""
-    kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    """Return a PNG file reduced to the chunks of its picture, and to EXIF, which may turn it, if that is undamaged."""
+    chunks, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
     while (start := at + 8) <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         checksum = data[start + length : start + length + 4]
         whole_exif = kind == b"eXIf" and zlib.crc32(data[at + 4 : start + length]).to_bytes(4) == checksum
         if kind in _PNG_PICTURE or whole_exif:
-            kept.append(data[at : start + length + 4])
+            chunks.append(data[at : start + length + 4])
         at = start + length + 4
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 def _decode_any(data: bytes, target: tuple[int, int]) -> Image.Image:
-    """Decode whatever Pillow reads to RGB of `target` (width, height)."""
+    """Decode whatever Pillow reads to RGB of size `target` (width, height)."""
     with _open(data) as image:
         _check_pixels(image.size)
         _check_strips(image)
@@ -219,13 +283,13 @@ def _decode_any(data: bytes, target: tuple[int, int]) -> Image.Image:
 
 
 def _decode_plain_jpeg(data: bytes, target: tuple[int, int]) -> Image.Image | None:
-    """Decode a JPEG file that is nothing but a picture to RGB of `target` (width, height), as `_decode_any` would.
+    """Decode a JPEG file without EXIF or anything unusual to RGB of size `target` (width, height).
 
-    Reading the markers in Python costs Pillow's plugin more than its decoder needs for the pixels of a small image.
-    Here the decoder gets the file straight away, which gives the same pixels in under half the time.
+    Pillow's plugin spends more time on reading the markers in Python than its decoder on the pixels of a small image.
+    Here the file goes to the decoder directly, which gives the same pixels in under half the time.
 
     Returns:
-        The image; None for all that is not plain, or not whole: `_decode_any` knows what to do or what is wrong.
+        The image; None for a file that is unusual or damaged, which is left to `_decode_any`.
     """
     header = _plain_jpeg_header(data)
     if header is None:
@@ -263,7 +327,7 @@ def _plain_jpeg_header(data: bytes) -> tuple[str, tuple[int, int]] | None:
 
 
 def _jpeg_scale(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """Return by how much the JPEG decoder itself is to shrink, 1, 2, 4 or 8: to twice the target or more."""
+    """Return the factor by which the JPEG decoder shrinks, 1, 2, 4 or 8: to twice the target or more."""
     factor = min(size[0] // (2 * target[0]), size[1] // (2 * target[1]))
     return 8 if factor >= 8 else 4 if factor >= 4 else 2 if factor >= 2 else 1
 
@@ -275,9 +339,9 @@ def _check_pixels(size: tuple[int, int]) -> None:
 
 
 def _check_strips(image: ImageFile.ImageFile) -> None:
-    """Refuse a TIFF file whose strips or tiles are fewer than its size needs: Pillow leaves the rest black.
+    """Refuse a TIFF file with too few strips or tiles for its size: Pillow would leave the rest black.
 
-    One wrong byte makes millions of rows, which would take seconds and a gigabyte.
+    One wrong byte can claim millions of rows, which would take seconds and a gigabyte.
     """
     if image.format != "TIFF":
         return
@@ -288,14 +352,14 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Stretch to (width, height) with the one filter; averages whole blocks first where that is far smaller."""
+    """Stretch to (width, height); average whole blocks first if that is far smaller."""
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def _error_kind(error: Exception) -> str:
-    """Sort what a decoder said; Pillow tells kinds of damage apart by their text only."""
+    """Return the kind of a decoder's error; Pillow tells kinds of damage apart by their text only."""
     text = str(error).lower()
     if isinstance(error, EOFError) or any(sign in text for sign in _TRUNCATED):
         return "truncated"
@@ -313,7 +377,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     if data.startswith(_POSTSCRIPT):
-        # Pillow would hand it to Ghostscript: a stranger's program, run on this machine.
+        # Pillow would hand it to Ghostscript, which would run a stranger's program on this machine.
         raise ImageError("unsupported", "PostScript is a program, which is not run; convert it to PNG")
     return Image.open(io.BytesIO(data))
 

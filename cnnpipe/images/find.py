@@ -1,67 +1,89 @@
-"""Find the files below a folder: in one fixed order, from any place on, and in bounded memory.
+"""Find the files below a folder, in one fixed order; choose among them by patterns, or take them from a list.
 
-What cannot be walked is yielded itself. What `cnnpipe.images.leftovers` tells of is passed over, and counted.
+A folder or link that cannot be entered is yielded itself, so that nothing is skipped in silence. What
+`cnnpipe.images.leftovers` recognises is skipped and counted.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
+import fnmatch
 import os
+import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from cnnpipe.errors import DatasetError
-from cnnpipe.files import display_path
-from cnnpipe.images.leftovers import TELLING_NAMES, is_own_folder
-from cnnpipe.images.listing import FOLDER_MARK, list_entries, sorted_names
-from cnnpipe.images.selection import FileFilter
+from cnnpipe.errors import DatasetError, StorageError, one_line
+from cnnpipe.files import display_path, user_path
+from cnnpipe.images.leftovers import OWN, SHARDS_SUFFIX, is_own_folder, name_leftover
 
-__all__ = ["count_files", "find_files", "has_files", "require_folder"]
+if TYPE_CHECKING:
+    from io import BufferedReader
 
-_Identity = tuple[int, int]
-"""Device and inode: which folder it is, by whatever path."""
+__all__ = [
+    "FileFilter",
+    "check_file_list",
+    "count_files",
+    "find_files",
+    "has_files",
+    "no_listed_file",
+    "read_file_list",
+]
+
+_FOLDER_MARK: Final = b"\0"
+"""End of a folder's name in a listing; no name contains this byte and it sorts lowest, so the order stays."""
+
+_MAX_NAMES_IN_MEMORY: Final = 1_000_000
+"""Names of one folder that are sorted in memory, about 80 MB; more are sorted in a temporary file."""
+
+_MAX_RECORD_BYTES: Final = 2**16
+"""Longest record of a list of files; a path has at most 4,096 bytes on Linux."""
 
 
-def find_files(root: Path, *, after: str | None = None, passed_over: Counter[str] | None = None) -> Iterator[str]:
+def find_files(
+    root: Path, *, after: str | None = None, passed_over: Counter[str] | None = None, in_order: bool = True
+) -> Iterator[str]:
     """Yield every file below a folder, depth first, the names of each folder sorted bytewise.
 
-    What systems leave there and what cnnpipe wrote is passed over (`cnnpipe.images.leftovers`).
-
-    Links are followed; a link back to a folder that is being walked, and a folder that cannot be listed, are yielded
-    themselves, so that nothing is passed over in silence. A folder is read to its end before its first file comes;
-    one of more than 200,000 names is put in order in a temporary file, so memory stays bounded.
+    Links are followed. A link back to a folder that is being walked, and a folder that cannot be listed, are yielded
+    themselves. A folder is read to its end before its first file is yielded; memory stays bounded, because the names
+    of a huge one are sorted in a temporary file.
 
     Args:
         root: an existing folder.
-        after: a path relative to `root`, which need not be there any more: yield only what comes behind it in this
-            order. Of what comes before, only the folders on the way to it are listed.
-        passed_over: counts the files and folders that are passed over, by what to call them.
+        after: a path relative to `root`, which need not exist any more: only files that come after it in this order
+            are yielded. Of what comes before it, only the folders on the way to it are listed.
+        passed_over: counts the files and folders that are skipped, by what to call them.
+        in_order: False yields the same files in any order, sooner.
     Yields:
         Paths relative to `root`, with `/`; undecodable bytes as surrogates (PEP 383), so `root / path` opens.
     Raises:
         DatasetError: `root` is not a folder that can be listed.
         StorageError: there is no room for the temporary file.
     """
-    base = os.fsencode(root)
-    passed_over = Counter() if passed_over is None else passed_over
-    # A stack of iterators, not recursion: trees may be deeper than Python's recursion limit.
-    stack = _start_walk(root, os.fsencode(after).split(b"/") if after is not None else [], passed_over)
+    walk = _Walk(os.fsencode(root), Counter() if passed_over is None else passed_over, in_order)
+    # A stack of folders, not recursion: trees may be deeper than Python's recursion limit.
+    stack = walk.start(os.fsencode(after).split(b"/") if after is not None else [])
     encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     while stack:
         folder = stack[-1]
         prefix = os.fsdecode(folder.prefix)
         for name in folder.names:
-            if name[-1]:  # no FOLDER_MARK; there may be millions, so nothing more is done for a file
+            if name[-1]:  # a file; there may be millions, so nothing more is done for it
                 yield prefix + name.decode(encoding, errors)
                 continue
-            path = folder.prefix + name.removesuffix(FOLDER_MARK)
+            path = folder.prefix + name.removesuffix(_FOLDER_MARK)
             try:
-                stack.append(_enter(base, path, stack, passed_over))
+                stack.append(walk.enter(path, stack))
             except OSError:
                 yield os.fsdecode(path)  # reading it says what is wrong, in its own row
             else:
@@ -70,136 +92,308 @@ def find_files(root: Path, *, after: str | None = None, passed_over: Counter[str
             stack.pop()
 
 
-def require_folder(root: Path) -> None:
-    """Raise DatasetError unless `root` is a folder."""
-    try:
-        problem = "" if stat.S_ISDIR(os.stat(root).st_mode) else "it is a file"
-    except FileNotFoundError:
-        problem = "it does not exist"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise DatasetError(f"need a folder of images, received {display_path(str(root))}: {problem}; check the path")
-
-
-def _not_listed(root: Path, error: OSError) -> DatasetError:
-    return DatasetError(f"cannot list {display_path(str(root))}: {error.strerror}; check its permissions")
-
-
-class _Folder(NamedTuple):
-    """A folder that is being walked: its path relative to the root, ending in `/`, and the names that are left."""
-
-    prefix: bytes
-    identity: _Identity
-    names: Iterator[bytes]
-
-
-def _start_walk(root: Path, after: list[bytes], passed_over: Counter[str]) -> list[_Folder]:
-    """Return the folders that are being walked when the walk has just passed the path `after`, given by its parts."""
-    require_folder(root)
-    base = os.fsencode(root)
-    try:
-        stack = [_enter(base, b"", [], passed_over, after[0] if after else b"")]
-    except OSError as error:
-        raise _not_listed(root, error) from error
-    for part, behind in pairwise([*after, b""]):
-        if part in (b"", b".", b".."):  # in no path that a walk gives, and `..` would lead out of the root
-            break
-        try:
-            stack.append(_enter(base, stack[-1].prefix + part, stack, passed_over, behind))
-        except OSError:
-            break  # a file, gone, or a folder that is yielded itself: it does not come behind `after`
-    return stack
-
-
-def _enter(base: bytes, path: bytes, walking: list[_Folder], passed_over: Counter[str], behind: bytes = b"") -> _Folder:
-    """List a folder.
+def count_files(root: Path, wanted: FileFilter | None = None) -> int:
+    """Return the number of files that `find_files` yields, for the display of progress.
 
     Args:
-        path: relative to `base`, which is the root.
-        behind: leave out the names up to this one.
-    Raises:
-        OSError: it cannot be listed, or a link has led back to a folder that is being walked.
+        wanted: counts only the files that it admits.
+    Returns:
+        The number of files; 0 if `root` cannot be listed.
     """
-    place = os.path.join(base, path)
-    identity = _identify(place)
-    if any(identity == folder.identity for folder in walking):
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    names = sorted_names(place, passed_over, behind, is_root=not path)
-    return _Folder(path + b"/" if path else b"", identity, names)
-
-
-def _identify(folder: bytes) -> _Identity:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+    try:
+        return sum(wanted is None or wanted.admits(path) for path in find_files(root, in_order=False))
+    except DatasetError:
+        return 0
 
 
 def has_files(root: Path, number: int = 1) -> bool:
-    """Say whether a folder has so many files, and look no further than that takes.
+    """Return whether a folder has at least `number` files, and look no further than that takes.
 
     Raises:
         DatasetError: `root` is not a folder that can be listed.
     """
-    require_folder(root)
-    first = os.fsencode(root)
-    pending, count = [first], 0
-    while pending:
-        folder = pending.pop()
+    return sum(1 for _ in islice(find_files(root, in_order=False), number)) == number
+
+
+class _Folder(NamedTuple):
+    """A folder that is being walked."""
+
+    prefix: bytes
+    """Path relative to the root, ending in `/`; empty for the root."""
+    identity: tuple[int, int]
+    """Device and inode: which folder it is, by whatever path."""
+    names: Iterator[bytes]
+    """Names that are left, those of folders with `_FOLDER_MARK`."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Settings of a walk, and the counts of what it skips."""
+
+    root: bytes
+    passed_over: Counter[str]
+    in_order: bool
+
+    def start(self, after: list[bytes]) -> list[_Folder]:
+        """Return the folders that are being walked when the walk has just passed the path with the parts `after`."""
+        shown = display_path(os.fsdecode(self.root))
+        if problem := _folder_problem(self.root):
+            raise DatasetError(f"need a folder of images, received {shown}: {problem}; check the path")
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                        continue
-                    count += 1  # or a link to a folder, which stands for the files in it
-                    if count >= number:
-                        return True
+            stack = [self.enter(b"", [], after[0] if after else b"")]
         except OSError as error:
-            if folder == first:
-                raise _not_listed(root, error) from error
-            count += 1  # a folder that cannot be listed is a row
-    return count >= number
+            raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
+        for part, next_part in pairwise([*after, b""]):
+            if part in (b"", b".", b".."):  # in no path that a walk yields, and `..` would lead out of the root
+                break
+            try:
+                stack.append(self.enter(stack[-1].prefix + part, stack, next_part))
+            except OSError:
+                break  # a file, gone, or a folder that is yielded itself: nothing in it comes after `after`
+        return stack
+
+    def enter(self, path: bytes, walking: list[_Folder], after: bytes = b"") -> _Folder:
+        """List a folder.
+
+        Args:
+            path: relative to the root.
+            after: leave out the names up to this one.
+        Raises:
+            OSError: it cannot be listed, or a link has led back to a folder that is being walked.
+        """
+        full_path = os.path.join(self.root, path)
+        status = os.stat(full_path)
+        identity = (status.st_dev, status.st_ino)
+        if any(identity == folder.identity for folder in walking):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return _Folder(path + b"/" if path else b"", identity, self._names(full_path, after, is_root=not path))
+
+    def _names(self, folder: bytes, after: bytes, *, is_root: bool) -> Iterator[bytes]:
+        """Return the names in a folder that sort after `after`; none if cnnpipe made it and it is not the root."""
+        skipped: Counter[str] = Counter()
+        names = _read_names(folder, os.scandir(folder), after, skipped)
+        if is_root and not self.in_order:
+            return names
+        first = list(islice(names, _MAX_NAMES_IN_MEMORY))
+        if not is_root and is_own_folder(folder, chain(first, map(os.fsencode, skipped))):
+            if not folder.endswith(SHARDS_SUFFIX):  # often of the very job that asks
+                self.passed_over[OWN] += 1
+            return iter(())
+        if not self.in_order:
+            return chain(first, names)
+        too_many = len(first) == _MAX_NAMES_IN_MEMORY
+        ordered = _sort_in_file(chain(first, names)) if too_many else iter(sorted(first))
+        self.passed_over.update(skipped)
+        return ordered
 
 
-def count_files(root: Path, admitted: FileFilter | None = None) -> int:
-    """Count what `find_files` yields, without putting it in order; quick, and meant for the display of progress.
+def _folder_problem(path: bytes) -> str:
+    """Return why a path is not that of a folder; empty if it is."""
+    try:
+        return "" if stat.S_ISDIR(os.stat(path).st_mode) else "it is a file"
+    except FileNotFoundError:
+        return "it does not exist"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _read_names(
+    folder: bytes, entries: AbstractContextManager[Iterator[os.DirEntry[bytes]]], after: bytes, skipped: Counter[str]
+) -> Iterator[bytes]:
+    """Yield the names in a folder that sort after `after`, in no order, those of folders with `_FOLDER_MARK`.
+
+    A link to a folder counts as a folder. Only links are looked at one by one; for the rest the listing says enough.
+    """
+    with entries as listed:
+        for entry in listed:
+            name = entry.name
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                is_folder = False  # a link in a circle, or to where we may not look
+            if leftover := name_leftover(folder, name, is_folder):
+                skipped[leftover] += 1
+            elif name > after:
+                yield name + _FOLDER_MARK if is_folder else name
+
+
+def _sort_in_file(names: Iterator[bytes]) -> Iterator[bytes]:
+    """Sort names bytewise in a temporary file, which SQLite makes and removes; they are all read before it returns.
+
+    Ten million names in a list would take almost a gigabyte.
+
+    Raises:
+        StorageError: there is no room for the file; at once or by the iterator.
+    """
+    import sqlite3
+
+    @contextmanager
+    def clear_errors() -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"cannot sort a folder of over {_MAX_NAMES_IN_MEMORY:,} names in a temporary file: {error}; "
+                "free some space, or set TMPDIR to a folder that has room"
+            ) from error
+
+    def read_back() -> Iterator[bytes]:
+        with closing(database), clear_errors():
+            yield from (name for (name,) in ordered)
+
+    with clear_errors():
+        database = sqlite3.connect("", check_same_thread=False)  # the walk may go on in another thread
+        database.execute("CREATE TABLE names (name BLOB)")
+        database.executemany("INSERT INTO names VALUES (?)", zip(names, strict=True))
+        ordered = database.execute("SELECT name FROM names ORDER BY name")
+    return read_back()
+
+
+@dataclass(frozen=True)
+class FileFilter:
+    """Which files are wanted, by shell patterns: `*`, `?`, `[abc]` and `[!abc]`, as in Python's `fnmatch`.
+
+    Case counts on every system. A pattern without `/` is compared with the file's name, one with `/` with its whole
+    path relative to the folder, where `*` also matches `/`: `cats/*` is all that is below `cats`.
 
     Args:
-        admitted: count only what it admits.
-    Returns:
-        The number of files; 0 if `root` is not a folder that can be listed. Raises nothing.
+        include: a file must match one of these, if there are any.
+        exclude: a file must match none of these.
     """
-    base, count = os.fsencode(root), 0
-    pending: list[tuple[bytes, tuple[_Identity, ...]]] = [(b"", ())]
-    while pending:
-        path, walking = pending.pop()
-        place = os.path.join(base, path)
-        try:
-            identity = _identify(place)
-            if identity in walking:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            files, folders = _scan(place, path + b"/" if path else b"", admitted)
-        except OSError:
-            count += path != b"" and (admitted is None or admitted.admits(os.fsdecode(path)))
-            continue
-        count += files
-        within = (*walking, identity)
-        pending += [(folder, within) for folder in folders]
-    return count
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def admits(self, path: str) -> bool:
+        """Return whether a file is wanted; `path` is relative to the folder, as `find_files` yields it."""
+        if self.include and not _matches(self.include, path):
+            return False
+        return not (self.exclude and _matches(self.exclude, path))
 
 
-def _scan(folder: bytes, prefix: bytes, admitted: FileFilter | None) -> tuple[int, list[bytes]]:
-    """Return how many admitted files a folder holds, and the paths of the folders in it."""
-    count = 0
-    folders: list[bytes] = []
-    telling: list[bytes] = []
-    inside: Counter[str] = Counter()
-    for name, is_folder in list_entries(folder, inside):
-        if is_folder:
-            folders.append(prefix + name)
-        elif admitted is None or admitted.admits(os.fsdecode(prefix + name)):
-            count += 1
-        if name in TELLING_NAMES:
-            telling.append(name)
-    is_own = prefix and is_own_folder(folder, [*telling, *map(os.fsencode, inside)])
-    return (0, []) if is_own else (count, folders)
+def _matches(patterns: tuple[str, ...], path: str) -> bool:
+    for_name, for_path = _compile(patterns)
+    return bool(for_name.match(path[path.rfind("/") + 1 :]) or for_path.match(path))
+
+
+@lru_cache
+def _compile(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return the patterns for names and those for paths, each as one expression."""
+
+    def unite(some: Iterable[str]) -> re.Pattern[str]:
+        return re.compile("|".join(map(fnmatch.translate, some)) or "(?!)")  # which matches nothing
+
+    return unite(each for each in patterns if "/" not in each), unite(each for each in patterns if "/" in each)
+
+
+def check_file_list(source: str, root: Path) -> None:
+    """Refuse a list that cannot be read or names no file that exists; a list that comes through a pipe is not read.
+
+    Args:
+        source: a text file, or `-` for standard input.
+        root: the folder that its paths are relative to.
+    Raises:
+        DatasetError: as `read_file_list`, or none of its paths is a file.
+    """
+    if source == "-":
+        return
+    path = user_path(source)
+    if path.is_dir() or not os.access(path, os.R_OK):
+        reason = "it is a folder" if path.is_dir() else "permission denied" if path.exists() else "no such file"
+        raise DatasetError(f"cannot read the list of files from {display_path(source)}: {reason}; check the path")
+    if path.is_file():
+        names = read_file_list(source)
+        first = next(names, None)
+        if first is not None and not any(_may_be_file(root, name) for name in chain([first], names)):
+            raise no_listed_file(source, root, first)
+
+
+def no_listed_file(source: str, root: Path, first: str) -> DatasetError:
+    """Return the error for a list of which no path is a file; `first` is one of them."""
+    return DatasetError(
+        f"no path in the list of files from {_shown(source)} is a file in {display_path(str(root))}; one is "
+        f"{one_line(repr(display_path(first)))}; check the folder, and save the list as UTF-8"
+    )
+
+
+def _shown(source: str) -> str:
+    return "standard input" if source == "-" else display_path(source)
+
+
+def _may_be_file(root: Path, name: str) -> bool:
+    # In a list in UTF-16 without a byte order mark, each letter is a path: `.` and `/` are folders.
+    return "\0" not in name and os.path.lexists(root / name) and not (root / name).is_dir()
+
+
+def read_file_list(source: str) -> Iterator[str]:
+    """Yield the paths in a list as they come, each as it is written there without a leading `./`.
+
+    Records end with a newline, or with a NUL if there is one in the first 64 KiB, so that both `find` and
+    `find -print0` are understood. A byte order mark at the start, and a carriage return at the end of a line, are not
+    part of a path. A list in UTF-16, as PowerShell writes it, is recognised by its byte order mark.
+
+    Args:
+        source: a text file, or `-` for standard input.
+    Yields:
+        Paths with undecodable bytes as surrogates (PEP 383); not checked, and empty ones left out.
+    Raises:
+        DatasetError: the list cannot be read, a record exceeds 64 KiB, or its UTF-16 is not valid.
+    """
+    try:
+        if source != "-":
+            with user_path(source).open("rb") as file:
+                yield from _read_records(file, _shown(source))
+        else:
+            yield from _read_records(cast("BufferedReader", sys.stdin.buffer), _shown(source))
+    except OSError as error:
+        raise DatasetError(
+            f"cannot read the list of files from {_shown(source)}: {error.strerror}; check the path"
+        ) from error
+
+
+def _read_records(file: BufferedReader, shown: str) -> Iterator[str]:
+    """Yield the paths in an open list as they come."""
+    blocks = _read_utf8(file, shown)
+    block = b""
+    while b"\0" not in block and len(block) < _MAX_RECORD_BYTES and (more := next(blocks, b"")):
+        block += more
+    separator = b"\0" if b"\0" in block else b"\n"
+    rest = b""
+    while block or rest:
+        *records, rest = (rest + (block or separator)).split(separator)
+        if max(map(len, (*records, rest))) > _MAX_RECORD_BYTES:
+            raise DatasetError(
+                f"{shown} is not a list of files: a record exceeds {_MAX_RECORD_BYTES:,} bytes; give one path a line"
+            )
+        for record in records:
+            if path := _strip(record, separator):
+                yield os.fsdecode(path)
+        block = block and next(blocks, b"")
+
+
+def _read_utf8(file: BufferedReader, shown: str) -> Iterator[bytes]:
+    """Yield an open list as UTF-8 without its byte order mark; `read1` returns what has come and waits for no more."""
+    start = b""
+    while len(start) < len(codecs.BOM_UTF8) and (more := file.read1(_MAX_RECORD_BYTES)):
+        start += more
+    blocks = chain([start], iter(lambda: file.read1(_MAX_RECORD_BYTES), b""))
+    if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield from filter(None, chain([next(blocks).removeprefix(codecs.BOM_UTF8)], blocks))
+        return
+    decoder = codecs.getincrementaldecoder("utf-16")()
+    try:
+        yield from (text.encode() for block in blocks if (text := decoder.decode(block)))
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{shown} is not valid UTF-16, which its byte order mark announces: {error.reason}; save it as UTF-8"
+        ) from error
+
+
+def _strip(record: bytes, separator: bytes) -> bytes:
+    """Return the path in a record: `./a` is the row `a`, as it is when the folder itself is searched."""
+    if separator == b"\n":
+        record = record.removesuffix(b"\r")
+    if record.startswith(b"./"):
+        return record[2:].lstrip(b"/") or record  # `.//a` is not an absolute path
+    return record

@@ -1,25 +1,26 @@
-"""Turn a source of images into three arrays that training can map, once, and say what was found on the way.
+"""Turn a source of images into arrays that training can map, once, with a report on what was found.
 
     data/prepared/<name>-<first 12 digits of the fingerprint>/
         {train,val,test}_images.npy   uint8 (N, H, W, 3) RGB
         {train,val,test}_labels.npy   int64 (N,)
-        {train,val,test}_paths.json   what each image was called in the source
-        dataset.json                  last: its presence means that the folder is complete
+        {train,val,test}_paths.json   name of each image in the source
+        dataset.json                  written last: its presence means that the folder is complete
 
-The fingerprint is of the content of the source and of the settings that change an array. It is the same on every
+The fingerprint covers the content of the source and the settings that change an array. It is the same on every
 machine, whatever the times of the files, the order of their listing and the number of workers.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,9 @@ from cnnpipe.errors import DatasetError
 from cnnpipe.files import user_path
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
-from cnnpipe.prepare.download import Archive
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
 from cnnpipe.prepare.report import (
     DataReport,
-    Leak,
-    Unreadable,
     build_report,
     check_contrast,
     check_limits,
@@ -53,14 +51,9 @@ from cnnpipe.storage import make_folder, storage_errors, write_folder, write_jso
 __all__ = [
     "DATASET_FILE",
     "SPLITS",
-    "DataReport",
-    "Leak",
     "PreparedDataset",
-    "Unreadable",
-    "check_gates",
     "count_shared",
     "load_prepared",
-    "prepare_arrays",
     "prepare_dataset",
     "scratch_folder",
 ]
@@ -68,10 +61,12 @@ __all__ = [
 DATASET_FILE: Final = "dataset.json"
 
 _FORMAT_VERSION: Final = 1
-"""Part of every fingerprint: raise it when the same source would give other arrays than before."""
+"""Part of every fingerprint; to be raised when the same source would give other arrays than before."""
 
 _BLOCK_BYTES: Final = 2**25
-_LEFTOVER_SECONDS: Final = 24 * 3600
+
+_TEMPORARY_NAME: Final = re.compile(r"\.scratch\..{8}|\..+\.[0-9a-f]{16}")
+"""Names that `scratch_folder` and `cnnpipe.storage.write_folder` give to folders that are being written."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,28 +76,30 @@ class PreparedDataset:
     """A dataset on the disk, ready to be mapped."""
 
     path: Path
+    """Folder that holds `dataset.json`."""
     name: str
     source: str
-    """`digits`, `cifar10` or `folder`."""
+    """Kind of source: `digits`, `cifar10` or `folder`."""
     fingerprint: str
+    """SHA-256 of the source's content and the settings, 64 hexadecimal digits."""
     class_names: tuple[str, ...]
     image_size: tuple[int, int]
-    """(height, width) in pixels."""
+    """Size of the images, (height, width) in pixels."""
     num_images: dict[str, int]
     """Split -> number of images."""
     statistics: TrainingStatistics
     report: DataReport
 
     def images(self, split: str) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """Return the images of a split, shape (N, H, W, 3), uint8 RGB, mapped read-only."""
+        """Return the images of a split, (N, H, W, 3) uint8 RGB, mapped read-only."""
         return cast("np.memmap[Any, np.dtype[np.uint8]]", np.load(self._file(split, "images.npy"), mmap_mode="r"))
 
     def labels(self, split: str) -> npt.NDArray[np.int64]:
-        """Return the labels of a split, shape (N,), int64, indices into `class_names`."""
+        """Return the labels of a split, (N,) int64, indices into `class_names`."""
         return cast("npt.NDArray[np.int64]", np.load(self._file(split, "labels.npy")))
 
     def paths(self, split: str) -> list[str]:
-        """Return what each image of a split was called in the source; N names, for people."""
+        """Return the name of each image of a split in the source."""
         return cast("list[str]", json.loads(self._file(split, "paths.json").read_bytes()))
 
     def _file(self, split: str, kind: str) -> Path:
@@ -118,90 +115,68 @@ def prepare_dataset(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
+    publish: Callable[[PreparedDataset], None] | None = None,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
 
+    The folder is complete even if a limit is exceeded: it holds the report with every offending path, and nothing is
+    decoded again once the limit is raised. Every warning of the report is logged.
+
     Args:
-        data: the folder with `raw/`, which is only read but for downloads, and `prepared/`.
-        workers: decoding processes; default: one a core.
+        settings: the dataset, its splits, and the limits that it must keep.
+        data: the folder with `raw/`, where downloads go, and `prepared/`.
+        workers: decoding processes; default: one for each core.
         progress: called with (stage, done, total), from the calling thread.
-        archive: where `cifar10` comes from.
+        archive: the archive of `cifar10`.
+        publish: called with the dataset before it may be refused, to show why.
     Raises:
-        DatasetError: the source is missing or malformed, or a limit in `settings` is passed.
+        DatasetError: the source is missing or malformed, a limit in `settings` is exceeded, or the decoded pictures
+            hardly differ; the message names the limit, what was received, and where the whole report is.
         StorageError: `data/prepared` cannot be written.
     """
-    dataset = prepare_arrays(settings, data, workers=workers, progress=progress, archive=archive)
-    check_gates(dataset, settings)
-    return dataset
-
-
-def prepare_arrays(
-    settings: PrepareSettings,
-    data: Path,
-    *,
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-    archive: Archive = CIFAR10_ARCHIVE,
-) -> PreparedDataset:
-    """Do what `prepare_dataset` does, and leave it to the caller to call `check_gates`.
-
-    The folder is whole even if a limit is passed: it holds the report with every offending path, to be shown first,
-    and whoever then raises the limit has nothing to decode again. Every warning of the report is logged.
-
-    Raises:
-        DatasetError: the source is missing or malformed.
-        StorageError: `data/prepared` cannot be written.
-    """
-    source = open_source(settings, data / "raw", archive, workers, progress or _no_progress)
+    progress = progress or (lambda *_: None)
+    source = open_source(settings, data / "raw", archive, workers, progress)
     prepared = data / "prepared"
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
-    return dataset
-
-
-def check_gates(dataset: PreparedDataset, settings: PrepareSettings) -> None:
-    """Refuse a dataset that is too bad to learn from.
-
-    Raises:
-        DatasetError: a limit in `settings` is passed, or the decoded pictures hardly differ; names the limit, what it
-            received, and where the whole report is.
-    """
-    details, split = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
+    if publish is not None:
+        publish(dataset)
+    details, train = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
     check_limits(dataset.report, settings, details)
     root = user_path(settings.dataset)
-    files = [root / path for path in dataset.paths(split)] if dataset.source == "folder" else []
-    check_contrast(dataset.images(split), dataset.statistics, files, details)
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    files = [root / path for path in dataset.paths(train)] if dataset.source == "folder" else []
+    check_contrast(dataset.images(train), dataset.statistics, files, details)
+    return dataset
 
 
 def _find_prepared(source: Source, settings: PrepareSettings, prepared: Path) -> PreparedDataset | None:
     """Return the dataset if it is prepared already.
 
-    The digest of a folder costs reading it all. So it is asked for only if there is something to compare it with;
-    else reading for the digest and reading for the pixels are one and the same.
+    The digest of a folder costs reading it all, so it is computed only if there is something to compare it with.
     """
     name = re.compile(re.escape(settings.resolved_name) + r"-[0-9a-f]{12}")
     if not prepared.is_dir() or not any(name.fullmatch(folder.name) for folder in prepared.iterdir()):
         return None
     fingerprint = _fingerprint(source.kind, source.content(), settings)
     path = _prepared_path(prepared, settings, fingerprint)
-    if not path.is_dir():
-        return None
-    try:
-        dataset = load_prepared(path)
-    except DatasetError as error:
-        logger.warning("%s; preparing it anew", error)
-        return None
-    logger.info("%s is prepared already: %s", dataset.name, path)
+    if (dataset := _load_if_complete(path)) is not None:
+        logger.info("%s is prepared already: %s", dataset.name, path)
     return dataset
 
 
+def _load_if_complete(path: Path) -> PreparedDataset | None:
+    if not path.is_dir():
+        return None
+    try:
+        return load_prepared(path)
+    except DatasetError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def _fingerprint(source: str, content: str, settings: PrepareSettings) -> str:
-    """Return 64 hexadecimal digits; the name and the limits of the gates change no array and have no part in it."""
+    """Return 64 hexadecimal digits; the name and the limits change no array and are not part of it."""
     parts = {
         "format": _FORMAT_VERSION,
         "source": source,
@@ -211,7 +186,7 @@ def _fingerprint(source: str, content: str, settings: PrepareSettings) -> str:
         "test_fraction": settings.test_fraction,
         "seed": settings.seed,
     }
-    if settings.include or settings.exclude:  # else as before there were these settings
+    if settings.include or settings.exclude:  # else as before these settings existed
         parts |= {"include": list(settings.include), "exclude": list(settings.exclude)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -220,16 +195,14 @@ def _prepared_path(prepared: Path, settings: PrepareSettings, fingerprint: str) 
     return prepared / f"{settings.resolved_name}-{fingerprint[:12]}"
 
 
-def _prepare(
-    source: Source, settings: PrepareSettings, prepared: Path, progress: ProgressCallback | None
-) -> PreparedDataset:
+def _prepare(source: Source, settings: PrepareSettings, prepared: Path, progress: ProgressCallback) -> PreparedDataset:
     """Read the source, split it, and write the folder."""
     with scratch_folder(prepared) as folder:
         images = source.read(settings.image_size, folder / "pixels")
         splits = assign_splits(
             images.labels,
             images.digests,
-            images.given,
+            images.given_split,
             val_fraction=None if VAL in images.given_splits else settings.val_fraction,
             test_fraction=None if TEST in images.given_splits else settings.test_fraction,
             seed=settings.seed,
@@ -240,26 +213,40 @@ def _prepare(
         fingerprint = _fingerprint(source.kind, images.content, settings)
         path = _prepared_path(prepared, settings, fingerprint)
         with storage_errors(path):
-            if path.is_dir() and not _is_complete(path):
+            if path.is_dir() and _load_if_complete(path) is None:
                 shutil.rmtree(path)
         with write_folder(path) as temporary:
-            _write_dataset(temporary, images, splits, source.kind, fingerprint, settings, progress or _no_progress)
+            _write_dataset(temporary, images, splits, source.kind, fingerprint, settings, progress)
     return load_prepared(path)
 
 
 @contextmanager
 def scratch_folder(prepared: Path) -> Iterator[Path]:
-    """Give a folder in `data/prepared`, for as long as the images decoded to it are read.
+    """Give a hidden folder in `data/prepared` for decoded images, and remove it at the end.
+
+    Every process that writes there holds a shared lock on `data/prepared`. One that gets an exclusive lock first is the
+    only one, and removes what killed processes have left.
 
     Raises:
         StorageError: it cannot be made.
     """
     make_folder(prepared)
-    _remove_leftovers(prepared)
     with storage_errors(prepared):
-        scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
-    with scratch as folder:
-        yield Path(folder)
+        lock = os.open(prepared, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # others are at work, or the file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in prepared.iterdir():
+                if _TEMPORARY_NAME.fullmatch(folder.name):
+                    shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with storage_errors(prepared):
+            scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
+        with scratch as path:
+            yield Path(path)
+    finally:
+        os.close(lock)
 
 
 def _nothing_left_for(split: str, dataset: str, images: SourceImages) -> str:
@@ -267,7 +254,7 @@ def _nothing_left_for(split: str, dataset: str, images: SourceImages) -> str:
     text = f"{dataset} leaves no readable image for {split}"
     if num_different < len(images.digests):
         text += (
-            f": its {len(images.digests):,} images are copies of {num_different:,}, and copies are never parted; "
+            f": its {len(images.digests):,} images are copies of {num_different:,}, and copies stay in one split; "
             "a class needs three different images"
         )
     return f"{text}; add images to its classes"
@@ -302,15 +289,7 @@ def _write_dataset(
         image_size=settings.image_size,
         num_images={name: int((splits == split).sum()) for split, name in enumerate(SPLITS)},
         statistics=compute_statistics(train, images.labels[splits == TRAIN], len(images.class_names)),
-        report=build_report(
-            images.class_names,
-            images.labels,
-            splits,
-            images.digests,
-            images.paths,
-            images.unreadable,
-            images.warnings,
-        ),
+        report=build_report(images, splits),
     )
     write_json(folder / DATASET_FILE, _adapter().dump_python(dataset, mode="json", exclude={"path"}))
 
@@ -318,11 +297,11 @@ def _write_dataset(
 def _write_images(
     path: Path, pixels: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], image_size: tuple[int, int]
 ) -> None:
-    """Write some rows of `pixels` as an .npy file, brought to `image_size`, a block at a time."""
+    """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time."""
     shape = (*image_size, 3)
     step = max(1, _BLOCK_BYTES // (image_size[0] * image_size[1] * 3))
     with storage_errors(path), path.open("wb") as file:
-        # Written, not mapped: a full disk then is an error, and not the end of the process by SIGBUS.
+        # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(rows), step):
@@ -330,22 +309,6 @@ def _write_images(
             if block.shape[1:] != shape:
                 block = np.stack([resize_pixels(image, image_size) for image in block])
             file.write(block.data)
-
-
-def _remove_leftovers(prepared: Path) -> None:
-    """Remove what a killed process has left half written, once it is too old to be anyone's work."""
-    for folder in prepared.glob(".*"):
-        with suppress(OSError):  # it is being removed by another process, or is not ours
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(folder)
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        load_prepared(path)
-    except DatasetError:
-        return False
-    return True
 
 
 def load_prepared(path: Path) -> PreparedDataset:
@@ -372,13 +335,13 @@ def load_prepared(path: Path) -> PreparedDataset:
 
 
 def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
-    """Return how many of some images, (N, H, W, 3), are in these splits of a dataset too, pixel by pixel."""
-    known = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
-    return sum(hashlib.sha256(image).digest() in known for image in images)
+    """Return how many of some images, (N, H, W, 3), are also in these splits of a dataset, pixel by pixel."""
+    digests = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
+    return sum(hashlib.sha256(image).digest() in digests for image in images)
 
 
 def _check_arrays(dataset: PreparedDataset, split: str) -> None:
-    """Hold the sizes of a split's files, which is all that is read of them, against `dataset.json`."""
+    """Check that the arrays of a split have the sizes that `dataset.json` says; only their headers are read."""
     count = dataset.num_images.get(split, 0)
     try:
         images, labels = dataset.images(split), dataset.labels(split)

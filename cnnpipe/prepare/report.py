@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, and whether it is too wrong to learn from."""
+"""Report what is wrong with a dataset, and refuse one that is too bad to learn from."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import read_file
-from cnnpipe.images.decode import highest_value
+from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import PrepareSettings
+
+if TYPE_CHECKING:
+    from cnnpipe.prepare.sources import SourceImages
 
 __all__ = [
     "DataReport",
@@ -31,106 +34,130 @@ __all__ = [
 
 _CHUNK_BYTES = 2**22
 
-# Worth a line to the user, though not worth stopping the run for, as the limits in the settings are.
+# What is worth a warning; the limits in the settings, which stop the run, are others.
 _NOTABLE_IMBALANCE = 10.0
 _FEW_IMAGES = 50
 
 _LOW_STD = 1.0
-"""Standard deviation of all pixels, 0-255, below which there is nothing to learn from."""
+"""Standard deviation of all pixels, 0-255, below which there is nothing to learn."""
 _DARK = 16
-"""Mean brightness, 0-255, that no image reaches whose 16-bit values are below 4,096."""
-_LOOK_INTO = 20
-"""Files that are read again to find the range of their values."""
+"""Mean brightness, 0-255, that an image with 16-bit values below 4,096 cannot reach."""
+_SAMPLE_FILES = 20
+"""Number of files that are read again to find the range of their values."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A source file that is no image, or a damaged one."""
+    """A source file that is not an image, or a damaged one."""
 
     path: str
     kind: str
     """One of `cnnpipe.images.decode.ERROR_KINDS`."""
     message: str
+    """Error message, one line."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """An image that a model is judged on, and exactly the same image among those it has learnt from."""
+    """An image that a model is judged on, and exactly the same image among those that it learns from."""
 
     path: str
+    """Image in `val` or `test`."""
     split: str
+    """Split of the image."""
     other_path: str
+    """The same image in another split."""
     other_split: str
+    """Split of that image, `train` or `val`."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found while preparing a dataset; written to its `dataset.json`."""
+    """Findings about a dataset; part of its `dataset.json`."""
 
     unreadable: tuple[Unreadable, ...]
+    """Source files that were left out."""
     leaks: tuple[Leak, ...]
     """Images of val that are also in train, and of test that are also in train or val."""
     duplicates: int
-    """Images that repeat an earlier one of the same split."""
+    """Number of images that repeat an earlier one of the same split."""
     class_counts: dict[str, dict[str, int]]
     """Split -> class -> number of images."""
     imbalance: float
-    """Images of the largest class in train for each one of the smallest; ≥ 1."""
+    """Ratio of the largest class in train to the smallest; ≥ 1."""
     warnings: tuple[str, ...]
-    """All of that, where it is worth reading, in a line each; whether or not a limit is passed."""
+    """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
 
 
-def build_report(
-    class_names: Sequence[str],
-    labels: npt.NDArray[np.int64],
-    splits: npt.NDArray[np.int8],
-    digests: Sequence[str],
-    paths: Sequence[str],
-    unreadable: Sequence[Unreadable],
-    warnings: Sequence[str],
-) -> DataReport:
+def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataReport:
     """Find leaks, duplicates, contradictions and small classes.
 
     Args:
-        labels, splits, digests, paths: of each readable image, N in all; `splits` indexes `SPLITS`.
-        warnings: of the source, put first.
+        splits: split of each image, (N,), an index into `SPLITS`.
     """
+    class_names, labels, digests, paths = images.class_names, images.labels, images.digests, images.paths
     leaks, duplicates = _find_leaks(splits, digests, paths)
     counts = {
-        name: dict(zip(class_names, _count(labels[splits == split], len(class_names)), strict=True))
+        name: dict(
+            zip(class_names, np.bincount(labels[splits == split], minlength=len(class_names)).tolist(), strict=True)
+        )
         for split, name in enumerate(SPLITS)
     }
-    found = [
-        *warnings,
-        *warn_of_unreadable(unreadable, len(labels)),
-        *_warn_of_leaks(leaks, counts),
-        *_warn_of_duplicates(duplicates),
-        *_warn_of_contradictions(labels, digests, paths),
-        *_warn_of_unmeasured(counts, class_names, labels, digests),
-        *_warn_of_classes(counts[SPLITS[TRAIN]]),
-    ]
+    train = counts["train"]
+    imbalance = max(train.values()) / max(min(train.values()), 1)  # JSON has no infinity
+    found = [*images.warnings, *warn_of_unreadable(images.unreadable, len(labels))]
+    for split in ("val", "test"):
+        pairs, total = _leaked_into(split, leaks), sum(counts[split].values())
+        found += _warn(pairs, f"{len(pairs):,} of {total:,} images of {split} are also in another")
+    found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
+    contradictions = _find_contradictions(labels, digests, paths)
+    found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
+    different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
+    totals = {name: f"{name} ({different[label]:,} different in all)" for label, name in enumerate(class_names)}
+    for split in ("val", "test"):
+        missing = [totals[name] for name, count in counts[split].items() if not count]
+        found += _warn(missing, f"{split} has no images of {len(missing)} classes")
+    if imbalance > _NOTABLE_IMBALANCE:
+        found.append(_describe_imbalance(train, imbalance))
+    small = [f"{name} ({count})" for name, count in train.items() if count < _FEW_IMAGES]
+    found += _warn(small, f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train")
     return DataReport(
-        unreadable=tuple(unreadable),
+        unreadable=images.unreadable,
         leaks=tuple(leaks),
         duplicates=len(duplicates),
         class_counts=counts,
-        imbalance=_imbalance(counts[SPLITS[TRAIN]]),
-        warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may hold line breaks
+        imbalance=imbalance,
+        warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may have line breaks
     )
 
 
-def _count(labels: npt.NDArray[np.int64], num_classes: int) -> list[int]:
-    return [int(count) for count in np.bincount(labels, minlength=num_classes)]
+def _warn(offenders: Sequence[str], text: str) -> list[str]:
+    return [f"{text}: {first_few(offenders)}"] if offenders else []
 
 
-def _imbalance(train: dict[str, int]) -> float:
-    return max(train.values()) / max(min(train.values()), 1)  # none at all counts as one; JSON has no infinity
+def first_few(items: Sequence[str], number: int = 3) -> str:
+    """Return the first items of a list as text."""
+    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
+
+
+def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
+    """Return a warning if some files are unreadable, else nothing."""
+    number, total = len(unreadable), num_readable + len(unreadable)
+    return _warn(_name_unreadable(unreadable), f"{number:,} of {total:,} files are unreadable and were left out")
+
+
+def _name_unreadable(unreadable: Sequence[Unreadable]) -> list[str]:
+    return [f"{file.path} ({file.kind})" for file in unreadable]
+
+
+def _leaked_into(split: str, leaks: Sequence[Leak]) -> list[str]:
+    return [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
 
 
 def _find_leaks(
     splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
-    """Return the leaks in the order of the images, and for each duplicate within a split whose it is."""
+    """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
     first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
     duplicates = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
@@ -145,93 +172,38 @@ def _find_leaks(
     return leaks, duplicates
 
 
-def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
-    """Return a warning if some files are unreadable, else nothing."""
-    if not unreadable:
-        return []
-    total = num_readable + len(unreadable)
-    offenders = _first_few([f"{file.path} ({file.kind})" for file in unreadable])
-    return [f"{len(unreadable):,} of {total:,} files are unreadable and were left out: {offenders}"]
-
-
-def _warn_of_leaks(leaks: Sequence[Leak], counts: dict[str, dict[str, int]]) -> list[str]:
-    warnings = []
-    for split in (SPLITS[VAL], SPLITS[TEST]):
-        pairs = [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
-        if pairs:
-            total = sum(counts[split].values())
-            warnings.append(f"{len(pairs):,} of {total:,} images of {split} are also in another: {_first_few(pairs)}")
-    return warnings
-
-
-def _warn_of_duplicates(pairs: Sequence[str]) -> list[str]:
-    return [f"{len(pairs):,} images repeat another one of their split: {_first_few(pairs)}"] if pairs else []
-
-
-def _warn_of_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Return a warning if the same image is in two classes: one of its labels is wrong."""
+def _find_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return the names of images that are in two classes, so that one of their labels is wrong."""
     first: dict[str, int] = {}
-    pairs = []
-    for index, digest in enumerate(digests):
-        twin = first.setdefault(digest, index)
-        if labels[twin] != labels[index]:
-            pairs.append(f"{paths[twin]} and {paths[index]}")
-    return [f"{len(pairs)} images are in two classes: {_first_few(pairs)}"] if pairs else []
+    twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
+    return [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
 
 
-def _warn_of_unmeasured(
-    counts: dict[str, dict[str, int]],
-    class_names: Sequence[str],
-    labels: npt.NDArray[np.int64],
-    digests: Sequence[str],
-) -> list[str]:
-    """Return a warning for each of val and test that lacks classes: nothing is measured of them there."""
-    warnings = []
-    different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
-    for split in (SPLITS[VAL], SPLITS[TEST]):
-        missing = [
-            f"{name} ({different[label]:,} different in all)"
-            for label, name in enumerate(class_names)
-            if not counts[split][name]
-        ]
-        if missing:
-            warnings.append(f"{split} has no images of {len(missing)} classes: {_first_few(missing)}")
-    return warnings
-
-
-def _warn_of_classes(train: dict[str, int]) -> list[str]:
-    """Return a warning if classes are far apart in size, and one if some are small."""
-    warnings = []
-    if (ratio := _imbalance(train)) > _NOTABLE_IMBALANCE:
-        smallest, largest = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
-        warnings.append(
-            f"class {largest!r} has {train[largest]:,} images in train and {smallest!r} has {train[smallest]:,}, "
-            f"{ratio:.4g} times fewer"
-        )
-    small = [f"{name} ({train[name]})" for name in train if train[name] < _FEW_IMAGES]
-    if small:
-        warnings.append(f"{len(small)} classes have fewer than {_FEW_IMAGES} images in train: {_first_few(small)}")
-    return warnings
+def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
+    smallest, largest = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
+    return (
+        f"class {largest!r} has {train[largest]:,} images in train and {smallest!r} has {train[smallest]:,}, "
+        f"{ratio:.4g} times fewer"
+    )
 
 
 def check_limits(report: DataReport, settings: PrepareSettings, details: str) -> None:
-    """Refuse a dataset that is too bad to learn from.
+    """Refuse a dataset that exceeds a limit.
 
     Args:
-        settings: the limits; they do not touch what is prepared, so a milder limit needs no new preparation.
-        details: where the whole report is, for the messages.
+        settings: the limits; they change no array, so a milder limit needs no new preparation.
+        details: path of the whole report, for the messages.
     Raises:
-        DatasetError: a limit is passed; names it, what it received, and the first of the images.
+        DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    _check_share(
-        [f"{file.path} ({file.kind})" for file in report.unreadable],
-        sum(num_images.values()) + len(report.unreadable),
-        settings.max_unreadable_fraction,
-        ("files are unreadable", "max_unreadable_fraction", "fix or remove them"),
-        details,
-        one_is_allowed=True,
-    )
+    unreadable, max_unreadable = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
+    if len(unreadable) != 1 or not max_unreadable:  # one of fewer than 100 files is over 1 %, but is no reason to stop
+        text = f"files are unreadable, more than {max_unreadable:.4g} (max_unreadable_fraction)"
+        total = sum(num_images.values()) + len(unreadable)
+        _check_fraction(
+            unreadable, total, max_unreadable, text, f"fix or remove them, or raise the limit; see {details}"
+        )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(
@@ -239,21 +211,20 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
     for split in ("val", "test"):
-        _check_share(
-            [f"{leak.path} = {leak.other_path}" for leak in report.leaks if leak.split == split],
-            num_images[split],
-            settings.max_leaked_fraction,
-            (f"images of {split} are also in another split", "max_leaked_fraction", "remove them from one"),
-            details,
-        )
+        limit = settings.max_leaked_fraction
+        text = f"images of {split} are also in another split, more than {limit:.4g} (max_leaked_fraction)"
+        remedy = f"remove them from one, or raise the limit; see {details}"
+        _check_fraction(_leaked_into(split, report.leaks), num_images[split], limit, text, remedy)
     if report.imbalance > settings.max_imbalance:
-        counts = report.class_counts["train"]
-        largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         raise DatasetError(
-            f"class {largest!r} has {counts[largest]:,} images in train and {smallest!r} has {counts[smallest]:,}, "
-            f"{report.imbalance:.4g} times fewer; at most {settings.max_imbalance:g} are allowed (max_imbalance); "
-            f"balance them or raise the limit; see {details}"
+            f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
+            f"{settings.max_imbalance:g} are allowed (max_imbalance); balance them or raise the limit; see {details}"
         )
+
+
+def _check_fraction(offenders: list[str], total: int, limit: float, text: str, remedy: str) -> None:
+    if total and len(offenders) / total > limit:
+        raise DatasetError(f"{len(offenders):,} of {total:,} {text}: {first_few(offenders)}; {remedy}")
 
 
 def check_contrast(
@@ -261,21 +232,22 @@ def check_contrast(
 ) -> None:
     """Refuse pictures that are black, of one colour or all the same once they are decoded to 8 bits.
 
-    Most often their files have 16 bits, of which the values fill the lower part: a decoder keeps the high byte.
+    Most often their files have 16 bits but only low values: a decoder keeps the high byte.
 
     Args:
-        images: of train, (N, H, W, 3), N ≥ 1; may be mapped.
-        files: of those images, or none where they never were files.
-        details: where the whole report is, for the message.
+        images: training images, (N, H, W, 3), N ≥ 1; may be mapped.
+        statistics: statistics of those images.
+        files: files of those images, or none if they do not come from files.
+        details: path of the whole report, for the message.
     Raises:
-        DatasetError: the pictures hardly differ; names the range of values, and how to fix it.
+        DatasetError: the pictures hardly differ; the message names the range of values, and how to fix it.
     """
     hardly_differ = max(statistics.channel_std) < _LOW_STD or all(np.array_equal(image, images[0]) for image in images)
     if not hardly_differ and statistics.brightness_deciles[-1] >= _DARK:
         return
     highest, most = 0, 255
-    for file in files[:: max(1, len(files) // _LOOK_INTO)]:
-        with suppress(ImageError):  # gone since, or one that only just could be decoded
+    for file in files[:: max(1, len(files) // _SAMPLE_FILES)]:
+        with suppress(ImageError):  # gone since, or too large to be decoded whole
             highest, most = max((highest, most), highest_value(read_file(file)))
     low_values = most > 255 and highest < _DARK << 8
     if not (hardly_differ or low_values):
@@ -289,43 +261,20 @@ def check_contrast(
     )
 
 
-def _check_share(
-    offenders: list[str],
-    total: int,
-    limit: float,
-    words: tuple[str, str, str],
-    details: str,
-    *,
-    one_is_allowed: bool = False,
-) -> None:
-    what, setting, remedy = words
-    if one_is_allowed and limit and len(offenders) == 1:  # of less than 100 files, one is over 1 %
-        return
-    if total and len(offenders) / total > limit:
-        raise DatasetError(
-            f"{len(offenders):,} of {total:,} {what}, more than {limit:.4g} ({setting}): {_first_few(offenders)}; "
-            f"{remedy}, or raise the limit; see {details}"
-        )
-
-
-def _first_few(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
-
-
 def compute_statistics(
     images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], num_classes: int
 ) -> TrainingStatistics:
     """Measure the training images, a few at a time.
 
-    An image's brightness is the mean of all its values, the three channels alike.
+    The brightness of an image is the mean of all its values, in all three channels.
 
     Args:
-        images: shape (N, H, W, 3), uint8; may be a mapped file larger than the memory. N ≥ 1.
-        labels: shape (N,).
+        images: (N, H, W, 3) uint8, N ≥ 1; may be a mapped file larger than the memory.
+        labels: (N,), indices of classes.
     """
     num_pixels = images.shape[1] * images.shape[2]
     step = max(1, _CHUNK_BYTES // (num_pixels * 3))
-    histogram = np.zeros((3, 256))  # of each channel; exact, as are the sums that follow from it
+    histogram = np.zeros((3, 256))  # for each channel; exact, and so are the sums below
     sums = np.empty(len(images))
     for start in range(0, len(images), step):
         chunk = np.ascontiguousarray(images[start : start + step])

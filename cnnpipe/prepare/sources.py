@@ -1,8 +1,12 @@
 """Where images come from: the built-in digits, the archive of CIFAR-10, or a user's folder.
 
-A source tells what it holds in two ways. `content()` is the digest of it all, found as cheaply as can be; `read()`
-gives the images, with the same digest found on the way. Who has nothing to compare with reads at once, and everything
-is read only once.
+A source describes its content in two ways: `content()` returns the digest of it all, as cheaply as possible; `read()`
+returns the images, and the same digest with them. Without anything to compare with, a caller reads at once, so that
+everything is read only once.
+
+A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which val and test may be missing, or
+`<root>/<class>/*`. In the folder of a class a file may lie at any depth. Names that begin with a dot, those that
+`cnnpipe.images.leftovers` recognises, and files whose suffix no image has are left out; warnings count them.
 """
 
 from __future__ import annotations
@@ -10,37 +14,62 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Generator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import display_path, read_file, user_path
-from cnnpipe.images.decoding import DecodedChunk, DecodedFile, decode_files
-from cnnpipe.images.selection import FileFilter
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.files import display_path, user_path
+from cnnpipe.images.decode import read_file
+from cnnpipe.images.find import FileFilter, find_files
+from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out, name_leftover
+from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
 from cnnpipe.machine import usable_cores
-from cnnpipe.prepare.cifar10 import read_cifar10
-from cnnpipe.prepare.download import Archive, fetch_archive
-from cnnpipe.prepare.folders import ImageFolder, list_image_folder
-from cnnpipe.prepare.report import Unreadable
-from cnnpipe.prepare.splits import TEST, TRAIN
+from cnnpipe.prepare.cifar10 import Archive, fetch_archive, read_cifar10
+from cnnpipe.prepare.report import Unreadable, first_few
+from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.storage import storage_errors
 
-__all__ = ["Cifar10Source", "DigitsSource", "FolderSource", "Source", "SourceImages", "open_source"]
+__all__ = ["FolderSource", "Source", "SourceImages", "list_image_folder", "list_scored_folder", "open_source"]
 
-_logger = logging.getLogger(__name__)
+_NOT_IMAGES: Final = frozenset({
+    ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".rst", ".xml", ".xmp", ".aae", ".yaml", ".yml", ".toml",
+    ".ini", ".cfg", ".log", ".html", ".htm", ".css", ".js", ".url", ".lnk", ".py", ".pyc", ".ipynb", ".sh", ".bat",
+    ".exe", ".dll", ".so", ".tex", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".ods", ".ppt",
+    ".pptx", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".iso", ".npy", ".npz", ".mat",
+    ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".h5", ".hdf5", ".keras", ".onnx", ".tflite", ".safetensors",
+    ".tfrecord", ".parquet", ".feather", ".arrow", ".avro", ".db", ".sqlite", ".sqlite3", ".sql", ".cache",
+    ".names", ".labels", ".caption", ".md5", ".sha1", ".sha256", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v",
+    ".mp3", ".wav", ".flac", ".ogg", ".m4a",
+})  # fmt: skip
+"""Suffixes, in lower case, that no image has; a file of another suffix is read, and reported if it is not an image."""
+
+_SPLIT_NAMES: Final = {
+    "train": TRAIN, "training": TRAIN,
+    "val": VAL, "valid": VAL, "validation": VAL, "dev": VAL,
+    "test": TEST, "testing": TEST,
+}  # fmt: skip
+"""Name of a folder, in lower case -> the split that it means."""
+
+_HIDDEN: Final = ".*"
+"""How files and folders that begin with a dot are called in counts."""
+
+_LAYOUTS: Final = "need <root>/{train,val,test}/<class>/* or <root>/<class>/*"
 
 _CHUNK_FILES: Final = 128
 _MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,25 +77,26 @@ class SourceImages:
     """All readable images of a source, N of them, in its own order."""
 
     content: str
-    """SHA-256 of the source, as `Source.content` gives it."""
+    """SHA-256 of the source, as `Source.content` returns it."""
     class_names: tuple[str, ...]
     pixels: npt.NDArray[np.uint8]
-    """(N, H, W, 3) RGB, in the source's own size or, from a folder, in the model's."""
+    """Pixels, (N, H, W, 3) RGB; those of a folder have the model's size, others their own."""
     labels: npt.NDArray[np.int64]
-    """(N,)"""
+    """Index into `class_names` of each image, (N,)."""
     paths: Sequence[str]
+    """Name of each image in the source."""
     digests: Sequence[str]
-    """SHA-256 of each image's file or, where it has none, of its pixels."""
-    given: npt.NDArray[np.int8]
-    """(N,) index into `SPLITS`."""
+    """SHA-256 of each image's file or, if it has none, of its pixels."""
+    given_split: npt.NDArray[np.int8]
+    """Index into `SPLITS` of the split that each image comes with, (N,)."""
     given_splits: frozenset[int]
-    """The splits that the source comes with; the others are taken out of train."""
+    """Splits that the source comes with; the others are taken out of train."""
     unreadable: tuple[Unreadable, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 class Source(Protocol):
-    """What every source can do."""
+    """Interface of a source."""
 
     kind: str
 
@@ -78,7 +108,7 @@ class Source(Protocol):
 
         Args:
             image_size: the model's (height, width), for sources that decode.
-            scratch: a file that may be written, in a place with room for all images; it must outlive the result.
+            scratch: path of a file to write pixels to; it must outlive the result.
         """
 
 
@@ -90,53 +120,48 @@ def open_source(
     Raises:
         DatasetError: it is a folder that cannot be a dataset.
     """
-    if settings.dataset in BUILT_IN_DATASETS and Path(settings.dataset).is_dir():
+    name = settings.dataset
+    if name in BUILT_IN_DATASETS and Path(name).is_dir():
         _logger.warning(
-            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s",
-            settings.dataset,
-            settings.dataset,
+            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s", name, name
         )
-    if settings.dataset == "digits":
-        return DigitsSource()
-    if settings.dataset == "cifar10":
-        return Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(user_path(settings.dataset), FileFilter(settings.include, settings.exclude))
+    if name == "digits":
+        return _DigitsSource()
+    if name == "cifar10":
+        return _Cifar10Source(archive, raw, progress)
+    folder = list_image_folder(user_path(name), FileFilter(settings.include, settings.exclude))
     return FolderSource(folder, workers or usable_cores(), progress)
 
 
-class DigitsSource:
-    """1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
+class _DigitsSource:
+    """The 1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
 
     kind = "digits"
 
     def content(self) -> str:
-        pixels, labels = self._load()
-        return hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
+        return self.read((8, 8), Path()).content
 
     def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
-        pixels, labels = self._load()
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # Source: scikit-learn's description of the dataset: grey levels are whole numbers from 0 to 16.
+        grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+        pixels = np.repeat(grey[..., np.newaxis], 3, axis=3)
+        labels = digits.target.astype(np.int64)
         return SourceImages(
             content=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(),
             class_names=tuple(str(digit) for digit in range(10)),
             pixels=pixels,
             labels=labels,
             paths=[f"digits/{index:04d}" for index in range(len(labels))],
-            digests=_pixel_digests(pixels),
-            given=np.full(len(labels), TRAIN, np.int8),
+            digests=_hash_pixels(pixels),
+            given_split=np.full(len(labels), TRAIN, np.int8),
             given_splits=frozenset(),
         )
 
-    @staticmethod
-    def _load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        # Source: scikit-learn's description of the dataset: grey levels are whole numbers from 0 to 16.
-        grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-        return np.repeat(grey[..., np.newaxis], 3, axis=3), digits.target.astype(np.int64)
-
-
-class Cifar10Source:
+class _Cifar10Source:
     """The official archive, from `data/raw` or the network, with its own split of train and test."""
 
     kind = "cifar10"
@@ -157,13 +182,13 @@ class Cifar10Source:
             pixels=cifar10.pixels,
             labels=cifar10.labels,
             paths=cifar10.paths,
-            digests=_pixel_digests(cifar10.pixels),
-            given=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
+            digests=_hash_pixels(cifar10.pixels),
+            given_split=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
             given_splits=frozenset({TRAIN, TEST}),
         )
 
 
-def _pixel_digests(pixels: npt.NDArray[np.uint8]) -> list[str]:
+def _hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
 
@@ -178,30 +203,29 @@ class FolderSource:
         self._progress = progress
 
     def content(self) -> str:
-        paths, done = self._folder.paths, 0
+        paths = self._folder.paths
         chunks = [paths[start : start + _CHUNK_FILES] for start in range(0, len(paths), _CHUNK_FILES)]
-        entries: list[tuple[str, str]] = []
-        # Threads: reading and hashing let go of the interpreter, and processes would have to be started.
+        outcomes: list[str] = []
+        # Threads: reading and hashing release the interpreter, and processes would have to be started.
         with ThreadPoolExecutor(self._workers) as threads:
             try:
                 for chunk in threads.map(self._hash_files, chunks):
-                    entries += chunk
-                    done += len(chunk)
-                    self._progress("hash", done, len(paths))
+                    outcomes += chunk
+                    self._progress("hash", len(outcomes), len(paths))
             except BaseException:  # such as Ctrl-C: the rest need not be read before it takes effect
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
-        return _folder_content(entries)
+        return _hash_folder(paths, outcomes)
 
-    def _hash_files(self, paths: Sequence[str]) -> list[tuple[str, str]]:
-        entries = []
+    def _hash_files(self, paths: Sequence[str]) -> list[str]:
+        """Return for each file the SHA-256 of its bytes, or the kind of error for which it cannot be read."""
+        outcomes = []
         for path in paths:
             try:
-                digest = hashlib.sha256(read_file(self._folder.root / path)).hexdigest()
+                outcomes.append(hashlib.sha256(read_file(self._folder.root / path)).hexdigest())
             except ImageError as error:
-                digest = error.kind
-            entries.append((path, digest))
-        return entries
+                outcomes.append(error.kind)
+        return outcomes
 
     def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
         files = self._decode_to(scratch, image_size)
@@ -212,13 +236,13 @@ class FolderSource:
                 f"the first, {display_path(files[0].path)}: {files[0].error}"
             )
         return SourceImages(
-            content=_folder_content([(file.path, file.sha256 or file.error_kind) for file in files]),
+            content=_hash_folder(self._folder.paths, [file.sha256 or file.error_kind for file in files]),
             class_names=self._folder.class_names,
             pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
             labels=self._folder.labels[readable],
             paths=[display_path(file.path) for file in files if not file.error_kind],
             digests=[file.sha256 for file in files if not file.error_kind],
-            given=self._folder.given[readable],
+            given_split=self._folder.given_split[readable],
             given_splits=self._folder.given_splits,
             unreadable=tuple(
                 Unreadable(display_path(file.path), file.error_kind, display_path(file.error))
@@ -229,16 +253,16 @@ class FolderSource:
         )
 
     def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
-        """Decode all files, write the pixels of those that can be decoded to `scratch`, one after the other."""
+        """Decode all files, and write the pixels of those that are images to `scratch`, one after the other."""
         files: list[DecodedFile] = []
-        # Plain writes report a full disk; into a mapped file they would end the process with SIGBUS.
+        # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
         with storage_errors(scratch):
             file = scratch.open("wb")
         with file, closing(self._decode_chunks(image_size)) as chunks:
             for chunk in chunks:
                 with storage_errors(scratch):
                     file.write(chunk.images.tobytes())
-                    file.flush()  # here, so that a full disk is not told at closing
+                    file.flush()  # reports a full disk here and not when the file is closed
                 files += chunk.files
                 self._progress("decode", len(files), len(self._folder.paths))
         return files
@@ -253,13 +277,273 @@ class FolderSource:
             yield decode_files(root, paths[start : start + _CHUNK_FILES], image_size)
 
 
-def _folder_content(entries: Sequence[tuple[str, str]]) -> str:
-    """Digest a folder: paths and what they hold, whatever the order in which they were listed or read.
+def _hash_folder(paths: Sequence[str], outcomes: Sequence[str]) -> str:
+    """Return a digest of a folder's paths and content, whatever the order in which they were listed or read.
 
     Args:
-        entries: relative path, and SHA-256 of the bytes or why they could not be read.
+        paths: relative to the folder.
+        outcomes: for each path the SHA-256 of the file's bytes, or why they could not be read.
     """
     content = hashlib.sha256()
-    for path, digest in sorted((os.fsencode(path), digest) for path, digest in entries):
-        content.update(b"%d:%b%b\n" % (len(path), path, digest.encode()))
+    for path, outcome in sorted(zip(map(os.fsencode, paths), outcomes, strict=True)):
+        content.update(b"%d:%b%b\n" % (len(path), path, outcome.encode()))
     return content.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Every file of a folder that should be an image, N in all, in order: by split, by class, and as `find_files`."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: list[str]
+    """Path of each file relative to `root`, with `/`."""
+    labels: npt.NDArray[np.int64]
+    """Index into `class_names` of each file, (N,)."""
+    given_split: npt.NDArray[np.int8]
+    """Index into `SPLITS` of each file, (N,); train for all in the flat layout."""
+    given_splits: frozenset[int]
+    """Splits that the folder comes with."""
+    warnings: tuple[str, ...]
+
+
+def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFolder:
+    """Find the classes and files of a folder in either layout.
+
+    Args:
+        wanted: lists only files that it admits, by their paths relative to `root`; default: all.
+    Raises:
+        DatasetError: the folder does not exist, has neither layout, fewer than two classes, a class without images, or
+            a class in val or test that train lacks.
+    """
+    listing = _Listing(root, wanted or FileFilter())
+    folders, files = _list_names(root)
+    if not folders:
+        holds = f"{len(files)} files and no folders" if files else "nothing"
+        raise DatasetError(f"{root} holds {holds}; {_LAYOUTS}")
+    folders = listing.class_folders("")
+    splits = _find_splits(root, folders)
+    if not splits:
+        listing.add_split(TRAIN, "", folders)
+    elif others := [display_path(name) for name in folders if name not in splits.values()]:
+        listing.warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
+    for split, folder in splits.items():
+        listing.add_split(split, folder, listing.class_folders(folder))
+    class_names = _check_classes(root, splits, listing.files)
+    listing.warnings += _warn_of_look_alikes(class_names)
+    return listing.finish(class_names, frozenset(splits))
+
+
+def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> ImageFolder:
+    """Find all images of a folder to score a model on: those in `test`, else in all splits, else in all classes.
+
+    Args:
+        class_names: the model's, which determine the labels; None takes the folder's own.
+    Raises:
+        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model does
+            not know.
+    """
+    listing = _Listing(root, FileFilter())
+    folders = listing.class_folders("")
+    splits = {
+        name: _SPLIT_NAMES[name.lower()]
+        for name in folders
+        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name)[0]
+    }
+    tests = [name for name, split in splits.items() if split == TEST]
+    for name in tests or (splits if list(splits) == folders else []):
+        listing.add_split(splits[name], name, listing.class_folders(name))
+    if not listing.files:
+        listing.add_split(TEST, "", folders)
+    filled = {name for classes in listing.files.values() for name, found in classes.items() if found}
+    if not filled:
+        raise DatasetError(f"{root} holds no images in class folders; need <root>/<class>/* or <root>/test/<class>/*")
+    names = class_names or tuple(sorted(filled, key=os.fsencode))
+    if unknown := sorted(filled - set(names)):
+        raise DatasetError(
+            f"{root} has folders of classes that the model does not know: {_show(unknown)}; it knows "
+            f"{_show(names)}; rename or remove the others"
+        )
+    if missing := [name for name in names if name not in filled]:
+        listing.warnings.append(f"{root} has no images of these classes of the model: {_show(missing)}")
+    return listing.finish(names, frozenset())
+
+
+def _show(names: Iterable[str]) -> str:
+    return first_few([display_path(name) for name in names], 5)
+
+
+class _Listing:
+    """The files of a folder, and what is to be said about it."""
+
+    def __init__(self, root: Path, wanted: FileFilter) -> None:
+        self._root = root
+        self._wanted = wanted
+        self._passed_over: Counter[str] = Counter()
+        self._suffixes: Counter[str] = Counter()
+        self.files: dict[int, dict[str, list[str]]] = {}
+        """Split -> class -> paths relative to the root."""
+        self.warnings: list[str] = []
+
+    def class_folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder; warn of the files that lie beside them."""
+        folders, files = _list_names(self._root / folder, self._passed_over)
+        if files:
+            where, shown = display_path(str(self._root / folder)), first_few([display_path(name) for name in files])
+            self.warnings.append(f"{len(files)} files in {where} are in no class folder and were left out: {shown}")
+        return folders
+
+    def add_split(self, split: int, folder: str, classes: Iterable[str]) -> None:
+        """List the files of the classes in a folder; leave out a class that is cnnpipe's own or has no wanted file."""
+        paths = self.files.setdefault(split, {})
+        for name in classes:
+            if (found := self._list_class(f"{folder}/{name}" if folder else name)) is not None:
+                paths[name] = paths.get(name, []) + found
+
+    def _list_class(self, folder: str) -> list[str] | None:
+        """Return the files of a class, relative to the root; None if the class is to be left out."""
+        try:
+            folder.encode()
+        except UnicodeEncodeError as error:
+            name = display_path(PurePosixPath(folder).name)
+            raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
+        path, passed_over = self._root / folder, Counter[str]()
+        with suppress(OSError):  # `find_files` reports it
+            if is_own_folder(os.fsencode(path), map(os.fsencode, os.listdir(path))):
+                self._passed_over[OWN] += 1
+                return None
+        files, all_wanted = [], True
+        for file in find_files(path, passed_over=passed_over):
+            suffix = PurePosixPath(file).suffix.lower()
+            if file.startswith(".") or "/." in file:
+                passed_over[_HIDDEN] += 1
+            elif not self._wanted.admits(f"{folder}/{file}"):
+                all_wanted = False
+            elif suffix in _NOT_IMAGES:
+                self._suffixes[suffix] += 1
+            else:
+                files.append(f"{folder}/{file}")
+        self._passed_over.update(passed_over)
+        return files if files or (all_wanted and not passed_over[OWN]) else None
+
+    def finish(self, class_names: tuple[str, ...], given_splits: frozenset[int]) -> ImageFolder:
+        """Return the listed files."""
+        if self._suffixes:
+            number = f"{self._suffixes.total():,} files that are not images by their suffixes were left out"
+            self.warnings.append(f"{number}: {list_left_out(self._suffixes)}")
+        if self._passed_over:
+            self.warnings.append(describe_passed_over(self._passed_over))
+        rows = [
+            (path, label, split)
+            for split, classes in self.files.items()
+            for label, name in enumerate(class_names)
+            for path in classes.get(name, [])
+        ]
+        return ImageFolder(
+            root=self._root,
+            class_names=class_names,
+            paths=[path for path, _, _ in rows],
+            labels=np.array([label for _, label, _ in rows], np.int64),
+            given_split=np.array([split for _, _, split in rows], np.int8),
+            given_splits=given_splits,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _list_names(folder: Path, passed_over: Counter[str] | None = None) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the other entries in a folder, each sorted bytewise."""
+    folders: list[str] = []
+    files: list[str] = []
+    shown = display_path(str(folder))
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                leftover = name_leftover(os.fsencode(folder), os.fsencode(entry.name), entry.is_dir())
+                if not leftover and not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+                elif passed_over is not None:
+                    passed_over[leftover or _HIDDEN] += 1
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"there is no dataset {shown}; need digits, cifar10 or the path of a folder of images"
+        ) from error
+    except NotADirectoryError as error:
+        raise DatasetError(f"{shown} is a file; {_LAYOUTS}") from error
+    except OSError as error:
+        raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
+    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+
+
+def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
+    """Return split -> name of its folder; empty for the flat layout.
+
+    A class may well be called train (beside car and bus), so the name alone does not make a split: it must hold
+    folders itself, or lie beside nothing but splits.
+    """
+    named = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
+    has_splits = any(_list_names(root / name)[0] for name, split in named.items() if split == TRAIN)
+    if not has_splits and len(named) < len(folders):
+        return {}
+    splits: dict[int, str] = {}
+    for name, split in sorted(named.items(), key=lambda item: item[1]):
+        if (other := splits.setdefault(split, name)) != name:
+            raise DatasetError(
+                f"{root} has {other} and {name}, and both mean {SPLITS[split]}; merge them, or rename one"
+            )
+    if TRAIN not in splits:
+        raise DatasetError(f"{root} has {' and '.join(named)}, but no train; {_LAYOUTS}")
+    return splits
+
+
+def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[str, list[str]]]) -> tuple[str, ...]:
+    """Return the class names, which are those of train; check that the other splits have no others."""
+    train = files[TRAIN]
+    if not train:
+        raise DatasetError(
+            f"{root / folders.get(TRAIN, '')} has no class folders with files that are wanted; {_LAYOUTS}"
+        )
+    if empty := [name for name, found in train.items() if not found]:
+        raise DatasetError(
+            f"class {', '.join(map(repr, empty[:5]))} of {root} has no images in train; add some, or remove its folder"
+        )
+    if len(train) < 2:
+        raise DatasetError(f"need at least two classes, received only {next(iter(train))!r} in {root}; {_LAYOUTS}")
+    for split in sorted(set(files) - {TRAIN}):
+        filled = {name for name, found in files[split].items() if found}
+        if not filled:
+            raise DatasetError(f"{root / folders[split]} holds no images in class folders; fill it, or remove it")
+        if unknown := sorted(filled - set(train)):
+            raise _unknown_class(root, folders[split], unknown[0], train)
+    return tuple(train)
+
+
+def _unknown_class(root: Path, folder: str, name: str, train: Iterable[str]) -> DatasetError:
+    twin = next((other for other in train if _appearance(other) == _appearance(name)), None)
+    if twin is None:
+        return DatasetError(
+            f"class {name!r} of {root} is in {folder}, but not in train; add it to train, or remove it there"
+        )
+    return DatasetError(
+        f"class {_spell(name)} of {root} is in {folder}, but not in train, which has {_spell(twin)}; rename one of them"
+    )
+
+
+def _warn_of_look_alikes(class_names: Iterable[str]) -> list[str]:
+    """Return a warning for classes whose names look alike, in letters that show how they differ."""
+    groups: dict[str, list[str]] = {}
+    for name in class_names:
+        groups.setdefault(_appearance(name), []).append(_spell(name))
+    alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    return [f"classes have names that look alike: {', '.join(alike)}; merge those that mean one class"] if alike else []
+
+
+def _spell(name: str) -> str:
+    """Return a name in ASCII, so that two that look alike do not; a second space is shown as its code."""
+    return ascii(name).replace("  ", " \\x20")
+
+
+def _appearance(name: str) -> str:
+    """Return a name without what a reader may overlook: case, spaces at the ends, how an accent is written."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    visible = (" " if char.isspace() else char for char in plain if unicodedata.category(char) != "Cf")
+    return " ".join("".join(visible).split())

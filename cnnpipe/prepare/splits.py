@@ -1,4 +1,4 @@
-"""Decide which image learns, which one chooses the checkpoint, and which one only judges."""
+"""Assign each image to train, val or test: to learn from, to choose the checkpoint by, or to judge the model on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEST: Final = 2
 def assign_splits(
     labels: npt.NDArray[np.int64],
     digests: Sequence[str],
-    given: npt.NDArray[np.int8],
+    given_split: npt.NDArray[np.int8],
     *,
     val_fraction: float | None,
     test_fraction: float | None,
@@ -29,30 +29,31 @@ def assign_splits(
 ) -> npt.NDArray[np.int8]:
     """Take test and val out of train, class by class, where the source does not come with them.
 
-    Images of the same content are never parted, or the test would ask what train has told. The order in which the
-    images of a class are taken follows from a hash of their content and the seed, not from a shuffled list: so a
-    folder that grows every night keeps nearly all of its images in the splits where they were, and a champion
-    trained last week is not judged today on what it has learnt.
+    Images of the same content stay in one split: a model must not be judged on what it has learned. The order in which
+    the images of a class are taken follows from a hash of their content and the seed, not from a shuffled list, so a
+    folder that grows every night keeps nearly all of its images in their splits. Test is taken from the front of that
+    order and val after it, so that val lies between the other two: an image that changes its split as a class grows
+    hardly ever moves from train to test, and last week's champion is not judged on what it has learned.
 
     Args:
-        labels: class of each image, shape (N,).
-        digests: content of each image; equal if and only if the content is.
-        given: the split each image comes with, shape (N,), an index into `SPLITS`.
-        val_fraction: share of train, once test is taken out, that becomes val; None keeps the val that is given.
-        test_fraction: share of train that becomes test; None keeps the test that is given.
-        seed: another seed, another choice.
+        labels: class of each image, (N,).
+        digests: digest of each image's content.
+        given_split: split that each image comes with, (N,), an index into `SPLITS`.
+        val_fraction: fraction of train, without test, that becomes val; None keeps the given val.
+        test_fraction: fraction of train that becomes test; None keeps the given test.
+        seed: determines the choice.
     Returns:
-        The split of each image, shape (N,). A class with at least one different image for each split has one in each;
-        one with fewer stays whole in train.
+        The split of each image, (N,). A class with at least one different image for each split has one in each;
+        a class with fewer stays in train.
     """
-    # A content in several classes is a mistake in the labels; it counts for the class where it is seen first.
+    # The same content in several classes is a mistake in the labels; it counts for the class where it is seen first.
     groups: dict[int, dict[str, list[int]]] = {}
-    home: dict[str, int] = {}
-    for index in np.flatnonzero(given == TRAIN).tolist():
+    first_label: dict[str, int] = {}
+    for index in np.flatnonzero(given_split == TRAIN).tolist():
         digest = digests[index]
-        label = home.setdefault(digest, int(labels[index]))
+        label = first_label.setdefault(digest, int(labels[index]))
         groups.setdefault(label, {}).setdefault(digest, []).append(index)
-    splits = given.copy()
+    splits = given_split.copy()
     for contents in groups.values():
         ranked = sorted(contents, key=lambda digest: _rank(digest, seed))
         num_test, num_val = _held_out(len(ranked), test_fraction, val_fraction)

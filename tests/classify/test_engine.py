@@ -34,9 +34,8 @@ from cnnpipe.classify.engine import (
 )
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError
 from cnnpipe.images.decode import RGBImage, decode_image
-from cnnpipe.images.decoding import DecodedChunk, DecodedFile, Decoder
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedChunk, DecodedFile, Decoder, DecoderPool
 from cnnpipe.session import ClassifierSession, open_session
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -315,8 +314,8 @@ class FakePool(DecoderPool):
         while names := list(islice(paths, self._chunk_files)):
             self.taken += len(names)
             kinds = ["" if name.endswith(".png") else "empty" for name in names]
-            files = tuple(DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True))
-            yield DecodedChunk(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
+            files = [DecodedFile(name, "", kind, kind) for name, kind in zip(names, kinds, strict=True)]
+            yield DecodedChunk.of(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
 
 
 def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(session: ClassifierSession) -> None:
@@ -491,7 +490,7 @@ def test_gpu_without_room_for_one_image_is_an_error() -> None:
 _STUCK = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_engine
 from cnnpipe.images.find import find_files
 from cnnpipe.images.workers import DecoderPool
@@ -505,7 +504,7 @@ with DecoderPool(2, test_engine.decode_forever) as pool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ended_parent_leaves_no_process_behind(digits: Path, tmp_path: Path, ending: signal.Signals) -> None:
-    code = _STUCK.format(tests=str(Path(__file__).parents[1]), folder=str(digits))
+    code = _STUCK.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], folder=str(digits))
     environment = os.environ | {"CNNPIPE_TEST_PIDS": str(tmp_path)}
     # A shell has Ctrl-C ignored in what it starts in the background, as these tests may be.
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"

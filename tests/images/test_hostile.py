@@ -10,7 +10,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -22,12 +21,10 @@ from PIL import ExifTags, Image
 
 from cnnpipe.files import display_path
 from cnnpipe.images.decode import RGBImage, decode_image, upright_size
-from cnnpipe.images.decoding import DecodedFile, Decoder
 from cnnpipe.images.find import find_files
-from cnnpipe.images.workers import DecoderPool
+from cnnpipe.images.workers import DecodedFile, Decoder, DecoderPool
 
 pytestmark = pytest.mark.timeout(120)
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and devices of POSIX")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, or has names other systems refuse")
 
 SIZE = (24, 30)
@@ -38,10 +35,6 @@ def decode_or_misbehave(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     """The decoder of some tests, which worker processes import from here by its name."""
     if data.startswith(b"SEGFAULT"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    if data.startswith(b"FOREVER"):
-        time.sleep(600)
-    if data.startswith(b"STOP"):
-        os.kill(os.getpid(), signal.SIGSTOP)
     if data.startswith(b"MEMORY"):
         eaten = []
         while True:
@@ -173,12 +166,11 @@ def decode_all(
     root: Path,
     paths: Iterable[str] | None = None,
     decoder: Decoder = decode_image,
-    seconds_per_file: float = 60.0,
     look: Callable[[DecoderPool], None] = lambda pool: None,
 ) -> tuple[dict[str, DecodedFile], dict[str, RGBImage]]:
     """Return what became of each file of a folder, and the pixels of those that have any."""
     paths = list(find_files(root) if paths is None else paths)
-    with DecoderPool(2, decoder, seconds_per_file) as pool:
+    with DecoderPool(2, decoder) as pool:
         chunks = list(pool.decode(root, iter(paths), SIZE))
         look(pool)
     files = [file for chunk in chunks for file in chunk.files]
@@ -213,7 +205,7 @@ def test_hostile_content_is_one_row_of_its_kind(tmp_path: Path) -> None:
 
 
 def with_chunk(kind: bytes, content: bytes, *, damaged: bool = False, at_end: bool = False) -> bytes:
-    """A PNG file of `picture()` with one more chunk, behind its header or its pixels."""
+    """A PNG file of `picture()` with one more chunk, after its header or its pixels."""
     data, chunk = encode(picture(), "PNG"), png((kind, content))[8:-12]
     place = -12 if at_end else 33
     return data[:place] + (chunk[:-4] + b"oops" if damaged else chunk) + data[place:]
@@ -303,8 +295,7 @@ def test_inverted_cmyk_of_adobe_is_not_a_negative(tmp_path: Path) -> None:
     assert np.abs(pixels["adobe.jpg"].astype(int) - (250, 10, 10)).max() <= 6
 
 
-@needs_posix
-def test_what_is_no_regular_file_is_a_row_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_regular_file_is_a_row_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     monkeypatch.chdir(tmp_path)  # the address of a socket is short
     with socket.socket(socket.AF_UNIX) as server:
@@ -335,8 +326,7 @@ def test_what_is_no_regular_file_is_a_row_and_never_read(tmp_path: Path, monkeyp
     }
 
 
-@needs_posix
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_forbidden_file_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(encode(picture(), "PNG"))
     (tmp_path / "secret.png").chmod(0)
@@ -345,7 +335,6 @@ def test_forbidden_file_is_unreadable(tmp_path: Path) -> None:
     assert rows["secret.png"].error == "Permission denied"
 
 
-@needs_posix
 def test_paths_that_the_system_refuses_are_rows(tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(encode(picture(), "PNG"))
     paths = ["file.png/inner.png", "deep/" * 2000 + "x.png", "x" * 300 + ".png", "vanished.png", "file.png"]
@@ -380,12 +369,12 @@ def test_file_that_grows_while_it_is_read_is_read_once_and_whole(tmp_path: Path)
     writer.start()
     try:
         with DecoderPool(2) as pool:
-            chunks = list(pool.decode(tmp_path, iter(["growing.png"] * 300), SIZE))
+            chunks = list(pool.decode(tmp_path, iter(["growing.png"] * 100), SIZE))
     finally:
         stop.set()
         writer.join()
     files = [file for chunk in chunks for file in chunk.files]
-    assert len(files) == 300
+    assert len(files) == 100
     assert all(file.has_image for file in files)
     assert len({file.sha256 for file in files}) > 1  # it did grow
 
@@ -407,21 +396,18 @@ def test_every_name_that_the_system_allows_is_decoded(tmp_path: Path) -> None:
         display_path(path).encode()  # what the table shows is UTF-8, whatever the name is
 
 
-@needs_posix
-def test_decoder_that_crashes_hangs_stops_or_eats_memory_costs_its_row_only(tmp_path: Path) -> None:
+def test_decoder_that_crashes_or_eats_memory_costs_its_row_only(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number:02}.png").write_bytes(encode(picture(number), "PNG"))
-    bad = {"03.png": b"SEGFAULT", "14.png": b"FOREVER", "15.png": b"STOP", "22.png": b"SEGFAULT again"}
+    bad = {"03.png": b"SEGFAULT", "22.png": b"SEGFAULT again"}
     if sys.platform != "darwin":  # which has no limit on memory
         bad["29.png"] = b"MEMORY"
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    rows, pixels = decode_all(tmp_path, decoder=decode_or_misbehave, seconds_per_file=1.0)
+    rows, pixels = decode_all(tmp_path, decoder=decode_or_misbehave)
     errors = {path: (row.error_kind, row.error) for path, row in rows.items() if row.error_kind}
     expected = {
         "03.png": ("crashed", "the decoder crashed, killed by SIGSEGV"),
-        "14.png": ("timeout", "the decoder took too long, more than 1 seconds"),
-        "15.png": ("timeout", "the decoder took too long, more than 1 seconds"),
         "22.png": ("crashed", "the decoder crashed, killed by SIGSEGV"),
         "29.png": ("too_large", "not enough memory to read and decode it"),
     }

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
-import tarfile
-import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,19 +22,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnnpipe.classify.run import classify_folder
-from cnnpipe.errors import CnnpipeError, DatasetError, StorageError
+from cnnpipe.errors import DatasetError, StorageError
 from cnnpipe.images.decode import decode_image
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     SPLITS,
     PreparedDataset,
-    check_gates,
     load_prepared,
-    prepare_arrays,
     prepare_dataset,
+    scratch_folder,
 )
-from cnnpipe.prepare.download import Archive
 from cnnpipe.prepare.sources import open_source
 from cnnpipe.prepare.splits import TEST, TRAIN, VAL, assign_splits
 from cnnpipe.settings import ClassifySettings, PrepareSettings
@@ -94,6 +89,12 @@ def test_digits_are_prepared_without_a_network(tmp_path: Path) -> None:
     dataset = prepare("digits", tmp_path)
     assert dataset.class_names == tuple("0123456789")
     assert sum(dataset.num_images.values()) == 1797
+    assert dataset.report.warnings == ()
+    index = int(dataset.paths("test")[0].removeprefix("digits/"))
+    file = io.BytesIO()
+    Image.fromarray(np.round(DIGITS.images[index] * 255 / 16).astype(np.uint8)).save(file, "PNG")
+    assert np.array_equal(dataset.images("test")[0], decode_image(file.getvalue(), (32, 32)))
+    assert dataset.labels("test")[0] == DIGITS.target[index]
     assert dataset.source == dataset.name == "digits"
     for split in SPLITS:
         images, labels = dataset.images(split), dataset.labels(split)
@@ -104,15 +105,6 @@ def test_digits_are_prepared_without_a_network(tmp_path: Path) -> None:
         assert len(labels) == len(dataset.paths(split)) == dataset.num_images[split]
     assert dataset.num_images["test"] == pytest.approx(0.2 * 1797, abs=6)
     assert dataset.num_images["val"] == pytest.approx(0.2 * 0.8 * 1797, abs=6)
-
-
-def test_a_digit_looks_as_if_decoded_from_a_file(tmp_path: Path) -> None:
-    dataset = prepare("digits", tmp_path)
-    index = int(dataset.paths("test")[0].removeprefix("digits/"))
-    assert dataset.labels("test")[0] == DIGITS.target[index]
-    file = io.BytesIO()
-    Image.fromarray(np.round(DIGITS.images[index] * 255 / 16).astype(np.uint8)).save(file, "PNG")
-    assert np.array_equal(dataset.images("test")[0], decode_image(file.getvalue(), (32, 32)))
 
 
 # --- folders
@@ -132,31 +124,24 @@ def test_a_flat_folder_is_split_and_every_image_is_in_one_split(tmp_path: Path) 
             assert np.array_equal(pixels, decode_image((root / path).read_bytes(), (32, 32)))
 
 
-def test_given_splits_are_kept_and_val_is_taken_from_train(tmp_path: Path) -> None:
-    dataset = prepare(write_splits(tmp_path / "root", train=20, test=5), tmp_path / "data")
-    assert dataset.num_images == {"train": 48, "val": 12, "test": 15}
-    assert all(path.startswith("test/") for path in dataset.paths("test"))
-    assert all(path.startswith("train/") for path in dataset.paths("train") + dataset.paths("val"))
-
-
-def test_three_given_splits_are_all_kept(tmp_path: Path) -> None:
-    dataset = prepare(write_splits(tmp_path / "root", train=12, val=4, test=5), tmp_path / "data")
-    assert dataset.num_images == {"train": 36, "val": 12, "test": 15}
-
-
-def test_a_missing_test_is_taken_from_train_and_val_is_left_alone(tmp_path: Path) -> None:
-    dataset = prepare(write_splits(tmp_path / "root", train=20, val=4), tmp_path / "data")
-    assert dataset.num_images == {"train": 48, "val": 12, "test": 12}
-
-
 @pytest.mark.parametrize(
-    "names", [("train", "valid", "test"), ("training", "validation", "testing"), ("Train", "VAL", "Test")]
+    ("counts", "expected"),
+    [
+        ({"train": 20, "test": 5}, {"train": 48, "val": 12, "test": 15}),
+        ({"train": 12, "val": 4, "test": 5}, {"train": 36, "val": 12, "test": 15}),
+        ({"train": 20, "val": 4}, {"train": 48, "val": 12, "test": 12}),
+        ({"training": 12, "validation": 4, "testing": 5}, {"train": 36, "val": 12, "test": 15}),
+        ({"Train": 12, "VALID": 4, "Test": 5}, {"train": 36, "val": 12, "test": 15}),
+    ],
 )
-def test_splits_may_be_called_as_others_call_them(tmp_path: Path, names: tuple[str, str, str]) -> None:
-    root = write_splits(tmp_path / "root", **dict(zip(names, (12, 4, 5), strict=True)))
-    dataset = prepare(root, tmp_path / "data")
-    assert dataset.num_images == {"train": 36, "val": 12, "test": 15}
-    assert dataset.paths("val")[0].startswith(f"{names[1]}/")
+def test_given_splits_are_kept_and_missing_ones_are_taken_from_train(
+    tmp_path: Path, counts: dict[str, int], expected: dict[str, int]
+) -> None:
+    dataset = prepare(write_splits(tmp_path / "root", **counts), tmp_path / "data")
+    assert dataset.num_images == expected
+    folders = {name.lower()[:3]: name for name in counts}
+    for split in SPLITS:
+        assert {path.split("/")[0] for path in dataset.paths(split)} == {folders.get(split[:3], next(iter(counts)))}
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
@@ -310,8 +295,10 @@ def test_files_that_no_suffix_calls_an_image_are_left_out_and_counted(tmp_path: 
         file.with_name(f"{file.name}.json").write_text("{}")
     (root / "digit0" / "LABELS.CSV").write_text("a")
     (root / "digit1" / "unknown.xyz").write_text("a")
+    (root / "stray.png").touch()
     report = prepare(root, tmp_path / "data").report
-    assert report.warnings[0] == "61 files that are not images by their suffixes were left out: .json (60), .csv (1)"
+    assert report.warnings[0] == f"1 files in {root} are in no class folder and were left out: stray.png"
+    assert report.warnings[1] == "61 files that are not images by their suffixes were left out: .json (60), .csv (1)"
     assert [file.path for file in report.unreadable] == ["digit1/unknown.xyz"]
 
 
@@ -387,15 +374,6 @@ def test_unreadable_files_are_reported_and_left_out(tmp_path: Path) -> None:
     )
 
 
-def test_stray_files_beside_classes_are_a_warning(tmp_path: Path) -> None:
-    root = write_flat(tmp_path / "root")
-    for name in ("a.png", "b.txt"):
-        (root / name).touch()
-    assert prepare(root, tmp_path / "data").report.warnings[0] == (
-        f"2 files in {root} are in no class folder and were left out: a.png, b.txt"
-    )
-
-
 def test_classes_missing_in_test_are_a_warning(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "root", train=15, test=5)
     shutil.rmtree(root / "test" / "digit1")
@@ -424,6 +402,33 @@ def only_files(root: Path) -> None:
     (root / "a.png").touch()
 
 
+def file_instead(root: Path) -> None:
+    shutil.rmtree(root)
+    root.touch()
+
+
+def with_test(root: Path) -> Path:
+    """Make the flat folder one of a given split, and return where its test goes."""
+    shutil.move(root, root.with_name("train"))
+    root.mkdir()
+    shutil.move(root.with_name("train"), root / "train")
+    return root / "test"
+
+
+def other_class_in_test(root: Path) -> None:
+    write_class(with_test(root) / "digit9", 9, range(3))
+
+
+def empty_test(root: Path) -> None:
+    (with_test(root) / "digit0").mkdir(parents=True)
+
+
+def spoilt_test(root: Path) -> None:
+    folder = with_test(root) / "digit0"
+    folder.mkdir(parents=True)
+    (folder / "x.jpg").write_bytes(b"spoilt")
+
+
 def spoil_all(root: Path) -> None:
     for file in root.rglob("*.png"):
         file.write_bytes(b"spoilt")
@@ -433,25 +438,26 @@ def spoil_all(root: Path) -> None:
     ("spoil", "message"),
     [
         (shutil.rmtree, "there is no dataset .*root; need digits, cifar10 or the path of a folder"),
+        (file_instead, "root is a file; need <root>"),
         (empty_root, "root holds nothing; need <root>/{train,val,test}/<class>"),
         (only_files, "root holds 1 files and no folders; need"),
         (remove_class, "need at least two classes, received only 'digit0'"),
         (empty_class, "class 'digit1' of .* has no images in train"),
         (spoil_all, "none of the 60 files in .* can be read as an image; the first, digit0/000.png: no image format"),
+        (other_class_in_test, r"class 'digit9' of .* is in test, but not in train"),
+        (empty_test, "test holds no images in class folders"),
+        (spoilt_test, "leaves no readable image for test"),
     ],
 )
-def test_a_folder_that_is_no_dataset_says_why(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_a_folder_that_is_not_a_dataset_says_why_in_one_line(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
     root = write_flat(tmp_path / "root")
     spoil(root)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=message) as caught:
         prepare(root, tmp_path / "data")
+    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data").glob("prepared/*"))
-
-
-def test_a_file_is_no_dataset(tmp_path: Path) -> None:
-    (tmp_path / "x.zip").touch()
-    with pytest.raises(DatasetError, match=r"x\.zip is a file; need <root>"):
-        prepare(tmp_path / "x.zip", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -467,28 +473,6 @@ def test_folders_that_look_like_splits_are_never_taken_for_classes(
 ) -> None:
     root = write_splits(tmp_path / "root", **splits)
     with pytest.raises(DatasetError, match=message):
-        prepare(root, tmp_path / "data")
-
-
-def test_a_class_that_train_lacks_is_an_error(tmp_path: Path) -> None:
-    root = write_splits(tmp_path / "root", train=15, test=5)
-    write_class(root / "test" / "digit9", 9, range(3))
-    with pytest.raises(DatasetError, match=r"class 'digit9' of .* is in test, but not in train"):
-        prepare(root, tmp_path / "data")
-
-
-def test_an_empty_given_split_is_an_error(tmp_path: Path) -> None:
-    root = write_splits(tmp_path / "root", train=15)
-    (root / "test" / "digit0").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="test holds no images in class folders"):
-        prepare(root, tmp_path / "data")
-
-
-def test_a_given_split_of_unreadable_images_is_an_error(tmp_path: Path) -> None:
-    root = write_splits(tmp_path / "root", train=15, test=2)
-    for file in (root / "test").rglob("*.jpg"):
-        file.write_bytes(b"spoilt")
-    with pytest.raises(DatasetError, match="leaves no readable image for test"):
         prepare(root, tmp_path / "data")
 
 
@@ -539,14 +523,6 @@ def test_another_seed_is_another_split() -> None:
         for seed in range(2)
     )
     assert not np.array_equal(one, two)
-
-
-def test_given_splits_lose_nothing_but_from_train() -> None:
-    given_splits = np.array([TRAIN] * 20 + [TEST] * 10, np.int8)
-    contents = [str(index) for index in range(30)]
-    splits = assign_splits(np.zeros(30, np.int64), contents, given_splits, val_fraction=0.2, test_fraction=None, seed=0)
-    assert (splits[20:] == TEST).all()
-    assert (splits == VAL).sum() == 4
 
 
 def test_a_growing_folder_keeps_its_images_in_their_splits() -> None:
@@ -643,10 +619,6 @@ def test_small_classes_and_unequal_ones_are_warnings(tmp_path: Path) -> None:
     )
 
 
-def test_a_good_dataset_has_no_warnings(tmp_path: Path) -> None:
-    assert prepare("digits", tmp_path).report.warnings == ()
-
-
 def test_every_warning_is_a_line_of_the_log_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_flat(tmp_path / "root", per_class=170, num_classes=2)
     (root / "digit0" / "line\nbreak.png").write_bytes(b"spoilt")
@@ -658,12 +630,12 @@ def test_every_warning_is_a_line_of_the_log_each_time(tmp_path: Path, caplog: py
         ]
 
 
-def test_a_dataset_that_fails_a_gate_is_prepared_all_the_same(tmp_path: Path) -> None:
+def test_a_dataset_that_exceeds_a_limit_is_prepared_and_shown_all_the_same(tmp_path: Path) -> None:
     strict = PrepareSettings(dataset=str(write_flat(tmp_path / "root")), min_images_per_class=100)
-    dataset = prepare_arrays(strict, tmp_path / "data")
-    assert load_prepared(dataset.path) == dataset
+    shown: list[PreparedDataset] = []
     with pytest.raises(DatasetError, match=r"class 'digit0' has 13 images in train, need at least 100"):
-        check_gates(dataset, strict)
+        prepare_dataset(strict, tmp_path / "data", publish=shown.append)
+    assert [load_prepared(shown[0].path)] == shown
 
 
 @pytest.mark.parametrize(
@@ -785,15 +757,6 @@ def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
     assert ("decode", 681, 681) in seen
 
 
-def test_it_works_from_a_thread(tmp_path: Path) -> None:
-    root = write_flat(tmp_path / "root", per_class=170, num_classes=3)
-    found: list[PreparedDataset] = []
-    thread = threading.Thread(target=lambda: found.append(prepare(root, tmp_path / "data", workers=2)))
-    thread.start()
-    thread.join()
-    assert sum(found[0].num_images.values()) == 510
-
-
 def child_processes() -> list[str]:
     return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
@@ -813,15 +776,24 @@ def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "data" / "prepared").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+def test_what_killed_processes_left_is_removed_unless_another_is_at_work(tmp_path: Path) -> None:
     prepared = tmp_path / "data" / "prepared"
-    for name, age in ((".scratch.old", 2 * 24 * 3600), (".scratch.new", 60)):
-        (prepared / name).mkdir(parents=True)
-        (prepared / name / "pixels").touch()
-        moment = (prepared / name).stat().st_mtime - age
-        os.utime(prepared / name, (moment, moment))
-    dataset = prepare(write_flat(tmp_path / "root"), tmp_path / "data")
-    assert {folder.name for folder in prepared.iterdir()} == {".scratch.new", dataset.path.name}
+    users, left = prepared / ".users", {prepared / ".scratch.abcdefgh", prepared / ".root.0123456789abcdef"}
+    for folder in (users, *left):
+        folder.mkdir(parents=True)
+        (folder / "pixels").touch()
+        os.utime(folder, (1, 1))  # a folder that is written to keeps its own time
+    root = write_flat(tmp_path / "root")
+    lock = os.open(prepared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    dataset = prepare(root, tmp_path / "data")
+    assert {users, *left, dataset.path} == set(prepared.iterdir())
+    os.close(lock)
+    with scratch_folder(prepared) as scratch, scratch_folder(prepared) as other:
+        assert scratch.is_dir()
+        assert other.is_dir()
+        assert {users, dataset.path, scratch, other} == set(prepared.iterdir())
+    assert {users, dataset.path} == set(prepared.iterdir())
 
 
 @pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
@@ -866,179 +838,3 @@ def test_an_unknown_split_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     dataset = prepare("digits", tmp_path)
     with pytest.raises(ValueError, match="split must be one of"):
         dataset.images("valid")
-
-
-# --- cifar10
-
-
-_PythonPickler: Any = vars(pickle)["_Pickler"]  # the one written in Python, whose parts can be replaced
-
-
-class Python2Pickler(_PythonPickler):  # type: ignore[misc]
-    """Writes what Python 2 wrote: `bytes` and `str` alike as its byte strings, NumPy's functions where they were."""
-
-    dispatch: ClassVar[dict[type, Any]] = dict(_PythonPickler.dispatch)
-
-    def save_string(self, value: bytes | str) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        short = len(data) < 256
-        self.write(b"U" + bytes([len(data)]) + data if short else b"T" + len(data).to_bytes(4, "little") + data)
-        self.memoize(value)
-
-    def save_global(self, value: Any, name: str | None = None) -> None:
-        module = value.__module__.replace("numpy._core", "numpy.core")
-        self.write(f"c{module}\n{name or value.__name__}\n".encode())
-        self.memoize(value)
-
-    dispatch[bytes] = dispatch[str] = save_string
-    dispatch[type] = dispatch[type(len)] = dispatch[type(lambda: None)] = save_global
-
-
-def python2_pickle(value: object) -> bytes:
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue()
-
-
-CIFAR_CLASSES = ["airplane", "automobile", "bird"]
-
-
-def cifar_batch(count: int, seed: int) -> tuple[dict[str, object], npt.NDArray[np.uint8]]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
-    labels = [index % 3 for index in range(count)]
-    batch = {"data": pixels, "labels": labels, "filenames": [f"{seed}_{index}.png" for index in range(count)]}
-    return batch, pixels
-
-
-def cifar_members() -> dict[str, bytes]:
-    batches = {f"data_batch_{number}": cifar_batch(30, number)[0] for number in range(1, 6)}
-    batches["test_batch"] = cifar_batch(24, 6)[0]
-    batches["batches.meta"] = {"label_names": CIFAR_CLASSES, "num_vis": 3072}
-    return {f"cifar-10-batches-py/{name}": python2_pickle(batch) for name, batch in batches.items()}
-
-
-def write_archive(data: Path, members: dict[str, bytes], extra: tarfile.TarInfo | None = None) -> Archive:
-    """Write data/raw/cifar.tar.gz and return how it is to be recognised."""
-    (data / "raw").mkdir(parents=True, exist_ok=True)
-    path = data / "raw" / "cifar.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        folder = tarfile.TarInfo("cifar-10-batches-py")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        if extra is not None:
-            archive.addfile(extra)
-    content = path.read_bytes()
-    return Archive("http://127.0.0.1:1/", hashlib.sha256(content).hexdigest(), path.name, len(content))
-
-
-def test_the_archive_of_cifar10_is_read_with_its_own_test_split(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    dataset = prepare("cifar10", tmp_path, archive=archive)
-    assert dataset.class_names == tuple(CIFAR_CLASSES)
-    assert dataset.num_images == {"train": 120, "val": 30, "test": 24}
-    assert dataset.paths("test")[1] == "test_batch/automobile/6_1.png"
-    expected = cifar_batch(24, 6)[1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert np.array_equal(dataset.images("test"), expected)
-    assert dataset.labels("test").tolist() == [0, 1, 2] * 8
-
-
-def test_prepared_cifar10_outlives_its_archive(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    before = prepare("cifar10", tmp_path, archive=archive)
-    shutil.rmtree(tmp_path / "raw")
-    assert prepare("cifar10", tmp_path, archive=archive) == before
-
-
-def test_cifar10_comes_in_the_size_asked_for(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path, cifar_members())
-    assert prepare("cifar10", tmp_path, archive=archive, image_size=(48, 40)).images("val").shape == (30, 48, 40, 3)
-
-
-class Malice:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (self.command,)
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    marker = tmp_path / "it ran"
-    members = cifar_members()
-    members["cifar-10-batches-py/data_batch_3"] = pickle.dumps({b"data": Malice(f"touch '{marker}'")})
-    archive = write_archive(tmp_path, members)
-    with pytest.raises(DatasetError, match=r"the pickle data_batch_3 is refused: it asks for (posix|nt)\.system"):
-        prepare("cifar10", tmp_path, archive=archive)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["builtins.eval", "numpy.core.multiarray.scalar", "numpy.load", "os.system"])
-def test_a_pickle_may_ask_for_nothing_but_arrays(tmp_path: Path, name: str) -> None:
-    module, _, function = name.rpartition(".")
-    members = cifar_members()
-    members["cifar-10-batches-py/test_batch"] = f"\x80\x02c{module}\n{function}\n.".encode("latin-1")
-    with pytest.raises(DatasetError, match=f"it asks for {name}"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
-
-
-@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "cifar-10-batches-py/../../outside"])
-def test_a_member_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
-    archive = write_archive(tmp_path, cifar_members(), tarfile.TarInfo(name))
-    with pytest.raises(DatasetError, match=r"holds the member '.*outside', which leads out of the archive"):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_a_member_that_is_a_link_or_a_device_is_refused(tmp_path: Path, kind: bytes) -> None:
-    link = tarfile.TarInfo("cifar-10-batches-py/link")
-    link.type, link.linkname = kind, "/etc/passwd"
-    with pytest.raises(DatasetError, match="leads out of the archive"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, cifar_members(), link))
-
-
-def spoilt_members() -> list[tuple[dict[str, bytes], str]]:
-    batch, pixels = cifar_batch(30, 1)
-    wrong: dict[str, tuple[object, str]] = {
-        "shape": ({**batch, "data": pixels[:, :3000]}, "is not N rows of 3,072 uint8"),
-        "dtype": ({**batch, "data": pixels.astype(np.int16)}, "is not N rows of 3,072 uint8"),
-        "label": ({**batch, "labels": [3] * 30}, "is not N rows of 3,072 uint8"),
-        "list": ([1, 2], "must be a dict, received list"),
-    }
-    name = "cifar-10-batches-py/data_batch_1"
-    spoilt = [({name: python2_pickle(value)}, message) for value, message in wrong.values()]
-    return [*spoilt, ({name: b"no pickle"}, "the pickle data_batch_1 is refused")]
-
-
-@pytest.mark.parametrize(("members", "message"), spoilt_members(), ids=["shape", "dtype", "label", "list", "garbage"])
-def test_a_batch_of_another_form_is_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-    archive = write_archive(tmp_path, {**cifar_members(), **members})
-    with pytest.raises(DatasetError, match=message):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-def test_an_archive_that_lacks_a_batch_is_refused(tmp_path: Path) -> None:
-    members = cifar_members()
-    del members["cifar-10-batches-py/data_batch_5"]
-    with pytest.raises(DatasetError, match="lacks cifar-10-batches-py/data_batch_5; need the python version"):
-        prepare("cifar10", tmp_path, archive=write_archive(tmp_path, members))
-
-
-def test_an_archive_that_is_no_tar_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "cifar.tar.gz").write_bytes(b"no tar")
-    archive = Archive("http://127.0.0.1:1/", hashlib.sha256(b"no tar").hexdigest(), "cifar.tar.gz", 6)
-    with pytest.raises(DatasetError, match=r"cannot be read as a \.tar\.gz"):
-        prepare("cifar10", tmp_path, archive=archive)
-
-
-def test_every_error_here_is_one_line(tmp_path: Path) -> None:
-    for dataset in (tmp_path / "missing", tmp_path):
-        with pytest.raises(CnnpipeError) as caught:
-            prepare(dataset, tmp_path)
-        assert "\n" not in str(caught.value)

@@ -6,9 +6,6 @@ import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from cnnpipe.errors import ImageError
-from cnnpipe.images.decode import ERROR_KINDS, MAX_PIXELS, RGBImage, decode_image, resize_pixels
+from cnnpipe.images.decode import ERROR_KINDS, MAX_PIXELS, RGBImage, decode_image, read_file, resize_pixels
 
 MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
@@ -73,7 +70,7 @@ def difference(one: RGBImage, other: RGBImage) -> float:
     return float(np.abs(one.astype(float) - other.astype(float)).mean())
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     kind=st.sampled_from(FORMATS_AND_MODES),
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -241,15 +238,19 @@ def test_a_jpeg_is_decoded_by_the_rules_whichever_way_it_takes(image_size: tuple
     assert num_equal > len(PLAIN_JPEGS) + 8
 
 
+class AskedPluginError(Exception):
+    """Pillow's plugin was asked, which no decoder error stands for."""
+
+
 def test_plain_jpegs_and_no_others_go_straight_to_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(data: bytes) -> None:
-        raise AssertionError("asked the plugin")
+        raise AskedPluginError
 
     monkeypatch.setattr("cnnpipe.images.decode._open", refuse)
     for data in PLAIN_JPEGS.values():
         assert decode_image(data, (8, 8)).shape == (8, 8, 3)
     for name, data in ODD_JPEGS.items():
-        with pytest.raises(AssertionError, match="asked the plugin"):
+        with pytest.raises(AskedPluginError):
             pytest.fail(f"{name}: {decode_image(data, (8, 8)).shape}")
 
 
@@ -261,7 +262,7 @@ def pixels_or_error(data: bytes) -> bytes | tuple[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow's, on a damaged EXIF block
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     file=st.sampled_from([data for name, data in (PLAIN_JPEGS | ODD_JPEGS).items() if len(data) < 10_000]),
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
@@ -279,35 +280,11 @@ def test_a_damaged_jpeg_gives_the_same_pixels_or_error_both_ways(
         assert pixels_or_error(bytes(data)) == result
 
 
-def test_a_cmyk_jpeg_keeps_its_colours() -> None:
-    red = Image.new("RGB", (40, 40), (250, 10, 10))
-    pixels = decode_image(encode(red.convert("CMYK"), "JPEG", quality=95), (8, 8))
-    assert difference(pixels, np.full((8, 8, 3), (250, 10, 10), np.uint8)) < 4
-
-
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_keep_their_high_byte(image_format: str) -> None:
     grey = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
     pixels = decode_image(encode(Image.fromarray(grey), image_format), (8, 8))
     assert np.array_equal(pixels, np.repeat((grey >> 8).astype(np.uint8)[..., np.newaxis], 3, axis=2))
-
-
-def test_float_pixels_are_unsupported_because_their_range_is_unknown() -> None:
-    assert error_of(encode(noise(9, 9).convert("F"), "TIFF")).kind == "unsupported"
-
-
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA"])
-def test_transparency_is_white(mode: str) -> None:
-    if mode == "P":
-        data = encode(Image.new("P", (10, 10), 0), "PNG", transparency=0)
-    else:
-        data = encode(Image.new(mode, (10, 10)), "PNG")
-    assert (decode_image(data, (8, 8)) == 255).all()
-
-
-def test_half_transparent_black_is_grey() -> None:
-    pixels = decode_image(encode(Image.new("RGBA", (10, 10), (0, 0, 0, 128)), "PNG"), (8, 8))
-    assert difference(pixels, np.full((8, 8, 3), 127, np.uint8)) <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -328,31 +305,6 @@ def test_transparency_does_not_depend_on_the_bands_it_is_worked_off_in(
     assert np.array_equal(decode_image(data, (37, 40)), np.asarray(expected))
 
 
-def test_the_first_frame_of_an_animation_counts() -> None:
-    frames = [Image.new("RGB", (10, 10), colour) for colour in ("red", "blue")]
-    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.array_equal(decode_image(data, (8, 8)), np.full((8, 8, 3), (255, 0, 0)))
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
-def test_a_file_cut_in_the_middle_is_truncated(image_format: str) -> None:
-    data = encode(noise(60, 60), image_format)
-    assert error_of(data[: len(data) // 2]).kind == "truncated"
-
-
-@pytest.mark.parametrize(
-    "data", [b"Dear Sir or Madam,\n", b"\0" * 100, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"P"]
-)
-def test_what_is_no_image_says_so(data: bytes) -> None:
-    assert error_of(data).kind == "not_an_image"
-
-
-def test_a_flipped_byte_in_a_png_is_corrupt() -> None:
-    data = bytearray(encode(noise(30, 30), "PNG"))
-    data[len(data) // 2] ^= 0xFF
-    assert error_of(bytes(data)).kind == "corrupt"
-
-
 def test_a_tiff_without_the_rows_that_it_claims_is_refused_at_once() -> None:
     data = encode(noise(24, 30), "TIFF")
     height = struct.pack("<HHII", 257, 4, 1, 30)
@@ -360,50 +312,6 @@ def test_a_tiff_without_the_rows_that_it_claims_is_refused_at_once() -> None:
     error = error_of(data.replace(height, struct.pack("<HHII", 257, 4, 1, 7_000_000)))
     assert error.kind == "truncated"
     assert str(error) == "has 720 pixels, but says 24x7000000"
-
-
-def test_postscript_is_never_run() -> None:
-    assert error_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n").kind == "unsupported"
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6), 9)) + chunk(b"IEND", b"")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
-@pytest.mark.parametrize(
-    "data",
-    [
-        png_header(100_000, 100_000),
-        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 9**9, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-    ],
-    ids=["png", "bmp"],
-)
-def test_a_bomb_is_refused_by_its_header_before_any_memory_is_taken(data: bytes, tmp_path: Path) -> None:
-    error = error_of(data)
-    assert error.kind == "too_large"
-    assert "pixels" in str(error)  # not "not enough memory"
-    (tmp_path / "bomb").write_bytes(data)
-    code = (
-        "import resource, sys; from pathlib import Path; from cnnpipe.errors import ImageError\n"
-        "from cnnpipe.files import read_file; from cnnpipe.images.decode import decode_image\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: decode_image(read_file(Path(sys.argv[1])), (8, 8))\n"
-        "except ImageError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    grown = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "bomb")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(grown) * unit < 50e6
 
 
 def test_the_limit_on_pixels_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,14 +336,14 @@ SIGNATURES = [
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(signature=st.sampled_from(SIGNATURES), data=st.binary(max_size=300))
 def test_random_bytes_only_ever_raise_image_errors(signature: bytes, data: bytes) -> None:
     decode_or_refuse(signature + data)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     file=st.sampled_from(VALID_FILES),
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
@@ -448,6 +356,12 @@ def test_damaged_images_only_ever_raise_image_errors(file: bytes, edits: list[tu
     decode_or_refuse(bytes(data))
 
 
+def test_a_png_file_without_its_palette_is_an_image_error() -> None:
+    data = encode(noise(24, 30, "P"), "PNG")
+    without_palette = data[:33] + data[data.index(b"IDAT") - 4 :]  # Pillow asserts that there is one
+    assert error_of(without_palette).kind == "corrupt"
+
+
 @pytest.mark.parametrize("image_size", [(8, 8), (32, 32), (17, 50)])
 def test_pixels_are_resized_as_if_they_had_been_a_file(image_size: tuple[int, int]) -> None:
     image = noise(32, 32)
@@ -458,3 +372,35 @@ def test_pixels_are_resized_as_if_they_had_been_a_file(image_size: tuple[int, in
 def test_image_errors_survive_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ImageError("truncated", "it ends")))
     assert (error.kind, str(error)) == ("truncated", "it ends")
+
+
+# --- reading files
+
+
+def test_an_empty_file_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.png").touch()
+    with pytest.raises(ImageError) as caught:
+        read_file(tmp_path / "x.png")
+    assert caught.value.kind == "empty"
+
+
+def test_a_file_over_the_limit_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnpipe.images.decode.MAX_FILE_BYTES", 10)
+    (tmp_path / "x").write_bytes(bytes(11))
+    with pytest.raises(ImageError, match="at most 10") as caught:
+        read_file(tmp_path / "x")
+    assert caught.value.kind == "too_large"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_a_file_longer_than_it_says_is_read_to_its_end() -> None:
+    assert b"VmRSS" in read_file(Path("/proc/self/status"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
+def test_refused_files_leave_nothing_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(ImageError, match="folder"):
+            read_file(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
