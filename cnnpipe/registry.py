@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.files import user_path
-from cnnpipe.manifest import MANIFEST_FILE, read_manifest
-from cnnpipe.model_files import Precision, choose_model_file
+from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
 __all__ = [

@@ -32,8 +32,7 @@ from cnnpipe.cuda import (
 from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.machine import usable_cores
-from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.model_files import PRECISIONS, ChosenFile, Precision, choose_model_file
+from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, PRECISIONS, ChosenFile, ModelInfo, Precision, choose_model_file
 
 __all__ = ["ClassifierSession", "device_report", "open_session"]
 

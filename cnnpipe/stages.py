@@ -46,8 +46,7 @@ from cnnpipe.settings import (
 from cnnpipe.storage import make_folder, storage_errors
 
 if TYPE_CHECKING:
-    from cnnpipe.evaluate.metrics import Evaluation
-    from cnnpipe.export.parity import Parity
+    from cnnpipe.evaluate.metrics import Evaluation, Parity
     from cnnpipe.promote.gate import Decision
     from cnnpipe.train.fit import TrainingResult
 

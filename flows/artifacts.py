@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cnnpipe.files import display_path
-from cnnpipe.model_files import read_parity
+from cnnpipe.manifest import read_parity
 from cnnpipe.settings import RetrainSettings, load_toml
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_
 from cnnpipe.cuda import BoundBuffers, cuda_batch_size, cuda_options, is_out_of_memory
 from cnnpipe.devices import ask_driver, free_gpu_memory
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
+from cnnpipe.manifest import MODEL_FILES, PARITY_FILE
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.session import device_report, open_session
 

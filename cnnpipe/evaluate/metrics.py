@@ -33,6 +33,8 @@ __all__ = [
     "REPORT_FILE",
     "ClassMetrics",
     "Evaluation",
+    "Parity",
+    "compare_probabilities",
     "evaluate_model",
     "evaluate_probabilities",
     "read_evaluation",
@@ -55,6 +57,8 @@ Source: Keras' `keras.config.epsilon()`, used by its categorical cross-entropy i
 
 _SUM_TOLERANCE: Final = 0.25
 """How far from 1 a row may sum: a quantised softmax rounds every class by itself. Logits are far outside."""
+
+_MAX_DISAGREEMENTS_LISTED: Final = 10
 
 Labels = npt.NDArray[np.int64]  # (N,), index of the actual class
 
@@ -335,3 +339,33 @@ def _read_matrix(path: Path, num_classes: int) -> list[list[int]]:
     if [len(row) for row in counts] != [num_classes] * num_classes:
         raise ValueError(f"it must have {num_classes} rows and columns of counts, as {METRICS_FILE} has classes")
     return counts
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely an exported model repeats the trained one on the same images."""
+
+    num_images: int
+    agreement: float
+    """Share of images that get the same class, 0-1."""
+    max_difference: float
+    """Largest difference of any probability."""
+    disagreements: tuple[str, ...]
+    """The first images that get another class."""
+
+
+def compare_probabilities(reference: Probabilities, exported: Probabilities, paths: list[str]) -> Parity:
+    """Compare two models' probabilities for the same images.
+
+    Args:
+        reference: (N, classes), of the trained model.
+        exported: (N, classes), of the exported one.
+        paths: the images' names, in the same order.
+    """
+    differs = np.flatnonzero(reference.argmax(axis=1) != exported.argmax(axis=1))
+    return Parity(
+        num_images=len(reference),
+        agreement=1.0 - len(differs) / len(reference),
+        max_difference=float(np.abs(reference - exported).max()),
+        disagreements=tuple(paths[index] for index in differs[:_MAX_DISAGREEMENTS_LISTED]),
+    )

@@ -12,13 +12,11 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError, one_line
-from cnnpipe.evaluate.metrics import read_evaluation
+from cnnpipe.evaluate.metrics import Parity, compare_probabilities, read_evaluation
 from cnnpipe.evaluate.predict import load_keras_model, predict_keras, predict_onnx
 from cnnpipe.export.graphs import simplify_graph
-from cnnpipe.export.parity import Parity, compare_probabilities
 from cnnpipe.export.variants import Reference, export_variants
-from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
+from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, OUTPUT_NAME, PARITY_FILE, ModelInfo
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.session import open_session
 from cnnpipe.settings import ExportSettings

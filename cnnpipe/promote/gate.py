@@ -22,8 +22,16 @@ from cnnpipe.errors import DatasetError, RegistryError
 from cnnpipe.evaluate.metrics import METRICS_FILE
 from cnnpipe.evaluate.predict import describe_difference, predict_onnx
 from cnnpipe.files import user_path
-from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, digest_files, read_manifest, write_manifest
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
+from cnnpipe.manifest import (
+    MANIFEST_FILE,
+    MODEL_FILES,
+    PARITY_FILE,
+    ModelInfo,
+    RunManifest,
+    digest_files,
+    read_manifest,
+    write_manifest,
+)
 from cnnpipe.prepare.dataset import SPLITS, PreparedDataset, count_shared, load_prepared
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.session import open_session

@@ -14,8 +14,8 @@ import pytest
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError
+from cnnpipe.evaluate.metrics import compare_probabilities
 from cnnpipe.export.onnx import export_onnx
-from cnnpipe.export.parity import compare_probabilities
 from cnnpipe.machine import find_processor
 from cnnpipe.manifest import ModelInfo
 from cnnpipe.prepare.dataset import PreparedDataset

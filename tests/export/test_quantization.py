@@ -18,8 +18,7 @@ from cnnpipe.errors import ModelError
 from cnnpipe.evaluate.predict import predict_onnx
 from cnnpipe.export.graphs import feed_pixels, fuse_dense_layers
 from cnnpipe.export.onnx import convert_model
-from cnnpipe.export.quantization import convert_fp16, quantize_int8, sample_calibration_images
-from cnnpipe.export.variants import measure_relative_speed
+from cnnpipe.export.variants import convert_fp16, measure_relative_speed, quantize_int8, sample_calibration_images
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.session import open_session
 from cnnpipe.train.networks import build_network, measure_input

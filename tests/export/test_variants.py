@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cnnpipe.errors import ModelError
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE, choose_model_file, read_parity
+from cnnpipe.manifest import MODEL_FILES, PARITY_FILE, choose_model_file, read_parity
 from cnnpipe.registry import resolve_model, resolve_model_file
 
 

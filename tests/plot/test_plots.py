@@ -19,7 +19,7 @@ from PIL import Image
 
 from cnnpipe.errors import DatasetError, RegistryError, StorageError
 from cnnpipe.evaluate.metrics import METRICS_FILE, PREDICTIONS_FILE
-from cnnpipe.plot import figures, plots
+from cnnpipe.plot import plots
 from cnnpipe.plot.plots import (
     HISTORY_FILE,
     PredictedImages,
@@ -42,7 +42,7 @@ ODD_NAMES = ("a$b$ and $x^", "日本語", "two\nlines", "_hidden", "Größe", "x
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved in a test, to look into."""
     seen: list[Figure] = []
-    save = figures.save_figure
+    save = plots.save_figure
 
     def remember(figure: Figure, path: Path, max_bytes: int) -> None:
         seen.append(figure)
@@ -225,7 +225,7 @@ def test_class_names_of_any_text_can_be_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_long_names_keep_their_beginning_and_end(name: str, shown: str) -> None:
-    assert figures.shorten_name(name, 7, 16) == shown
+    assert plots.shorten_name(name, 7, 16) == shown
 
 
 def test_samples_begin_with_the_first_image_and_span_the_split(tmp_path: Path, drawn: list[Figure]) -> None:
