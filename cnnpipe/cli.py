@@ -20,7 +20,15 @@ from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.nightly import look_at_nightly, prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.registry import list_names, promote_run, registry_place, resolve_run, rollback, summarize_runs
+from cnnpipe.registry import (
+    list_champions,
+    list_names,
+    promote_run,
+    registry_place,
+    resolve_run,
+    rollback,
+    summarize_runs,
+)
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings
 
 __all__ = ["app", "main"]
@@ -93,7 +101,7 @@ def train(
 ) -> None:
     """Prepare a dataset and train a network on it, in a new run folder."""
     from cnnpipe.prepare.dataset import prepare_dataset
-    from cnnpipe.stages import train_run
+    from cnnpipe.train.run import train_run
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)
@@ -122,7 +130,7 @@ def evaluate(
     A run that is still being made gets its metrics.json and the tables beside it from its model.keras; a complete run
     is scored by its model.onnx, and nothing in it changes.
     """
-    from cnnpipe.stages import evaluate_any
+    from cnnpipe.evaluate.evaluation import evaluate_any
 
     with progress_bar() as progress:
         scored, evaluation = evaluate_any(model, dataset, settings, data, artifacts, progress)
@@ -135,7 +143,7 @@ def evaluate(
 @command
 def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Draw the plots of an evaluated run."""
-    from cnnpipe.stages import plot_run
+    from cnnpipe.plot.plots import plot_run
 
     plots = [str(path) for path in plot_run(resolve_run(run, artifacts))]
     show_result({"plots": plots}, plots, as_json=as_json)
@@ -145,7 +153,7 @@ def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: Jso
 @command
 def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Write a run's model.onnx and check it against model.keras on the test images."""
-    from cnnpipe.stages import export_run
+    from cnnpipe.export.onnx import export_run
 
     folder = resolve_run(run, artifacts)
     parity = export_run(folder)
@@ -175,7 +183,7 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     from cnnpipe.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
-    champions = [row for row in summarize_runs(artifacts) if row.champion]
+    champions, broken = list_champions(artifacts)
     nightly = look_at_nightly(prefect_home(artifacts))
     report = {
         **describe_environment(),
@@ -184,7 +192,8 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
             "path": str(artifacts.resolve()),
             "writable": (artifacts.is_dir() or not artifacts.exists()) and os.access(existing, os.W_OK),
             "free_gigabytes": round(shutil.disk_usage(existing).free / 1e9, 1),
-            "champions": {row.name: row.run_id for row in champions},
+            "champions": champions,
+            "broken_champions": broken,
         },
     }
     lines = field_lines({**report, "nightly": nightly.shown()})
@@ -235,7 +244,7 @@ def promote_model(
 
     A complete run keeps the decision it has: one that was refused then, or stepped back from, needs --force.
     """
-    from cnnpipe.stages import conclude_run
+    from cnnpipe.promote.gate import conclude_run
 
     folder = resolve_run(run, artifacts)
     if force and (folder / MANIFEST_FILE).is_file():

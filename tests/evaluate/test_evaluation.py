@@ -18,18 +18,20 @@ from sklearn.metrics import classification_report
 from tiny_models import expected_probabilities, load_digits, model_info, write_digits, write_model
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError
+from cnnpipe.evaluate.evaluation import evaluate_split
 from cnnpipe.evaluate.metrics import (
     CONFUSION_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
+    PROBABILITIES_FILE,
     REPORT_FILE,
     Evaluation,
-    evaluate_model,
     evaluate_probabilities,
     read_evaluation,
+    read_probabilities,
     write_evaluation,
 )
-from cnnpipe.evaluate.predict import load_keras_model, predict_keras, predict_onnx
+from cnnpipe.evaluate.predict import load_keras_model, open_model, predict_keras, predict_onnx
 from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
 from cnnpipe.session import open_session
 from cnnpipe.settings import EvaluateSettings, PrepareSettings
@@ -199,12 +201,13 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def test_evaluation_is_read_back_as_written(tmp_path: Path) -> None:
     probabilities, labels = _random_case(seed=2, number=31, classes=3)
     evaluation = _evaluate(probabilities, labels)
-    write_evaluation(tmp_path, evaluation, probabilities, labels, ["x"] * 31, NAMES)
+    write_evaluation(tmp_path, evaluation, probabilities, labels, ["x"] * 31)
     assert read_evaluation(tmp_path) == evaluation
+    np.testing.assert_array_equal(read_probabilities(tmp_path, 31), probabilities)
 
 
 def test_metrics_file_has_the_keys_of_the_contract(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS, NAMES)
+    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS)
     metrics = json.loads((tmp_path / METRICS_FILE).read_bytes())
     keys = "accuracy loss top_k top_k_accuracy expected_calibration_error num_images num_correct macro_precision "
     keys += "macro_recall macro_f1 class_names per_class first_image"
@@ -216,7 +219,7 @@ def test_metrics_file_has_the_keys_of_the_contract(tmp_path: Path) -> None:
 
 
 def test_predictions_have_a_row_for_every_image(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS, NAMES)
+    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS)
     rows = _rows(tmp_path / PREDICTIONS_FILE)
     assert list(rows[0]) == ["path", "label", "predicted", "probability", "correct"]
     assert [row["path"] for row in rows] == [*PATHS[:3], r"emu/\xff.jpg"]
@@ -230,7 +233,7 @@ def test_predictions_have_a_row_for_every_image(tmp_path: Path) -> None:
 
 def test_report_has_the_classes_and_the_averages_of_sklearn(tmp_path: Path) -> None:
     probabilities, labels = _random_case(seed=3, number=200, classes=3)
-    write_evaluation(tmp_path, _evaluate(probabilities, labels), probabilities, labels, ["x"] * 200, NAMES)
+    write_evaluation(tmp_path, _evaluate(probabilities, labels), probabilities, labels, ["x"] * 200)
     theirs = classification_report(labels, probabilities.argmax(axis=1), target_names=NAMES, output_dict=True)
     rows = _rows(tmp_path / REPORT_FILE)
     assert [row["class"] for row in rows] == [*NAMES, "macro avg", "weighted avg"]
@@ -242,7 +245,7 @@ def test_report_has_the_classes_and_the_averages_of_sklearn(tmp_path: Path) -> N
 
 def test_names_must_be_one_for_each_image(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="4 images have 3 names"):
-        write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS[:3], NAMES)
+        write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS[:3])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +253,7 @@ def test_a_thousand_classes_make_small_metrics_and_a_matrix_of_their_own(tmp_pat
     probabilities, labels = _random_case(seed=4, number=1500, classes=1000)
     names = tuple(f"class {number:03}" for number in range(1000))
     evaluation = _evaluate(probabilities, labels, names)
-    write_evaluation(tmp_path, evaluation, probabilities, labels, ["x"] * 1500, names)
+    write_evaluation(tmp_path, evaluation, probabilities, labels, ["x"] * 1500)
     assert (tmp_path / METRICS_FILE).stat().st_size < 300_000
     header, *rows = csv.reader((tmp_path / CONFUSION_FILE).read_text().splitlines())
     assert header == ["actual", *names]
@@ -261,7 +264,7 @@ def test_a_thousand_classes_make_small_metrics_and_a_matrix_of_their_own(tmp_pat
 
 def test_an_older_run_with_its_matrix_in_the_metrics_is_read(tmp_path: Path) -> None:
     evaluation = _evaluate()
-    write_evaluation(tmp_path, evaluation, PROBABILITIES, LABELS, PATHS, NAMES)
+    write_evaluation(tmp_path, evaluation, PROBABILITIES, LABELS, PATHS)
     (tmp_path / CONFUSION_FILE).unlink()
     metrics = json.loads((tmp_path / METRICS_FILE).read_bytes())
     (tmp_path / METRICS_FILE).write_text(json.dumps({**metrics, "confusion_matrix": evaluation.confusion_matrix}))
@@ -270,7 +273,7 @@ def test_an_older_run_with_its_matrix_in_the_metrics_is_read(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("content", ["", "actual,cat,dog,emu\ncat,1,1,0\n", "a,b\n1,x\n", "\xff"])
 def test_a_damaged_matrix_is_a_registry_error(tmp_path: Path, content: str) -> None:
-    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS, NAMES)
+    write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS)
     (tmp_path / CONFUSION_FILE).write_text(content, encoding="latin-1")
     with pytest.raises(RegistryError, match=r"confusion_matrix\.csv is damaged: .*; evaluate the run again"):
         read_evaluation(tmp_path)
@@ -290,7 +293,7 @@ def test_a_damaged_matrix_is_a_registry_error(tmp_path: Path, content: str) -> N
 def test_the_averages_never_have_the_name_of_a_class(
     tmp_path: Path, names: tuple[str, ...], averages: list[str]
 ) -> None:
-    write_evaluation(tmp_path, _evaluate(class_names=names), PROBABILITIES, LABELS, PATHS, names)
+    write_evaluation(tmp_path, _evaluate(class_names=names), PROBABILITIES, LABELS, PATHS)
     assert [row["class"] for row in _rows(tmp_path / REPORT_FILE)] == [*names, *averages]
 
 
@@ -329,18 +332,17 @@ def test_no_images_give_no_probabilities(finished_run: Path, digits: PreparedDat
     assert predict_onnx(open_session(finished_run / "model.onnx", "cpu"), none).shape == (0, 10)
 
 
-def test_keras_and_onnx_model_of_a_run_score_the_same(
-    finished_run: Path, digits: PreparedDataset, tmp_path: Path
-) -> None:
+def test_keras_and_onnx_model_of_a_run_score_the_same(finished_run: Path, digits: PreparedDataset) -> None:
     settings = EvaluateSettings()
-    keras_evaluation = evaluate_model(finished_run / "model.keras", digits, settings)
-    onnx_evaluation = evaluate_model(finished_run / "model.onnx", digits, settings, output=tmp_path)
+    keras_evaluation = evaluate_split(open_model(finished_run / "model.keras"), digits, settings)
+    onnx_evaluation = evaluate_split(open_model(finished_run / "model.onnx"), digits, settings)
     assert keras_evaluation == read_evaluation(finished_run)
     assert keras_evaluation.num_images == digits.num_images["test"]
     assert onnx_evaluation.confusion_matrix == keras_evaluation.confusion_matrix
     assert onnx_evaluation.loss == pytest.approx(keras_evaluation.loss, abs=1e-5)
-    assert read_evaluation(tmp_path) == onnx_evaluation
-    assert len(_rows(tmp_path / PREDICTIONS_FILE)) == digits.num_images["test"]
+    assert len(_rows(finished_run / PREDICTIONS_FILE)) == digits.num_images["test"]
+    trained = predict_keras(finished_run / "model.keras", digits.images("test"))
+    np.testing.assert_array_equal(np.load(finished_run / PROBABILITIES_FILE), trained)
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +356,7 @@ def small_digits(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
 
 def test_onnx_model_is_scored_on_any_dataset_with_its_classes(tmp_path: Path, small_digits: PreparedDataset) -> None:
     model = write_model(tmp_path / "tiny.onnx", model_info(class_names=tuple("0123456789")))
-    evaluation = evaluate_model(model, small_digits, EvaluateSettings())
+    evaluation = evaluate_split(open_model(model), small_digits, EvaluateSettings())
     assert evaluation.num_images == small_digits.num_images["test"]
     predicted = expected_probabilities(np.asarray(small_digits.images("test"))).argmax(axis=1)
     assert evaluation.accuracy == np.mean(predicted == small_digits.labels("test"))
@@ -373,13 +375,13 @@ def test_onnx_model_of_other_classes_is_refused(
 ) -> None:
     model = write_model(tmp_path / "tiny.onnx", model_info(class_names=class_names))
     with pytest.raises(ModelError, match=f"they differ: {difference}; evaluate it on a dataset with its own classes"):
-        evaluate_model(model, small_digits, EvaluateSettings())
+        evaluate_split(open_model(model), small_digits, EvaluateSettings())
 
 
 def test_model_of_another_image_size_is_refused(finished_run: Path, small_digits: PreparedDataset) -> None:
     for file in ("model.keras", "model.onnx"):
         with pytest.raises(ModelError, match=r"takes images of 32x32 pixels, the dataset .* with 8x8; prepare it"):
-            evaluate_model(finished_run / file, small_digits, EvaluateSettings())
+            evaluate_split(open_model(finished_run / file), small_digits, EvaluateSettings())
 
 
 def test_keras_model_of_a_run_with_other_classes_is_refused(artifacts: Path, digits: PreparedDataset) -> None:
@@ -387,24 +389,24 @@ def test_keras_model_of_a_run_with_other_classes_is_refused(artifacts: Path, dig
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"9"', '"neun"'))
     with pytest.raises(ModelError, match="only the model has neun; only the dataset has 9"):
-        evaluate_model(run / "model.keras", digits, EvaluateSettings())
+        evaluate_split(open_model(run / "model.keras"), digits, EvaluateSettings())
     manifest.unlink()  # an evaluated run that is not complete: its metrics name the classes
     metrics = run / METRICS_FILE
     metrics.write_text(metrics.read_text().replace('"9"', '"nine"'))
     with pytest.raises(ModelError, match="only the model has nine; only the dataset has 9"):
-        evaluate_model(run / "model.keras", digits, EvaluateSettings())
+        evaluate_split(open_model(run / "model.keras"), digits, EvaluateSettings())
 
 
 def test_file_that_is_no_model_is_a_model_error_of_one_line(tmp_path: Path, digits: PreparedDataset) -> None:
     for name in ("model.keras", "model.onnx"):
         (tmp_path / name).write_bytes(b"no model at all")
         with pytest.raises(ModelError, match=name) as caught:
-            evaluate_model(tmp_path / name, digits, EvaluateSettings())
+            evaluate_split(open_model(tmp_path / name), digits, EvaluateSettings())
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"must end in \.keras or \.onnx, received .*model\.h5"):
-        evaluate_model(tmp_path / "model.h5", digits, EvaluateSettings())
+        evaluate_split(open_model(tmp_path / "model.h5"), digits, EvaluateSettings())
     with pytest.raises(ModelError, match=r"no model file at .*none\.keras; check the path"):
-        evaluate_model(tmp_path / "none.keras", digits, EvaluateSettings())
+        evaluate_split(open_model(tmp_path / "none.keras"), digits, EvaluateSettings())
 
 
 def test_truncated_keras_file_is_a_model_error(finished_run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -17,20 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from cnnpipe.errors import DatasetError, RegistryError, StorageError
-from cnnpipe.evaluate.metrics import METRICS_FILE, PREDICTIONS_FILE
+from cnnpipe.errors import RegistryError, StorageError
+from cnnpipe.evaluate.metrics import METRICS_FILE, PROBABILITIES_FILE
+from cnnpipe.manifest import HISTORY_FILE, MANIFEST_FILE, best_epoch, read_history
 from cnnpipe.plot import plots
 from cnnpipe.plot.plots import (
-    HISTORY_FILE,
     PredictedImages,
     plot_confusion_matrix,
     plot_history,
     plot_mistakes,
     plot_run,
     plot_samples,
-    read_history,
 )
-from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.storage import write_text
 
 HEADER = "epoch,accuracy,loss,val_accuracy,val_loss,learning_rate,seconds\n"
@@ -72,7 +71,7 @@ def _matrix(num_classes: int, images_per_class: int = 100) -> list[list[int]]:
 
 
 def _has_white_border(path: Path) -> bool:
-    """Tell whether nothing touches the edge of a picture, as something cut would."""
+    """Return whether nothing touches the edge of a picture, as something that is cut off would."""
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("L"))
     return bool(min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) == 255)
@@ -108,6 +107,21 @@ def test_curves_are_small_and_complete_at_any_number_of_epochs(
         shown = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines[:2]])
         assert bottom <= shown.min() <= shown.max() <= top
         assert len(shown) == 2 * epochs
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "best"),
+    [
+        ([0.6], [1.0], 0),
+        ([0.6, 0.7, 0.7, 0.7, 0.6], [1.2, 1.1, 0.9, 0.9, 0.8], 2),  # then the lowest loss, then the first
+        ([0.7, 0.7, 0.7], [math.nan, 1.0, math.inf], 1),
+        ([0.7, 0.7], [math.nan, math.nan], 0),
+    ],
+)
+def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(
+    accuracy: list[float], loss: list[float], best: int
+) -> None:
+    assert best_epoch(accuracy, loss) == best
 
 
 def test_best_epoch_is_the_one_whose_weights_are_kept(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -152,17 +166,15 @@ def test_loss_that_is_no_number_is_left_out(tmp_path: Path) -> None:
         ("", r"history\.csv has no epochs; train again"),
         (HEADER, r"history\.csv has no epochs; train again"),
         ("epoch,accuracy\n1,0.5\n", r"history\.csv is damaged: KeyError\('loss'\); train again"),
+        ("\udcff", r"history\.csv is damaged: .*; train again"),
         (HEADER + "1,0.5,half\n", r"history\.csv is damaged: .*; train again"),
     ],
 )
 def test_damaged_history_is_a_registry_error(tmp_path: Path, content: str, message: str) -> None:
-    write_text(tmp_path / HISTORY_FILE, content)
+    with pytest.raises(RegistryError, match=r"has no history\.csv; train again"):
+        read_history(tmp_path)
+    (tmp_path / HISTORY_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(RegistryError, match=message):
-        plot_history(tmp_path)
-
-
-def test_run_without_history_is_a_registry_error(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match=r"has no history\.csv; run the stage that writes it again"):
         read_history(tmp_path)
 
 
@@ -311,33 +323,45 @@ def test_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
         plot_confusion_matrix(_matrix(2), ["a", "b"], tmp_path / "file" / "m.png")
 
 
-def test_all_pictures_of_a_run_are_drawn_from_its_files(artifacts: Path, digits: PreparedDataset) -> None:
+@pytest.fixture
+def evaluated_run(artifacts: Path) -> Path:
+    """A run that is not complete, with all that its pictures are drawn from."""
     run = next((artifacts / "digits" / "runs").iterdir())
+    (run / MANIFEST_FILE).unlink()
+    return run
+
+
+def test_all_pictures_of_a_run_are_drawn_from_its_files(evaluated_run: Path) -> None:
+    run = evaluated_run
     names = ["accuracy.png", "loss.png", "confusion_matrix.png", "samples.png", "mistakes.png"]
     before = [(run / name).read_bytes() for name in names]
     for name in names:
         (run / name).unlink()
-    assert plot_run(run, digits) == [run / name for name in names]
+    assert plot_run(run) == [run / name for name in names]
     assert [(run / name).read_bytes() for name in names] == before
 
 
-def test_run_evaluated_on_other_images_is_a_dataset_error(artifacts: Path, digits: PreparedDataset) -> None:
-    run = next((artifacts / "digits" / "runs").iterdir())
-    predictions = run / PREDICTIONS_FILE
-    content = predictions.read_text()
-    predictions.write_text("\n".join(content.splitlines()[:-1]) + "\n")
-    with pytest.raises(DatasetError, match=r"predictions_test\.csv is about another test split; evaluate the run"):
-        plot_run(run, digits)
-    predictions.write_text(content.replace(",0.", ",about 0."))
-    with pytest.raises(RegistryError, match=r"predictions_test\.csv is damaged: .*; evaluate the run again"):
-        plot_run(run, digits)
-    predictions.unlink()
-    with pytest.raises(RegistryError, match=r"has no predictions_test\.csv"):
-        plot_run(run, digits)
+def test_run_evaluated_on_another_dataset_is_refused(evaluated_run: Path) -> None:
+    run, file = evaluated_run, evaluated_run / PROBABILITIES_FILE
+    probabilities = np.load(file)
+    for damage, message in (
+        (probabilities[::-1], "was evaluated on another dataset than .*; evaluate it again"),
+        (probabilities[1:], r"probabilities_test\.npy has 358 rows for 359 images; evaluate the run again"),
+    ):
+        np.save(file, damage)
+        with pytest.raises(RegistryError, match=message):
+            plot_run(run)
+    file.write_bytes(b"\x93NUMPY")
+    with pytest.raises(RegistryError, match=r"probabilities_test\.npy is damaged: .*; evaluate the run again"):
+        plot_run(run)
+    file.unlink()
+    with pytest.raises(RegistryError, match=r"has no probabilities_test\.npy: evaluate it with `cnnpipe evaluate"):
+        plot_run(run)
+    np.save(file, probabilities)
     metrics = run / METRICS_FILE
     metrics.write_text(metrics.read_text().replace('"9"', '"neun"'))
-    with pytest.raises(DatasetError, match="was evaluated on other classes than digits has; evaluate it again"):
-        plot_run(run, digits)
+    with pytest.raises(RegistryError, match=r"was evaluated on another dataset than .*; evaluate it again"):
+        plot_run(run)
 
 
 _SETTINGS_OF_A_USER = "text.usetex: True\nfont.size: 30\nnonsense: 3\n"
