@@ -87,13 +87,11 @@ def retrain(
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     """Decode the dataset, or find it decoded; return the folder."""
-    from cnnpipe.prepare.dataset import check_gates, prepare_arrays
+    from cnnpipe.prepare import dataset
 
     with progress_artifact("prepare-progress") as progress:
-        dataset = prepare_arrays(prepare, user_path(data), progress=progress)
-    publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
-    check_gates(dataset, prepare)
-    return str(dataset.path)
+        prepared = dataset.prepare_dataset(prepare, user_path(data), progress=progress, publish=publish_dataset)
+    return str(prepared.path)
 
 
 @task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)

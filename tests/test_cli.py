@@ -277,7 +277,7 @@ def test_a_run_outside_a_registry_is_not_promoted(artifacts: Path, tmp_path: Pat
 
     for force in ([], ["--force"]):
         result = run("models", "promote", copy, *force, "--artifacts", artifacts)
-        assert_one_line_error(result, 1, "does not lie in <artifacts>/<name>/runs")
+        assert_one_line_error(result, 1, "is not in <artifacts>/<name>/runs")
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
     assert not (tmp_path / ".lock").exists()
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +118,7 @@ def prepare_dataset(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
+    publish: Callable[[PreparedDataset], None] | None = None,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
 
@@ -126,11 +127,14 @@ def prepare_dataset(
         workers: decoding processes; default: one a core.
         progress: called with (stage, done, total), from the calling thread.
         archive: where `cifar10` comes from.
+        publish: called with the dataset before it may be refused, to show why.
     Raises:
         DatasetError: the source is missing or malformed, or a limit in `settings` is passed.
         StorageError: `data/prepared` cannot be written.
     """
     dataset = prepare_arrays(settings, data, workers=workers, progress=progress, archive=archive)
+    if publish is not None:
+        publish(dataset)
     check_gates(dataset, settings)
     return dataset
 
