@@ -131,7 +131,8 @@ def decide_promotion(info: ModelInfo, champion: Path | None, candidate: LoadedRu
     if accuracy < min_accuracy:
         promoted, reason = False, f"test accuracy {accuracy:.4f} is below the floor of {min_accuracy:.4f}"
     elif champion is None or champion.name == info.run_id:
-        promoted, reason = True, f"first champion: test accuracy {accuracy:.4f} reaches the floor of {min_accuracy:.4f}"
+        rank = "first champion" if champion is None else "already champion"
+        promoted, reason = True, f"{rank}: test accuracy {accuracy:.4f} reaches the floor of {min_accuracy:.4f}"
     elif (difference := _find_difference(champion, info, candidate)) is not None:
         promoted = False
         reason = (

@@ -284,6 +284,14 @@ def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path) -> None:
     assert not read_manifest(stale).promoted
 
 
+def test_a_champion_that_is_decided_on_again_is_not_called_the_first(artifacts: Path) -> None:
+    run = second_run(artifacts)
+    assert "is not worse than the champion's" in conclude_run(run).reason
+    (artifacts / "digits" / "promotions.jsonl").unlink()
+
+    assert conclude_run(run).reason.startswith("already champion: test accuracy ")
+
+
 def test_a_run_is_forced_without_a_reason_too(artifacts: Path) -> None:
     run = second_run(artifacts)
     require(run, 1.0)
