@@ -30,32 +30,6 @@ from cnnpipe.files import user_path
 from cnnpipe.settings import RetrainSettings, dataset_location, load_toml
 from cnnpipe.storage import sha256_file, write_text
 
-__all__ = [
-    "HISTORY_FILE",
-    "INPUT_NAME",
-    "MANIFEST_FILE",
-    "MODEL_FILES",
-    "OUTPUT_NAME",
-    "PARITY_FILE",
-    "PRECISIONS",
-    "ChosenFile",
-    "FileDigest",
-    "ModelInfo",
-    "Origin",
-    "Precision",
-    "RunManifest",
-    "TrainingStatistics",
-    "best_epoch",
-    "choose_model_file",
-    "digest_files",
-    "read_history",
-    "read_manifest",
-    "read_origin",
-    "read_parity",
-    "require_unfinished",
-    "write_manifest",
-]
-
 INPUT_NAME = "images"
 """ONNX input: uint8, (batch, height, width, 3), RGB."""
 

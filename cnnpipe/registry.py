@@ -26,28 +26,6 @@ from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
-__all__ = [
-    "CHAMPION_FILE",
-    "PROMOTIONS_FILE",
-    "Promotion",
-    "RunSummary",
-    "alias_lock",
-    "champion_run",
-    "create_run",
-    "find_model",
-    "list_champions",
-    "list_names",
-    "list_runs",
-    "promote_run",
-    "promotion_history",
-    "registry_place",
-    "resolve_model",
-    "resolve_model_file",
-    "resolve_run",
-    "rollback",
-    "summarize_runs",
-]
-
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
 _LOCK_TIMEOUT_SECONDS = 30.0

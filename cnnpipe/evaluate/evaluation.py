@@ -43,8 +43,6 @@ from cnnpipe.settings import (
     validate_settings,
 )
 
-__all__ = ["LoadedRun", "describe_difference", "evaluate_any", "evaluate_run", "load_run"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -24,22 +24,6 @@ from cnnpipe.files import display_path
 from cnnpipe.settings import EvaluateSettings
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 
-__all__ = [
-    "CONFUSION_FILE",
-    "METRICS_FILE",
-    "PREDICTIONS_FILE",
-    "PROBABILITIES_FILE",
-    "REPORT_FILE",
-    "ClassMetrics",
-    "Evaluation",
-    "Parity",
-    "compare_probabilities",
-    "evaluate_probabilities",
-    "read_evaluation",
-    "read_probabilities",
-    "write_evaluation",
-]
-
 METRICS_FILE: Final = "metrics.json"
 CONFUSION_FILE: Final = "confusion_matrix.csv"
 REPORT_FILE: Final = "classification_report.csv"
@@ -92,8 +76,6 @@ class Evaluation:
     expected_calibration_error: float
     """Mean distance between confidence and accuracy over the images."""
     per_class: tuple[ClassMetrics, ...]
-    confusion_matrix: tuple[tuple[int, ...], ...]
-    """Counts; a row is an actual class, a column a predicted one."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -125,9 +107,10 @@ def evaluate_probabilities(
         class_names: in the order of the columns.
     Raises:
         ModelError: these are not probabilities: wrong shape, NaN, infinite, outside 0-1, or logits.
-        DatasetError: the labels do not fit the probabilities or the classes, or there are no images.
+        DatasetError: there are no images.
     """
-    _require_labels(labels, len(class_names))
+    if not len(labels):
+        raise DatasetError("there are no images to evaluate on; prepare a dataset with a test split")
     _require_probabilities(probabilities, len(labels), len(class_names))
     num_images, top_k = len(labels), min(settings.top_k, len(class_names))
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -137,8 +120,9 @@ def evaluate_probabilities(
     num_likelier = ((probabilities > of_actual) | ((probabilities == of_actual) & earlier_class)).sum(axis=1)
     # Keras' own order: first to sum 1, then away from 0 and 1.
     likelihood = np.clip(of_actual[:, 0] / probabilities.sum(axis=1, dtype=np.float64), _EPSILON, 1.0 - _EPSILON)
-    classes = range(len(class_names))
-    figures = precision_recall_fscore_support(labels, predicted, labels=classes, average=None, zero_division=0.0)
+    figures = precision_recall_fscore_support(
+        labels, predicted, labels=range(len(class_names)), average=None, zero_division=0.0
+    )
     return Evaluation(
         num_images=num_images,
         num_correct=int(correct.sum()),
@@ -148,20 +132,7 @@ def evaluate_probabilities(
         top_k_accuracy=int((num_likelier < top_k).sum()) / num_images,
         expected_calibration_error=_calibration_error(confidence, correct, settings.calibration_bins),
         per_class=tuple(map(ClassMetrics, class_names, *(figure.tolist() for figure in figures))),
-        confusion_matrix=tuple(map(tuple, confusion_matrix(labels, predicted, labels=classes).tolist())),
     )
-
-
-def _require_labels(labels: Labels, num_classes: int) -> None:
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DatasetError(f"labels must be (N,) integers, received {labels.shape} {labels.dtype}; prepare them again")
-    if not len(labels):
-        raise DatasetError("there are no images to evaluate on; prepare a dataset with a test split")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise DatasetError(
-            f"labels must be 0 to {num_classes - 1}, one for each class, received {labels.min()} to {labels.max()}; "
-            "prepare the dataset again"
-        )
 
 
 def _require_probabilities(probabilities: Probabilities, num_images: int, num_classes: int) -> None:
@@ -214,22 +185,21 @@ def write_evaluation(
     """
     if len(paths) != len(labels):
         raise DatasetError(f"{len(labels)} images have {len(paths)} names; prepare the dataset again")
-    names, confidence = evaluation.class_names, probabilities.max(axis=1)
+    names, predicted, confidence = evaluation.class_names, probabilities.argmax(axis=1), probabilities.max(axis=1)
     predictions = [
         (display_path(path), names[actual], names[guess], f"{probability:.6f}", int(actual == guess))
-        for path, actual, guess, probability in zip(
-            paths, labels, probabilities.argmax(axis=1), confidence, strict=True
-        )
+        for path, actual, guess, probability in zip(paths, labels, predicted, confidence, strict=True)
     ]
-    matrix = [(name, *counts) for name, counts in zip(names, evaluation.confusion_matrix, strict=True)]
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))  # rows actual, columns predicted
     _write_csv(folder / PREDICTIONS_FILE, ("path", "label", "predicted", "probability", "correct"), predictions)
     _write_csv(folder / REPORT_FILE, ("class", *_FIGURES, "support"), _report_rows(evaluation))
-    _write_csv(folder / CONFUSION_FILE, ("actual", *names), matrix)
+    _write_csv(
+        folder / CONFUSION_FILE, ("actual", *names), [(name, *row) for name, row in zip(names, counts, strict=True)]
+    )
     with write_file(folder / PROBABILITIES_FILE) as temporary, storage_errors(folder / PROBABILITIES_FILE):
         np.save(temporary, probabilities)
     path, actual, guess, *_ = predictions[0]
     values = asdict(evaluation) | {f"macro_{figure}": evaluation.average(figure) for figure in _FIGURES}
-    del values["confusion_matrix"]  # a million numbers for 1,000 classes
     first = {"path": path, "actual": actual, "predicted": guess, "probability": float(confidence[0])}
     write_json(folder / METRICS_FILE, values | {"class_names": names, "first_image": first})
 
@@ -254,34 +224,20 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 def read_evaluation(run: Path) -> Evaluation:
-    """Read `metrics.json` and `confusion_matrix.csv` back; an older run has the matrix in `metrics.json`.
+    """Read `metrics.json` back.
 
     Raises:
-        RegistryError: one of them is missing or damaged.
+        RegistryError: it is missing or damaged.
     """
     path = run / METRICS_FILE
     try:
         values = json.loads(path.read_bytes())
         values["per_class"] = tuple(ClassMetrics(**each) for each in values["per_class"])
-        if "confusion_matrix" not in values:
-            path = run / CONFUSION_FILE
-            values["confusion_matrix"] = _read_matrix(path, len(values["per_class"]))
-        values["confusion_matrix"] = tuple(tuple(row) for row in values["confusion_matrix"])
         return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
     except FileNotFoundError as error:
         raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
-
-
-def _read_matrix(path: Path, num_classes: int) -> list[list[int]]:
-    """Return the counts in `confusion_matrix.csv`; raises ValueError if there is not one for each pair of classes."""
-    with path.open(encoding="utf-8", newline="") as file:
-        _, *rows = csv.reader(file)
-    counts = [[int(count) for count in row[1:]] for row in rows]
-    if [len(row) for row in counts] != [num_classes] * num_classes:
-        raise ValueError(f"it must have {num_classes} rows and columns of counts, as {METRICS_FILE} has classes")
-    return counts
 
 
 def read_probabilities(run: Path, num_images: int) -> Probabilities:

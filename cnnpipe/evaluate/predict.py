@@ -17,8 +17,6 @@ from cnnpipe.errors import ModelError, one_line
 if TYPE_CHECKING:
     from cnnpipe.session import ClassifierSession
 
-__all__ = ["Images", "OpenModel", "Probabilities", "load_keras_model", "open_model", "predict_keras", "predict_onnx"]
-
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
 Probabilities = npt.NDArray[np.float32]  # (N, classes)
 

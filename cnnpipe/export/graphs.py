@@ -12,8 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cnnpipe.manifest import INPUT_NAME
 
-__all__ = ["end_in_float32", "feed_pixels", "simplify_graph"]
-
 _PIXELS_MERGED: Final = 4
 """Neighbouring pixels of a row that `feed_pixels` makes one. Measured for 32x32 images, in µs an image and thread:
 58 unmerged, 40 with 2 pixels, 21 with 4, 31 with 8; float32 20, and 35 more to bring the result into int8's layout."""

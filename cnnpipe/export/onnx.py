@@ -23,8 +23,6 @@ from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
 from cnnpipe.train.backend import keras, select_device
 
-__all__ = ["convert_model", "export_run"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -33,16 +33,6 @@ from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import storage_errors, write_bytes
 from cnnpipe.train.networks import WHITENING_NAME
 
-__all__ = [
-    "Reference",
-    "Variant",
-    "convert_fp16",
-    "export_variants",
-    "measure_relative_speed",
-    "quantize_int8",
-    "sample_calibration_images",
-]
-
 logger = logging.getLogger(__name__)
 
 _NUM_TURNS: Final = 9

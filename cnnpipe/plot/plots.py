@@ -22,6 +22,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 
 from cnnpipe.errors import RegistryError
 from cnnpipe.evaluate.evaluation import load_run
@@ -42,17 +43,6 @@ with chdir(Path(os.__file__).parent) if Path("matplotlibrc").exists() else nullc
     from matplotlib.image import AxesImage
     from matplotlib.ticker import MaxNLocator
 matplotlib.rcdefaults()  # for a program that had imported it before
-
-__all__ = [
-    "PredictedImages",
-    "plot_confusion_matrix",
-    "plot_history",
-    "plot_mistakes",
-    "plot_run",
-    "plot_samples",
-    "save_figure",
-    "shorten_name",
-]
 
 _RESOLUTIONS: Final = (120, 96, 76, 60)  # dots an inch
 _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
@@ -85,7 +75,7 @@ def plot_run(run: Path) -> list[Path]:
     """Draw all pictures of an evaluated run into its folder.
 
     Args:
-        run: holds `history.csv`, `metrics.json`, `confusion_matrix.csv` and `probabilities_test.npy`.
+        run: holds `history.csv`, `metrics.json` and `probabilities_test.npy`.
     Returns:
         The files: accuracy, loss, confusion matrix, samples, mistakes.
     Raises:
@@ -99,10 +89,11 @@ def plot_run(run: Path) -> list[Path]:
     predicted = probabilities.argmax(axis=1)
     if evaluation.class_names != names or evaluation.num_correct != int((predicted == labels).sum()):
         raise RegistryError(f"{run} was evaluated on another dataset than {dataset.path}; evaluate it again")
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
     shown = PredictedImages(images, labels, predicted, probabilities.max(axis=1), names)
     return [
         *plot_history(run),
-        plot_confusion_matrix(evaluation.confusion_matrix, names, run / "confusion_matrix.png"),
+        plot_confusion_matrix(counts, names, run / "confusion_matrix.png"),
         plot_samples(shown, run / "samples.png"),
         plot_mistakes(shown, run / "mistakes.png"),
     ]
@@ -160,7 +151,7 @@ def _limit_values(axes: Axes, values: npt.NDArray[np.float64], metric: str) -> N
     axes.set_ylim(max(0.0, low - margin), top + (0.01 if top == 1.0 else 0.0))
 
 
-def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> Path:
+def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], path: Path) -> Path:
     """Draw a confusion matrix: the colour is the fraction of the actual class, the cells hold counts and percentages.
 
     With more than 12 classes the cells hold no percentages, with more than 30 no numbers.

@@ -39,8 +39,6 @@ from cnnpipe.session import open_session
 from cnnpipe.settings import RetrainSettings, load_toml
 from cnnpipe.storage import write_json
 
-__all__ = ["PROMOTION_FILE", "Decision", "conclude_run", "decide_promotion", "read_decision"]
-
 logger = logging.getLogger(__name__)
 
 PROMOTION_FILE: Final = "promotion.json"

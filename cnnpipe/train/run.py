@@ -17,8 +17,6 @@ from cnnpipe.storage import make_folder, storage_errors
 if TYPE_CHECKING:
     from cnnpipe.train.fit import TrainingResult
 
-__all__ = ["keep_compiled_code", "train_run"]
-
 _COMPILED_FOLDER: Final = ".compiled"
 """Folder in the artifacts that keeps what XLA has compiled for a GPU, so that the next night does not compile again."""
 
