@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What the stages after training read of a run."""
+    """Settings and dataset of a run, as the stages after training need them."""
 
     settings: RetrainSettings
     """Settings that the run was made with."""

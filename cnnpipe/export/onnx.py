@@ -12,7 +12,7 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError, one_line
-from cnnpipe.evaluate.evaluation import load_run
+from cnnpipe.evaluate.evaluation import LoadedRun, load_run
 from cnnpipe.evaluate.metrics import Parity, compare_probabilities, read_evaluation, read_probabilities
 from cnnpipe.evaluate.predict import load_keras_model, predict_onnx
 from cnnpipe.export.graphs import simplify_graph
@@ -46,17 +46,7 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     dataset, settings = loaded.dataset, chosen or loaded.settings.export
     select_device(loaded.settings.train.device)
     model = load_keras_model(run / "model.keras")
-    info = ModelInfo(
-        cnnpipe_version=__version__,
-        name=run.parent.parent.name,
-        run_id=run.name,
-        preset=loaded.settings.train.preset,
-        class_names=dataset.class_names,
-        image_size=dataset.image_size,
-        dataset_fingerprint=dataset.fingerprint,
-        test_accuracy=read_evaluation(run).accuracy,
-        training_statistics=dataset.statistics,
-    )
+    info = _model_info(run, loaded)
     trained = read_probabilities(run, dataset.num_images["test"])
     graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
     _remove_earlier(run)
@@ -78,6 +68,21 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
     write_json(run / PARITY_FILE, {"fp32": fp32, **records})
     return parity
+
+
+def _model_info(run: Path, loaded: LoadedRun) -> ModelInfo:
+    dataset = loaded.dataset
+    return ModelInfo(
+        cnnpipe_version=__version__,
+        name=run.parent.parent.name,
+        run_id=run.name,
+        preset=loaded.settings.train.preset,
+        class_names=dataset.class_names,
+        image_size=dataset.image_size,
+        dataset_fingerprint=dataset.fingerprint,
+        test_accuracy=read_evaluation(run).accuracy,
+        training_statistics=dataset.statistics,
+    )
 
 
 def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:

@@ -269,7 +269,7 @@ def test_relative_speed_is_the_ratio_of_the_times_in_full_batches(digits: Prepar
 
 
 class _SleepingSession:
-    """A session that takes at least so many seconds for a batch."""
+    """A session that takes at least `seconds` for a batch."""
 
     default_batch_size = 8
 
