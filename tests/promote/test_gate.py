@@ -85,7 +85,7 @@ def test_a_worse_model_never_replaces_the_champion(artifacts: Path, digits: Prep
     assert equal.champion_accuracy == accuracy
 
 
-def test_a_champion_measured_on_other_images_is_scored_anew(artifacts: Path, digits: PreparedDataset) -> None:
+def test_a_champion_measured_on_other_images_is_scored_again(artifacts: Path, digits: PreparedDataset) -> None:
     champion = champion_run(artifacts, "digits")
     assert champion is not None
     honest = read_manifest(champion).model.test_accuracy
@@ -265,7 +265,7 @@ def test_concluding_again_does_not_undo_a_rollback(artifacts: Path) -> None:
     assert "it was champion and was replaced" in decision.reason
 
 
-def test_a_decision_that_others_overtook_is_made_anew(artifacts: Path) -> None:
+def test_a_decision_that_others_overtook_is_made_again(artifacts: Path) -> None:
     first, stale = champion_run(artifacts, "digits"), second_run(artifacts)
     assert first is not None
     conclude_run(stale)
