@@ -13,12 +13,13 @@ from itertools import accumulate
 from pathlib import Path
 
 from benchmarks.arithmetic import count_flops
+from cnnpipe.evaluate.evaluation import evaluate_run
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.settings import RetrainSettings, TrainSettings
-from cnnpipe.stages import evaluate_run, train_run
 from cnnpipe.train.backend import keras
 from cnnpipe.train.networks import build_network, measure_input
 from cnnpipe.train.presets import resolve_recipe, small_size
+from cnnpipe.train.run import train_run
 
 
 def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float | None = None) -> None:

@@ -94,7 +94,7 @@ def train(
 ) -> None:
     """Prepare a dataset and train a network on it, in a new run folder."""
     from cnnpipe.prepare.dataset import prepare_dataset
-    from cnnpipe.stages import train_run
+    from cnnpipe.train.run import train_run
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)
@@ -133,7 +133,7 @@ def evaluate(
     An incomplete run is scored with model.keras, and gets its metrics.json and tables. A complete run is scored with
     model.onnx, and its files do not change.
     """
-    from cnnpipe.stages import evaluate_any
+    from cnnpipe.evaluate.evaluation import evaluate_any
 
     with progress_bar() as progress:
         scored, evaluation = evaluate_any(model, dataset, settings, data, artifacts, progress)
@@ -146,7 +146,7 @@ def evaluate(
 @command
 def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Draw the plots of an evaluated run."""
-    from cnnpipe.stages import plot_run
+    from cnnpipe.plot.plots import plot_run
 
     plots = [str(path) for path in plot_run(registry.resolve_run(run, artifacts))]
     show_result({"plots": plots}, plots, as_json=as_json)
@@ -155,8 +155,8 @@ def plot(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: Jso
 @app.command()
 @command
 def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Write model.onnx of a run, and check it against its model.keras."""
-    from cnnpipe.stages import export_run
+    """Write a run's model.onnx and check it against model.keras on the test images."""
+    from cnnpipe.export.onnx import export_run
 
     folder = registry.resolve_run(run, artifacts)
     parity = export_run(folder)
@@ -189,7 +189,7 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     from cnnpipe.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
-    champions, problems = _find_champions(artifacts)
+    champions, problems = registry.list_champions(artifacts)
     nightly = look_at_nightly(prefect_home(artifacts))
     report = {
         **describe_environment(),
@@ -206,21 +206,9 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     status = "failed" if problems else "ok"
     show_result({**report, "nightly": asdict(nightly)}, lines, as_json=as_json, status=status)
     if problems:
-        error = RegistryError("; ".join(problems))
+        error = RegistryError("; ".join(problems.values()))
         error.follows_result = True
         raise error
-
-
-def _find_champions(artifacts: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the run id of the champion of each name, and what is wrong with broken aliases."""
-    champions, problems = {}, []
-    for name in registry.list_names(artifacts):
-        try:
-            if (run := registry.champion_run(artifacts, name)) is not None:
-                champions[name] = run.name
-        except RegistryError as error:
-            problems.append(str(error))
-    return champions, problems
 
 
 @models_app.command("list")
@@ -274,7 +262,7 @@ def promote_model(
 
     A complete run keeps the decision that was made for it: one that was refused or rolled back needs --force.
     """
-    from cnnpipe.stages import conclude_run
+    from cnnpipe.promote.gate import conclude_run
 
     folder = registry.resolve_run(run, artifacts)
     if force and (folder / MANIFEST_FILE).is_file():

@@ -1,32 +1,34 @@
-"""What a trained model says of itself: in the ONNX file's metadata, and in the manifest of its run folder.
+"""A run folder: its files, what a model says about itself, and which model file fits a device.
 
-The ONNX file stands alone: `ModelInfo` travels in its `metadata_props`, a key for each field; values that are not
-plain text are JSON. A client in another language reads the same keys.
+    config.toml  environment.json  history.csv  model.keras        written by train
+    metrics.json  predictions_test.csv  and more                   evaluate
+    accuracy.png  and more                                         plot
+    model.onnx                                                     export: fp32, the reference, always present
+    model.int8.onnx                                                for CPUs, if it is accurate enough
+    model.fp16.onnx                                                for CUDA, if it is accurate enough
+    parity.json                                                    how each of them compares with model.keras
+    promotion.json  manifest.json                                  promote; the manifest is last and completes the run
+
+An ONNX file needs nothing beside it: `ModelInfo` travels in its `metadata_props`, one key for each field; values that
+are not plain text are JSON. A client in another language reads the same keys.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cnnpipe.errors import ModelError, RegistryError
+from cnnpipe.errors import ModelError, RegistryError, one_line
+from cnnpipe.files import user_path
+from cnnpipe.settings import RetrainSettings, dataset_location, load_toml
 from cnnpipe.storage import sha256_file, write_text
-
-__all__ = [
-    "INPUT_NAME",
-    "MANIFEST_FILE",
-    "OUTPUT_NAME",
-    "FileDigest",
-    "ModelInfo",
-    "RunManifest",
-    "TrainingStatistics",
-    "digest_files",
-    "read_manifest",
-    "write_manifest",
-]
 
 INPUT_NAME = "images"
 """ONNX input: uint8, (batch, height, width, 3), RGB."""
@@ -34,7 +36,21 @@ INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
 """ONNX output: float32, (batch, classes), each row sums to 1."""
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE: Final = "manifest.json"
+HISTORY_FILE: Final = "history.csv"
+PARITY_FILE: Final = "parity.json"
+
+Precision = Literal["fp32", "int8", "fp16"]
+"""Numbers that a model file computes with."""
+
+PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+
+MODEL_FILES: Final[dict[Precision, str]] = {
+    "fp32": "model.onnx",
+    "int8": "model.int8.onnx",
+    "fp16": "model.fp16.onnx",
+}
+"""Model file of each precision in a run folder."""
 
 
 class _Record(BaseModel):
@@ -42,20 +58,21 @@ class _Record(BaseModel):
 
 
 class TrainingStatistics(_Record):
-    """What the training images looked like, to compare later inputs with."""
+    """Summary of the training images, to compare later inputs with."""
 
     num_images: int = Field(ge=0)
     channel_mean: tuple[float, float, float]
     """Mean of red, green, blue over all training pixels, 0-255."""
     channel_std: tuple[float, float, float]
+    """Standard deviation of red, green, blue, 0-255."""
     brightness_deciles: tuple[float, ...]
     """The 0th, 10th, … 100th percentile of the images' mean brightness, 0-255."""
     class_shares: tuple[float, ...]
-    """Share of each class, in the order of `class_names`; sums to 1."""
+    """Fraction of the images in each class, in the order of `class_names`; sums to 1."""
 
 
 class ModelInfo(_Record):
-    """What anyone who applies the model must know."""
+    """Everything a program needs to know to apply the model."""
 
     cnnpipe_version: str
     name: str
@@ -83,7 +100,7 @@ class ModelInfo(_Record):
         Args:
             path: the model's file, for the message.
         Raises:
-            ModelError: the metadata are missing or not ours.
+            ModelError: a key is missing or malformed.
         """
         try:
             return cls.model_validate(
@@ -108,7 +125,7 @@ class FileDigest(_Record):
 
 
 class RunManifest(_Record):
-    """The last file written to a run folder: its presence means that the run is complete."""
+    """Content of `manifest.json`."""
 
     model: ModelInfo
     created: str
@@ -116,7 +133,7 @@ class RunManifest(_Record):
     dataset: dict[str, Any]
     """Name, source, location (absolute path or built-in name; not in older runs), fingerprint, images of each split."""
     metrics: dict[str, Any]
-    """The content of `metrics.json` without the per-class figures."""
+    """Figures of `metrics.json` without those of single classes."""
     parity: dict[str, Any]
     promoted: bool
     promotion_reason: str
@@ -124,7 +141,7 @@ class RunManifest(_Record):
 
 
 def digest_files(folder: Path) -> dict[str, FileDigest]:
-    """Return size and SHA-256 of every file of a run folder but the manifest, by its name."""
+    """Return size and SHA-256 of every file of a run folder except the manifest, by its name."""
     return {
         file.name: FileDigest(bytes=file.stat().st_size, sha256=sha256_file(file))
         for file in sorted(folder.iterdir())
@@ -141,7 +158,7 @@ def read_manifest(run: Path) -> RunManifest:
     """Read a run's manifest.
 
     Raises:
-        RegistryError: there is none (the run is not complete), or it is damaged.
+        RegistryError: it is missing (the run is not complete) or damaged.
     """
     path = run / MANIFEST_FILE
     try:
@@ -150,3 +167,143 @@ def read_manifest(run: Path) -> RunManifest:
         raise RegistryError(f"{run} is not a complete run: it has no {MANIFEST_FILE}; train again") from error
     except (OSError, ValidationError) as error:
         raise RegistryError(f"{path} cannot be read: {str(error).splitlines()[0]}; train again") from error
+
+
+def require_unfinished(run: Path) -> None:
+    """Refuse to change a complete run, whose manifest holds the digests of its files.
+
+    Raises:
+        RegistryError: the run is complete.
+    """
+    if (run / MANIFEST_FILE).is_file():
+        raise RegistryError(f"{run} is complete, and its files never change; train again for another run")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Dataset that a run was trained on."""
+
+    location: str
+    """Source of the images: the absolute path of a folder, or the name of a built-in dataset."""
+    prepared: Path | None
+    """Folder of the prepared dataset; None if the run does not record it."""
+
+
+def read_origin(run: Path) -> Origin:
+    """Read from `environment.json` what a run was trained on.
+
+    If that file is damaged or too old to say it, the location is that of the run's settings.
+
+    Raises:
+        ConfigError: the settings are needed, and `config.toml` cannot be read.
+    """
+    try:
+        environment = json.loads((run / "environment.json").read_bytes())
+        location, prepared = environment.get("source"), environment.get("dataset")
+    except (OSError, ValueError, AttributeError):
+        location = prepared = None
+    if location is None:
+        location = dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
+    return Origin(location, user_path(prepared) if prepared else None)
+
+
+def read_history(run: Path) -> dict[str, list[float]]:
+    """Read `history.csv`: each column's values, one for each epoch.
+
+    Raises:
+        RegistryError: it is missing or damaged, or has no epoch.
+    """
+    path = run / HISTORY_FILE
+    columns = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        history = {column: [float(row[column]) for row in rows] for column in columns}
+    except FileNotFoundError as error:
+        raise RegistryError(f"{run} has no {path.name}; train again") from error
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; train again") from error
+    if not rows:
+        raise RegistryError(f"{path} has no epochs; train again")
+    return history
+
+
+def best_epoch(val_accuracy: Sequence[float], val_loss: Sequence[float]) -> int:
+    """Return the index of the epoch whose weights are saved, 0 for the first.
+
+    It has the highest validation accuracy; of equal ones the lowest loss decides, then the first epoch.
+    """
+    scores = [
+        (accuracy, -loss if math.isfinite(loss) else -math.inf)
+        for accuracy, loss in zip(val_accuracy, val_loss, strict=True)
+    ]
+    return scores.index(max(scores))
+
+
+@dataclass(frozen=True)
+class ChosenFile:
+    """Model file to open."""
+
+    path: Path
+    reason: str
+    """Why its precision, in a few words."""
+
+
+def choose_model_file(
+    model: Path, device: Literal["cpu", "cuda"], precision: Precision | Literal["auto"]
+) -> ChosenFile:
+    """Return the model file to open.
+
+    Args:
+        model: a run folder, or an .onnx file, which is taken as it is.
+        device: where the model will run; matters for `auto` only.
+        precision: `auto` is int8 on the CPU and fp16 on CUDA if the run has it and it was measured to be faster on such
+            a device, otherwise fp32.
+    Raises:
+        ModelError: the run has no such file, or its `parity.json` is damaged.
+    """
+    if not model.is_dir():
+        return ChosenFile(model, "that of the file given" if precision == "auto" else "asked for")
+    chosen, reason = _fastest(model, device) if precision == "auto" else (precision, "asked for")
+    file = model / MODEL_FILES[chosen]
+    if file.is_file():
+        return ChosenFile(file, reason)
+    if chosen == "fp32":
+        raise ModelError(f"the run {model} has no {file.name}; finish it with `cnnpipe export {model}`")
+    there = ", ".join(each for each, name in MODEL_FILES.items() if (model / name).is_file()) or "none"
+    record = read_parity(model).get(chosen, {})
+    reason = f"not kept, {record['reason']}" if record.get("reason") else "it was not exported"
+    remedy = "train it again" if (model / MANIFEST_FILE).is_file() else f"make it with `cnnpipe export {model}`"
+    raise ModelError(f"the run {model} has no {chosen} model ({reason}), only {there}; use one of these, or {remedy}")
+
+
+def _fastest(run: Path, device: Literal["cpu", "cuda"]) -> tuple[Precision, str]:
+    """Return the precision that was measured to be the fastest on such a device, and the reason."""
+    precision: Precision = "fp16" if device == "cuda" else "int8"
+    record = read_parity(run).get(precision, {}) if (run / MODEL_FILES[precision]).is_file() else {}
+    if not record.get("kept"):
+        return "fp32", f"there is no {precision} model"
+    speed = record.get("relative_speed")
+    if speed is None:
+        return "fp32", f"the gain of {precision} was not measured on a {'GPU' if device == 'cuda' else 'CPU'}"
+    processor = f" on {record['measured_on']}" if record.get("measured_on") else ""
+    reason = f"{precision} was {speed:.2f} times as fast as fp32{processor} at export"
+    return precision if speed > 1.0 else "fp32", reason
+
+
+def read_parity(run: Path) -> dict[Precision, dict[str, Any]]:
+    """Return the record of each precision in a run's `parity.json`; empty if there is no such file.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = run / PARITY_FILE
+    try:
+        parity = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; use a model file of the run instead") from error
+    if not isinstance(parity, dict) or not all(isinstance(parity.get(each, {}), dict) for each in PRECISIONS):
+        raise ModelError(f"{path} must hold an object for each precision; use a model file of the run instead")
+    return {each: parity[each] for each in PRECISIONS if each in parity}

@@ -1,11 +1,11 @@
-"""Run folders, the champion alias, the history of promotions, and rollback.
+"""The registry: run folders, the champion alias, the history of promotions, and rollback.
 
-    artifacts/<name>/runs/<run id>/       one folder a run, complete once it holds manifest.json
-    artifacts/<name>/champion             the run id in production, one line
-    artifacts/<name>/promotions.jsonl     what moved the alias, when and why, oldest first
+    artifacts/<name>/runs/<run id>/       one folder for each run, complete when it holds manifest.json
+    artifacts/<name>/champion             run id of the model in production, one line
+    artifacts/<name>/promotions.jsonl     every move of the alias, when and why, oldest first
 
-The alias is the truth; the history explains it. The history is written first, so that the alias never moves
-unexplained: after a crash in between, the same move made again completes it, and any other move goes from the alias.
+The alias decides; the history explains it. The history is written first, so that the alias never moves without an
+explanation: after a crash between the two, the same move made again completes it, and any other starts from the alias.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,28 +21,8 @@ from typing import Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.files import user_path
-from cnnpipe.manifest import MANIFEST_FILE, read_manifest
-from cnnpipe.model_files import Precision, choose_model_file
+from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.storage import make_folder, storage_errors, write_text
-
-__all__ = [
-    "CHAMPION_FILE",
-    "PROMOTIONS_FILE",
-    "Promotion",
-    "RunSummary",
-    "alias_lock",
-    "champion_run",
-    "create_run",
-    "list_names",
-    "list_runs",
-    "promote_run",
-    "promotion_history",
-    "resolve_model",
-    "resolve_model_file",
-    "resolve_run",
-    "rollback",
-    "summarize_runs",
-]
 
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
@@ -57,9 +37,9 @@ class Promotion:
     """UTC, ISO 8601."""
     action: Literal["promote", "rollback"]
     run_id: str
-    """The champion from then on."""
+    """Champion after the move."""
     previous: str | None
-    """The champion before."""
+    """Champion before the move."""
     reason: str
 
 
@@ -71,10 +51,11 @@ class RunSummary:
     run_id: str
     champion: bool
     preset: str | None
+    """None while the run is incomplete, as is `accuracy`."""
     accuracy: float | None
-    """On the test split, 0-1; None while the run is incomplete, like `preset`."""
+    """Accuracy on the test split, 0-1."""
     state: Literal["passed", "refused", "incomplete", "damaged"]
-    """What the promotion gate said, or why it cannot be told."""
+    """Decision of the promotion gate, or why there is none."""
 
 
 def create_run(artifacts: Path, name: str) -> Path:
@@ -101,7 +82,7 @@ def list_names(artifacts: Path) -> list[str]:
     return sorted(
         folder.name
         for folder in artifacts.iterdir()
-        if not folder.name.startswith(".")  # of Prefect's, which has runs too
+        if not folder.name.startswith(".")  # Prefect's own folder has runs too
         and ((folder / "runs").is_dir() or (folder / CHAMPION_FILE).is_file())
     )
 
@@ -115,12 +96,13 @@ def list_runs(artifacts: Path, name: str) -> list[Path]:
 
 
 def summarize_runs(artifacts: Path, name: str | None = None) -> list[RunSummary]:
-    """Return every run of a name, or of all names, newest first; a damaged one is told, not raised."""
+    """Return every run of a name, or of all names, newest first; a damaged run or alias is not an error here.
+
+    If an alias cannot be used, no run is marked as champion; `list_champions` says why.
+    """
     summaries = []
     for each in list_names(artifacts) if name is None else [name]:
-        champion = None
-        with suppress(RegistryError):  # then no run is marked; `doctor` and promotion say what is wrong with the alias
-            champion = _alias_content(artifacts / each / CHAMPION_FILE)
+        champion, _ = _champion_or_problem(artifacts, each)
         summaries += [_summarize(each, run, run.name == champion) for run in reversed(list_runs(artifacts, each))]
     return summaries
 
@@ -136,11 +118,27 @@ def _summarize(name: str, run: Path, champion: bool) -> RunSummary:
     return RunSummary(name, run.name, champion, manifest.model.preset, manifest.model.test_accuracy, state)
 
 
+def list_champions(artifacts: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the champions' run ids by name, and by name the problem of each alias that cannot be used."""
+    found = {name: _champion_or_problem(artifacts, name) for name in list_names(artifacts)}
+    champions = {name: run_id for name, (run_id, _) in found.items() if run_id}
+    return champions, {name: problem for name, (_, problem) in found.items() if problem}
+
+
+def _champion_or_problem(artifacts: Path, name: str) -> tuple[str | None, str | None]:
+    """Return the champion's run id, or why there is none; neither before the first promotion."""
+    try:
+        run = champion_run(artifacts, name)
+    except RegistryError as error:
+        return None, str(error)
+    return run.name if run else None, None
+
+
 def champion_run(artifacts: Path, name: str) -> Path | None:
     """Return the run folder that the champion alias names, or None before the first promotion.
 
     Raises:
-        RegistryError: the alias names a run that is not there or not complete.
+        RegistryError: the alias names a run that is missing or not complete.
     """
     alias = artifacts / name / CHAMPION_FILE
     return _read_alias(alias) if alias.is_file() else None
@@ -151,13 +149,13 @@ def _read_alias(alias: Path) -> Path:
     if run_id is None or not (alias.parent / "runs" / run_id / MANIFEST_FILE).is_file():
         raise RegistryError(
             f"{alias} names the run {run_id or ''!r}, which is not complete in {alias.parent / 'runs'}; "
-            f"put another in its place with `cnnpipe models promote {alias.parent.name}/<run id> --force`"
+            f"promote another run with `cnnpipe models promote {alias.parent.name}/<run id> --force`"
         )
     return alias.parent / "runs" / run_id
 
 
 def _alias_content(alias: Path) -> str | None:
-    """Return the run id that an alias file names, whether there is such a run or not; None without one."""
+    """Return the run id in an alias file, whether there is such a run or not; None if the file is missing or empty."""
     try:
         return alias.read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
@@ -179,7 +177,7 @@ def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
         # Not splitlines(): a reason may hold a Unicode line separator, which JSON leaves as it is.
         return [Promotion(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError, TypeError) as error:
-        raise RegistryError(f"{path} is damaged: {error}; mend or remove the line") from error
+        raise RegistryError(f"{path} is damaged: {error}; fix or remove the line") from error
 
 
 def promote_run(artifacts: Path, name: str, run_id: str, reason: str) -> Promotion:
@@ -194,9 +192,10 @@ def promote_run(artifacts: Path, name: str, run_id: str, reason: str) -> Promoti
 
 
 def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None) -> Promotion:
-    """Give the alias back to the champion before the present one, or to a given run.
+    """Give the alias back to the previous champion, or to a given run.
 
-    Going back again goes further back: what a rollback left is not returned to, unless it was promoted again.
+    A second rollback goes one champion further back: a champion that was rolled back from counts again only after it
+    has been promoted again.
 
     Raises:
         RegistryError: there is no earlier champion, the run is missing or not complete, or the history is damaged.
@@ -212,15 +211,15 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
 
 
 def _champions(history: list[Promotion], champion: str | None) -> list[str]:
-    """Return the champions that can be gone back to, oldest first, the present one last.
+    """Return the champions that a rollback can return to, oldest first, the present one last.
 
     Args:
         history: every move, oldest first.
-        champion: what the alias names.
+        champion: run id in the alias.
     """
     champions: list[str] = []
     for move in history:
-        _return_to(champions, move.previous)  # differs from the last only where a move was written, but never made
+        _return_to(champions, move.previous)  # differs from the last only if a move was written, but not made
         if move.action == "rollback":
             _return_to(champions, move.run_id)
         elif champions[-1:] != [move.run_id]:
@@ -230,7 +229,7 @@ def _champions(history: list[Promotion], champion: str | None) -> list[str]:
 
 
 def _return_to(champions: list[str], run_id: str | None) -> None:
-    """Drop the champions after the latest place of `run_id`; one that was never champion follows the others."""
+    """Drop the champions after the last occurrence of `run_id`; append one that was never champion."""
     if run_id is None:
         champions.clear()
     elif run_id not in champions:
@@ -243,7 +242,7 @@ def _return_to(champions: list[str], run_id: str | None) -> None:
 def _move_alias(
     artifacts: Path, name: str, action: Literal["promote", "rollback"], run_id: str, reason: str
 ) -> Promotion:
-    """Move the alias and write the history; the caller holds the lock."""
+    """Write the history and move the alias; the caller holds the lock."""
     folder = artifacts / name
     _require_complete(folder, run_id)
     history = promotion_history(artifacts, name)
@@ -264,28 +263,26 @@ def _move_alias(
 
 def _require_complete(folder: Path, run_id: str) -> None:
     run = folder / "runs" / run_id
-    # A run id is one name: `..` or a path would let the alias leave its folder.
+    # A run id is one name: with `..` or a path the alias would point outside its folder.
     if run.name != run_id or run.parent != folder / "runs" or run_id == ".." or not run.is_dir():
-        raise RegistryError(
-            f"no run is called {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {folder.name}`"
-        )
+        raise RegistryError(f"there is no run {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {folder.name}`")
     read_manifest(run)
 
 
 @contextmanager
 def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
-    """Let one process at a time decide on an alias and move it; the lock ends with the process, even if it is killed.
+    """Let one process at a time decide about an alias and move it; a process that is killed releases the lock.
 
-    May be taken again by the thread that holds it.
+    The thread that holds the lock may take it again.
 
     Raises:
-        RegistryError: there is no such name, or another process holds the lock for long.
+        RegistryError: there is no such name, or another process holds the lock for 30 seconds.
     """
     folder = artifacts / name
     if not folder.is_dir():
         raise RegistryError(
-            f"nothing is called {name!r} in {artifacts} (there is: {', '.join(list_names(artifacts)) or 'nothing'})"
-            "; check the name"
+            f"there is no model {name!r} in {artifacts} (only {', '.join(list_names(artifacts)) or 'nothing'}); "
+            "check the name"
         )
     from filelock import FileLock, Timeout  # loads asyncio, which `--help` need not wait for
 
@@ -293,7 +290,7 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
     with storage_errors(folder):
         try:
             lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
-        except Timeout as error:  # inside, because it is an OSError too
+        except Timeout as error:  # inside `storage_errors`, because it is an OSError too
             raise RegistryError(f"another process holds {folder / '.lock'}; wait for it and try again") from error
     try:
         yield
@@ -309,8 +306,25 @@ def registry_place(run: Path) -> tuple[Path, str]:
     """
     runs = run.resolve().parent
     if runs.name != "runs":
-        raise RegistryError(f"{run} does not lie in <artifacts>/<name>/runs, so it cannot be champion; copy it there")
+        raise RegistryError(f"{run} is not in <artifacts>/<name>/runs, so it cannot be champion; copy it there")
     return runs.parent.parent, runs.parent.name
+
+
+def find_model(model: str, artifacts: Path) -> Path:
+    """Return the model file or the run folder that a user means: a file that exists, else as `resolve_run`.
+
+    So a name such as `cats.onnx` means its champion, unless there is a file of that name.
+
+    Raises:
+        ModelError: there is no such model.
+        RegistryError: the alias names a run that is not complete.
+    """
+    path = user_path(model)
+    if path.is_file() and path.name != CHAMPION_FILE:
+        if path.suffix not in (".onnx", ".keras"):
+            raise ModelError(f"{path} is not a model: a model file ends in .onnx or .keras")
+        return path
+    return resolve_run(model, artifacts)
 
 
 def resolve_run(model: str, artifacts: Path) -> Path:
@@ -319,68 +333,65 @@ def resolve_run(model: str, artifacts: Path) -> Path:
     Args:
         model: a name (its champion), an alias file, a run folder, or `<name>/<run id>`.
     Raises:
-        ModelError: nothing is found under it.
+        ModelError: there is no such run.
         RegistryError: the alias names a run that is not complete.
     """
     path = user_path(model)
     if path.name == CHAMPION_FILE and path.is_file():
         return _read_alias(path)
     if path.is_dir():
-        run = path.resolve()  # `.` inside a run folder has a parent only so
+        run = path.resolve()  # the parent of `.` is known only then
         if run.parent.name == "runs" or (run / MANIFEST_FILE).is_file():
             return run
         if (run / CHAMPION_FILE).is_file():
             return _read_alias(run / CHAMPION_FILE)
-    model = model.rstrip("/")
-    name, _, run_id = model.partition("/")
+    name, _, run_id = model.rstrip("/").partition("/")
     if run_id and (artifacts / name / "runs" / run_id).is_dir():
         return artifacts / name / "runs" / run_id
     names = list_names(artifacts)
-    if model in names:
-        champion = champion_run(artifacts, model)
+    if name in names and not run_id:
+        champion = champion_run(artifacts, name)
         if champion is None:
             raise ModelError(
-                f"{model} has no champion yet in {artifacts}; promote a run with `cnnpipe models promote`, "
-                f"or give one as {model}/<run id>"
+                f"{name} has no champion yet in {artifacts}; promote a run with `cnnpipe models promote`, "
+                f"or give one as {name}/<run id>"
             )
         return champion
+    if path.suffix in (".onnx", ".keras"):
+        raise ModelError(f"there is no model file at {path}; check the path")
     raise ModelError(
-        f"no model is called {model!r}; give a name ({', '.join(names) or 'none'} in {artifacts}), a run folder, "
+        f"there is no model {model!r}; give a name ({', '.join(names) or 'none'} in {artifacts}), a run folder, "
         "or an .onnx file"
     )
 
 
 def resolve_model(model: str | None, artifacts: Path, precision: Precision | Literal["auto"] = "auto") -> Path:
-    """Return the run folder or the model file that a user means.
+    """Return the run folder or the model file to apply.
 
     Args:
-        model: as for `resolve_run`, or the path of an .onnx or .keras file; None is the only champion there is.
-        precision: a run that has no model of it is refused now, before anything heavy is loaded.
+        model: as for `find_model`; None is the only champion there is.
+        precision: checked here, before anything heavy is loaded, if the model is a run.
     Raises:
-        ModelError: nothing is found under it, None and there is not exactly one champion, or no such precision.
+        ModelError: there is no such model, no such precision of it, or None was given and there is not one champion.
         RegistryError: the alias names a run that is not complete.
     """
-    path = user_path(_only_champion(artifacts) if model is None else model)
-    if path.suffix in (".onnx", ".keras"):
-        if not path.is_file():
-            raise ModelError(f"no model file at {path}; check the path")
-        return path
-    if path.is_file() and path.name != CHAMPION_FILE:
-        raise ModelError(f"{path} is no model: it ends in {path.suffix or 'no suffix'}, not in .onnx or .keras")
-    run = resolve_run(str(path) if model is None else model, artifacts)
-    choose_model_file(run, "cpu", precision)
-    return run
+    found = _only_champion(artifacts) if model is None else find_model(model, artifacts)
+    if found.is_dir():
+        choose_model_file(found, "cpu", precision)
+    return found
 
 
-def _only_champion(artifacts: Path) -> str:
-    champions = [name for name in list_names(artifacts) if (artifacts / name / CHAMPION_FILE).is_file()]
-    if len(champions) == 1:
-        return champions[0]
-    if champions:
-        raise ModelError(f"{artifacts} has several champions ({', '.join(champions)}); choose one with --model")
+def _only_champion(artifacts: Path) -> Path:
+    aliases = [artifacts / name / CHAMPION_FILE for name in list_names(artifacts)]
+    aliases = [alias for alias in aliases if alias.is_file()]
+    if len(aliases) == 1:
+        return _read_alias(aliases[0])
+    if aliases:
+        names = ", ".join(alias.parent.name for alias in aliases)
+        raise ModelError(f"{artifacts} has several champions ({names}); choose one with --model")
     raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
 
 
 def resolve_model_file(model: str | None, artifacts: Path) -> Path:
-    """Return the model file that a user means: of a run, the fp32 one; arguments and errors as for `resolve_model`."""
+    """Return the model file to apply: the fp32 one of a run; arguments and errors as for `resolve_model`."""
     return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32").path

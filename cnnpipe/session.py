@@ -24,8 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.machine import ask_driver, free_gpu_memory, usable_cores
-from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.model_files import PRECISIONS, ChosenFile, Precision, choose_model_file
+from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, PRECISIONS, ChosenFile, ModelInfo, Precision, choose_model_file
 
 __all__ = ["BoundBuffers", "ClassifierSession", "cuda_batch_size", "cuda_options", "device_report",
            "is_out_of_memory", "open_session", "silent_onnxruntime"]  # fmt: skip

@@ -6,7 +6,6 @@ Names of classes and files are a user's, and may be anything: they go into markd
 from __future__ import annotations
 
 import base64
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cnnpipe.files import display_path
-from cnnpipe.model_files import read_parity
+from cnnpipe.manifest import best_epoch, read_history, read_parity
 from cnnpipe.settings import RetrainSettings, load_toml
 
 if TYPE_CHECKING:
@@ -65,11 +64,9 @@ def publish_plots(run: Path) -> None:
     from cnnpipe.evaluate.metrics import read_evaluation
 
     settings = load_toml(RetrainSettings, run / "config.toml")
-    with (run / "history.csv").open(encoding="utf-8", newline="") as file:
-        history = list(csv.DictReader(file))
+    history = read_history(run)
     preset, seed = _code(settings.train.preset), settings.train.seed
-    best = max(history, key=lambda row: float(row["val_accuracy"]))
-    seconds = sum(float(row["seconds"]) for row in history)
+    best = best_epoch(history["val_accuracy"], history["val_loss"])
     evaluation = read_evaluation(run)
     lines = [
         f"# {_text(settings.prepare.resolved_name)}: {evaluation.accuracy:.2%} of the test images are right",
@@ -77,8 +74,8 @@ def publish_plots(run: Path) -> None:
         f"Run {_code(run.name)}: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
         "which had no part in the training.",
         "",
-        f"Preset {preset}, seed {seed}: {len(history)} epochs in {seconds:,.0f} s; "
-        f"best validation accuracy **{float(best['val_accuracy']):.4f}** in epoch {best['epoch']}.",
+        f"Preset {preset}, seed {seed}: {len(history['epoch'])} epochs in {sum(history['seconds']):,.0f} s; "
+        f"best validation accuracy **{history['val_accuracy'][best]:.4f}** in epoch {history['epoch'][best]:.0f}.",
         "",
         _picture("Accuracy by epoch", run / "accuracy.png"),
         "",

@@ -97,7 +97,7 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
 @task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
     """Train a network; return the run folder."""
-    from cnnpipe.stages import train_run
+    from cnnpipe.train.run import train_run
 
     with progress_artifact("training-progress") as progress:
         result = train_run(settings, Path(prepared), user_path(artifacts), progress)
@@ -107,7 +107,7 @@ def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str
 @task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
 def evaluate_model(run: str) -> float:
     """Score the best weights on the test split; return the accuracy."""
-    from cnnpipe.stages import evaluate_run
+    from cnnpipe.evaluate.evaluation import evaluate_run
 
     evaluation = evaluate_run(Path(run))
     publish_metrics(evaluation)
@@ -117,7 +117,7 @@ def evaluate_model(run: str) -> float:
 @task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
 def plot_training(run: str) -> list[str]:
     """Draw the plots and show them in the UI; return their paths."""
-    from cnnpipe.stages import plot_run
+    from cnnpipe.plot.plots import plot_run
 
     plots = plot_run(Path(run))
     publish_plots(Path(run))
@@ -127,7 +127,7 @@ def plot_training(run: str) -> list[str]:
 @task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
 def export_model(run: str) -> float:
     """Write the ONNX model, checked against the trained one; return the share of equal classes."""
-    from cnnpipe.stages import export_run
+    from cnnpipe.export.onnx import export_run
 
     return export_run(Path(run)).agreement
 
@@ -137,7 +137,7 @@ def promote_model(run: str) -> dict[str, Any]:
     """Decide on the run, complete it, and move the champion alias if it passes."""
     from dataclasses import asdict
 
-    from cnnpipe.stages import conclude_run
+    from cnnpipe.promote.gate import conclude_run
 
     decision = conclude_run(Path(run))
     publish_decision(Path(run), decision)

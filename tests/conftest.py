@@ -16,7 +16,6 @@ from PIL import Image
 from servers import assert_quiet
 from tiny_models import write_digits, write_model
 
-from cnnpipe import stages
 from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
 from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
 
@@ -44,12 +43,19 @@ def digits(data: Path) -> PreparedDataset:
 @pytest.fixture(scope="session")
 def finished_run(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run, the champion of `digits`; never change it, copy it with `artifacts`."""
+    # Imported here: most tests need no TensorFlow.
+    from cnnpipe.evaluate.evaluation import evaluate_run
+    from cnnpipe.export.onnx import export_run
+    from cnnpipe.plot.plots import plot_run
+    from cnnpipe.promote.gate import conclude_run
+    from cnnpipe.train.run import train_run
+
     artifacts = tmp_path_factory.mktemp("finished") / "artifacts"
-    run = stages.train_run(SETTINGS, digits.path, artifacts).run
-    stages.evaluate_run(run)
-    stages.plot_run(run)
-    stages.export_run(run)
-    stages.conclude_run(run)
+    run = train_run(SETTINGS, digits.path, artifacts).run
+    evaluate_run(run)
+    plot_run(run)
+    export_run(run)
+    conclude_run(run)
     return run
 
 

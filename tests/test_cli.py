@@ -223,7 +223,7 @@ def test_evaluate_says_how_many_images_the_model_has_learned(
     for index, image in enumerate(digits.images("train")[:3]):
         Image.fromarray(image).save(tmp_path / "hold" / "0" / f"learned {index}.png")
     options = ("--dataset", tmp_path / "hold", "--artifacts", artifacts, "--data", tmp_path / "data")
-    assert "3 of these images were learned" in run("evaluate", "digits", *options).stderr
+    assert "the model was trained on 3 of these images" in run("evaluate", "digits", *options).stderr
 
 
 def test_evaluate_leaves_out_what_it_cannot_read_and_says_so(
@@ -281,7 +281,7 @@ def test_a_run_outside_a_registry_is_not_promoted(artifacts: Path, tmp_path: Pat
 
     for force in ([], ["--force"]):
         result = run("models", "promote", copy, *force, "--artifacts", artifacts)
-        assert_one_line_error(result, 1, "does not lie in <artifacts>/<name>/runs")
+        assert_one_line_error(result, 1, "is not in <artifacts>/<name>/runs")
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
     assert not (tmp_path / ".lock").exists()
 
@@ -441,7 +441,7 @@ def test_doctor_tells_a_broken_champion_alias_and_fails(artifacts: Path) -> None
     report = last_json(result)
     assert report["status"] == "failed"
     assert list(report["artifacts"]["champions"]) == ["digits"]
-    (problem,) = report["artifacts"]["problems"]
+    (problem,) = report["artifacts"]["problems"].values()
     assert "nonsense" in problem
 
     (artifacts / "pets" / "champion").unlink()
@@ -479,7 +479,7 @@ class TestBadInput:
         fake = tmp_path / "fake.onnx"
         fake.write_text("not a model")
         assert_one_line_error(run("classify", photos, "--model", fake), 1, "fake.onnx")
-        assert_one_line_error(run("classify", photos, "--model", photos / "zz-notes.png"), 1, "is no model")
+        assert_one_line_error(run("classify", photos, "--model", photos / "zz-notes.png"), 1, "is not a model")
         assert_one_line_error(run("classify", photos, "--model", "nobody", "--artifacts", tmp_path), 1, "nobody")
         fake_keras = tmp_path / "fake.keras"
         fake_keras.write_text("not a model")

@@ -16,7 +16,7 @@ FLOWS = ("prefect", "fastapi")
 LIGHT_FOLDERS = ("images", "classify")
 """Stages that run where no training package is loaded."""
 STAGES = ("images", "prepare", "train", "evaluate", "plot", "export", "promote", "classify")
-TOP = ("cli", "console", "stages")
+TOP = ("cli", "console")
 """Modules that stand above the stages."""
 GROUND_FLOOR = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *TOP))
 

@@ -18,6 +18,7 @@ from cnnpipe.registry import (
     PROMOTIONS_FILE,
     champion_run,
     create_run,
+    list_champions,
     list_names,
     list_runs,
     promote_run,
@@ -181,7 +182,7 @@ def test_rollback_to_a_run_that_never_was_champion_can_be_taken_back(artifacts: 
 def test_move_to_what_is_no_run_is_an_error(artifacts: Path, run_id: str) -> None:
     _promote(artifacts, "B")
     for move in (promote_run, rollback):
-        with pytest.raises(RegistryError, match=r"no run is called .*; see `cnnpipe models list digits`"):
+        with pytest.raises(RegistryError, match=r"there is no run .*; see `cnnpipe models list digits`"):
             move(artifacts, "digits", run_id=run_id, reason="")
     assert _champion(artifacts) == "B"
     assert len(promotion_history(artifacts, "digits")) == 1
@@ -195,9 +196,9 @@ def test_incomplete_run_cannot_be_promoted(artifacts: Path) -> None:
 
 
 def test_name_that_is_not_there_is_an_error_and_stays_so(artifacts: Path) -> None:
-    with pytest.raises(RegistryError, match=r"nothing is called 'digit' in .* \(there is: digits\); check the name"):
+    with pytest.raises(RegistryError, match=r"there is no model 'digit' in .* \(only digits\); check the name"):
         promote_run(artifacts, "digit", "A", "")
-    with pytest.raises(RegistryError, match="nothing is called 'digit'"):
+    with pytest.raises(RegistryError, match="there is no model 'digit'"):
         rollback(artifacts, "digit", "")
     assert list_names(artifacts) == ["digits"]
 
@@ -256,7 +257,7 @@ def test_damaged_history_is_an_error_and_moves_nothing(artifacts: Path, line: st
     _promote(artifacts, "A")
     with (artifacts / "digits" / PROMOTIONS_FILE).open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(RegistryError, match=r"promotions\.jsonl is damaged: .*; mend or remove the line"):
+    with pytest.raises(RegistryError, match=r"promotions\.jsonl is damaged: .*; fix or remove the line"):
         _promote(artifacts, "B")
     assert _champion(artifacts) == "A"
 
@@ -312,6 +313,34 @@ def test_model_file_is_found_by_its_path(artifacts: Path, tmp_path: Path) -> Non
     assert resolve_model_file(str(model), artifacts) == model
 
 
+def test_a_file_is_a_model_file_and_everything_else_a_name(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _complete(artifacts, "A", "cats.onnx")
+    promote_run(artifacts, "cats.onnx", "A", "")
+    (tmp_path / "cats.onnx").mkdir()  # the dataset that the name comes from
+    monkeypatch.chdir(tmp_path)
+    for model in ("cats.onnx", "cats.onnx/A", str(artifacts / "cats.onnx"), str(run)):
+        assert resolve_model_file(model, artifacts) == run / "model.onnx"
+    (tmp_path / "cats.onnx").rmdir()
+    assert resolve_model_file("cats.onnx", artifacts) == run / "model.onnx"
+    (tmp_path / "cats.onnx").write_bytes(b"")
+    assert resolve_model_file("cats.onnx", artifacts) == Path("cats.onnx")
+
+
+def test_an_alias_that_cannot_be_used_is_listed_with_its_problem(artifacts: Path) -> None:
+    _promote(artifacts, "A")
+    _complete(artifacts, "A", "cats")
+    assert list_champions(artifacts) == ({"digits": "A"}, {})  # cats has no champion yet
+    for content in (b"nonsense", b"\xff", b""):
+        (artifacts / "cats" / CHAMPION_FILE).write_bytes(content)
+        champions, broken = list_champions(artifacts)
+        assert champions == {"digits": "A"}
+        with pytest.raises(RegistryError) as caught:
+            champion_run(artifacts, "cats")
+        assert broken == {"cats": str(caught.value)}
+
+
 def test_no_model_given_is_the_only_champion(artifacts: Path) -> None:
     with pytest.raises(ModelError, match="has no champion; train one with `make retrain`"):
         resolve_model_file(None, artifacts)
@@ -325,7 +354,7 @@ def test_no_model_given_is_the_only_champion(artifacts: Path) -> None:
 
 def test_unknown_model_lists_the_names_there_are(artifacts: Path, tmp_path: Path) -> None:
     for model in ("digit", "digits/X", "", "..", "a/../b"):
-        with pytest.raises(ModelError, match=r"no model is called .*; give a name \(digits in"):
+        with pytest.raises(ModelError, match=r"there is no model .*; give a name \(digits in"):
             resolve_run(model, artifacts)
     with pytest.raises(ModelError, match=r"give a name \(none in"):
         resolve_run("digits", tmp_path / "none")
@@ -338,7 +367,7 @@ def test_name_without_champion_says_how_to_get_one(artifacts: Path) -> None:
 
 def test_file_that_is_no_model_is_refused(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"photo\.jpg is no model: it ends in \.jpg, not in \.onnx or \.keras"):
+    with pytest.raises(ModelError, match=r"photo\.jpg is not a model: a model file ends in \.onnx or \.keras"):
         resolve_model_file(str(tmp_path / "photo.jpg"), artifacts)
 
 

@@ -17,7 +17,7 @@ from tiny_models import CLASS_NAMES, expected_probabilities, load_digits, model_
 
 from cnnpipe.errors import ConfigError, ModelError, ProviderError
 from cnnpipe.machine import ask_driver, free_gpu_memory
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
+from cnnpipe.manifest import MODEL_FILES, PARITY_FILE
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.session import (
     BoundBuffers,

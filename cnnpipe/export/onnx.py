@@ -1,4 +1,4 @@
-"""Keras to ONNX: one file that stands alone, checked against the model it came from before it gets its name."""
+"""The stage `export`: Keras to ONNX, one file that needs nothing beside it, compared with the model it came from."""
 
 from __future__ import annotations
 
@@ -12,55 +12,42 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError, one_line
-from cnnpipe.evaluate.metrics import read_evaluation
-from cnnpipe.evaluate.predict import load_keras_model, predict_keras, predict_onnx
+from cnnpipe.evaluate.evaluation import LoadedRun, load_run
+from cnnpipe.evaluate.metrics import Parity, compare_probabilities, read_evaluation, read_probabilities
+from cnnpipe.evaluate.predict import load_keras_model, predict_onnx
 from cnnpipe.export.graphs import simplify_graph
-from cnnpipe.export.parity import Parity, compare_probabilities
 from cnnpipe.export.variants import Reference, export_variants
-from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, ModelInfo
-from cnnpipe.model_files import MODEL_FILES, PARITY_FILE
-from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, OUTPUT_NAME, PARITY_FILE, ModelInfo, require_unfinished
 from cnnpipe.session import open_session
 from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import sha256_file, storage_errors, write_file, write_json
-from cnnpipe.train.backend import full_float32, keras
-
-__all__ = [
-    "Parity",
-    "convert_model",
-    "export_onnx",
-]
+from cnnpipe.train.backend import keras, select_device
 
 logger = logging.getLogger(__name__)
 
 
-def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: ExportSettings) -> Parity:
+def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     """Write `model.onnx`, its variants and, last, `parity.json` of a trained and evaluated run.
 
-    The file gets its final name only after onnx's checker has passed it and the whole test split has gone through
-    both models: a file of that name can be relied on.
+    A model file gets its name only after onnx's checker has passed it and its probabilities for the whole test split
+    were compared with those of the trained model, which `cnnpipe evaluate` has written.
 
     Args:
-        run: holds `model.keras` and `metrics.json`.
-        preset: recorded in the metadata.
-        dataset: what the run was trained on.
+        run: holds `model.keras`, `metrics.json` and `probabilities_test.npy`.
+        chosen: used instead of the run's own settings.
     Raises:
         ParityError: the two models disagree by more than the settings allow.
         ModelError: the run has no trained model, or the conversion gave no valid ONNX file.
+        RegistryError: the run is complete, or was not evaluated.
         StorageError: the files cannot be written.
     """
+    require_unfinished(run)
+    loaded = load_run(run)
+    dataset, settings = loaded.dataset, chosen or loaded.settings.export
+    select_device(loaded.settings.train.device)
     model = load_keras_model(run / "model.keras")
-    info = ModelInfo(
-        cnnpipe_version=__version__,
-        name=run.parent.parent.name,
-        run_id=run.name,
-        preset=preset,
-        class_names=dataset.class_names,
-        image_size=dataset.image_size,
-        dataset_fingerprint=dataset.fingerprint,
-        test_accuracy=read_evaluation(run).accuracy,
-        training_statistics=dataset.statistics,
-    )
+    info = _model_info(run, loaded)
+    trained = read_probabilities(run, dataset.num_images["test"])
     graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
     _remove_earlier(run)
     file = run / MODEL_FILES["fp32"]
@@ -69,8 +56,6 @@ def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: Expo
             onnx.save(graph, temporary)
         session = open_session(temporary, "cpu")
         exported = predict_onnx(session, dataset.images("test"))
-        with full_float32():
-            trained = predict_keras(model, dataset.images("test"))
         parity = compare_probabilities(trained, exported, dataset.paths("test"))
         _require_parity(parity, settings)
     logger.info(
@@ -85,8 +70,23 @@ def export_onnx(run: Path, preset: str, dataset: PreparedDataset, settings: Expo
     return parity
 
 
+def _model_info(run: Path, loaded: LoadedRun) -> ModelInfo:
+    dataset = loaded.dataset
+    return ModelInfo(
+        cnnpipe_version=__version__,
+        name=run.parent.parent.name,
+        run_id=run.name,
+        preset=loaded.settings.train.preset,
+        class_names=dataset.class_names,
+        image_size=dataset.image_size,
+        dataset_fingerprint=dataset.fingerprint,
+        test_accuracy=read_evaluation(run).accuracy,
+        training_statistics=dataset.statistics,
+    )
+
+
 def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
-    """Write into a converted model what it says of itself, and check that it is valid."""
+    """Write the metadata into a converted model, and check that it is valid."""
     onnx.helper.set_model_props(model, info.to_metadata() | {"precision": "fp32"})
     model.producer_name, model.producer_version = "cnnpipe", __version__
     model.doc_string = "Input: uint8 (batch, height, width, 3) RGB. Output: probabilities of metadata `class_names`."
@@ -98,7 +98,7 @@ def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
 
 
 def _remove_earlier(run: Path) -> None:
-    """Remove what an earlier export left: a variant must never stand beside a model that it was not made from."""
+    """Remove the results of an earlier export: a variant must never stand beside a model that it was not made from."""
     for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
         with storage_errors(run / name):
             (run / name).unlink(missing_ok=True)
@@ -116,9 +116,9 @@ def _require_parity(parity: Parity, settings: ExportSettings) -> None:
 
 
 def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -> onnx.ModelProto:
-    """Convert a network of `models.build_network` to ONNX, without metadata.
+    """Convert a network of `networks.build_network` to ONNX, without metadata.
 
-    By a function with an explicit signature: `tf2onnx.convert.from_keras` fails on Keras 3.
+    Uses a function with an explicit signature: `tf2onnx.convert.from_keras` fails on Keras 3.
 
     Args:
         image_size: (height, width) of its input.

@@ -1,4 +1,4 @@
-"""Draw what a run's files say: the curves, the confusion matrix, samples and mistakes.
+"""The stage `plot`: the curves, the confusion matrix, samples and mistakes of an evaluated run.
 
 Every picture is drawn on its own `Figure`, without pyplot and its global state, so threads may draw side by side. The
 files are small, because the Prefect UI shows them inline, and the same input gives the same bytes. Right and wrong,
@@ -9,44 +9,44 @@ Colours: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
 
 from __future__ import annotations
 
-import csv
+import io
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import chdir, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+from sklearn.metrics import confusion_matrix
 
-from cnnpipe.errors import DatasetError, RegistryError, one_line
-from cnnpipe.evaluate.metrics import PREDICTIONS_FILE, read_evaluation
-from cnnpipe.plot.figures import (
-    Axes,
-    AxesImage,
-    Figure,
-    MaxNLocator,
-    PowerNorm,
-    save_figure,
-    shorten_name,
-    text_style,
-)
-from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.errors import RegistryError
+from cnnpipe.evaluate.evaluation import load_run
+from cnnpipe.evaluate.metrics import read_evaluation, read_probabilities
+from cnnpipe.manifest import best_epoch, read_history, require_unfinished
+from cnnpipe.storage import write_bytes
 
-__all__ = [
-    "HISTORY_FILE",
-    "PredictedImages",
-    "Predictions",
-    "plot_confusion_matrix",
-    "plot_history",
-    "plot_mistakes",
-    "plot_run",
-    "plot_samples",
-    "read_history",
-    "read_predictions",
-]
+# A user's style may need what is not installed here, such as LaTeX, or would change the pictures.
+os.environ["MATPLOTLIBRC"] = os.devnull
+os.environ.pop("MPLBACKEND", None)
+# A file in the working folder has priority over MATPLOTLIBRC.
+with chdir(Path(os.__file__).parent) if Path("matplotlibrc").exists() else nullcontext():
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.ticker import MaxNLocator
+matplotlib.rcdefaults()  # for a program that had imported it before
 
-HISTORY_FILE: Final = "history.csv"
+_RESOLUTIONS: Final = (120, 96, 76, 60)  # dots an inch
+_FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
+                          "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")  # fmt: skip
 
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#0072B2", "#D55E00", "#555555"
 _RIGHT_COLOUR, _WRONG_COLOUR = "#007A59", "#C44E00"  # the palette's green and vermillion, darker: they colour text too
@@ -54,22 +54,11 @@ _MAX_INLINE_BYTES: Final = 120_000
 _MAX_GRID_BYTES: Final = 300_000
 _GRID_COLUMNS, _GRID_ROWS = 6, 4
 _MAX_LABELLED_CLASSES: Final = 120
-Counts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What `predictions_test.csv` says, in the order of the test split."""
-
-    predicted: npt.NDArray[np.int64]
-    """(N,), index of the predicted class."""
-    probability: npt.NDArray[np.float64]
-    """(N,), of the predicted class, 0-1."""
 
 
 @dataclass(frozen=True)
 class PredictedImages:
-    """Images with what they are and what the model says."""
+    """Images with their actual and predicted classes."""
 
     images: npt.NDArray[np.uint8]
     """(N, H, W, 3) RGB."""
@@ -78,84 +67,36 @@ class PredictedImages:
     predicted: npt.NDArray[np.int64]
     """(N,), index of the predicted class."""
     probabilities: npt.NDArray[np.floating[Any]]
-    """(N,), of the predicted class, 0-1."""
+    """(N,), probability of the predicted class, 0-1."""
     class_names: Sequence[str]
 
 
-def plot_run(run: Path, dataset: PreparedDataset) -> list[Path]:
+def plot_run(run: Path) -> list[Path]:
     """Draw all pictures of an evaluated run into its folder.
 
     Args:
-        run: holds `history.csv`, `metrics.json`, `confusion_matrix.csv` and `predictions_test.csv`.
-        dataset: what it was evaluated on; gives the test images.
+        run: holds `history.csv`, `metrics.json` and `probabilities_test.npy`.
     Returns:
         The files: accuracy, loss, confusion matrix, samples, mistakes.
     Raises:
-        RegistryError: a file of the run is missing or damaged.
-        DatasetError: the run was evaluated on another dataset.
+        RegistryError: the run is complete, a file of it is missing or damaged, or it was evaluated on another dataset.
         StorageError: a picture cannot be written.
     """
-    evaluation = read_evaluation(run)
-    labels, names = dataset.labels("test"), dataset.class_names
-    if evaluation.class_names != names:
-        raise DatasetError(f"{run} was evaluated on other classes than {dataset.name} has; evaluate it again")
-    predictions = read_predictions(run, names, labels)
-    shown = PredictedImages(dataset.images("test"), labels, predictions.predicted, predictions.probability, names)
+    require_unfinished(run)
+    dataset, evaluation = load_run(run).dataset, read_evaluation(run)
+    names, images, labels = dataset.class_names, dataset.images("test"), dataset.labels("test")
+    probabilities = read_probabilities(run, len(labels))
+    predicted = probabilities.argmax(axis=1)
+    if evaluation.class_names != names or evaluation.num_correct != int((predicted == labels).sum()):
+        raise RegistryError(f"{run} was evaluated on another dataset than {dataset.path}; evaluate it again")
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
+    shown = PredictedImages(images, labels, predicted, probabilities.max(axis=1), names)
     return [
         *plot_history(run),
-        plot_confusion_matrix(evaluation.confusion_matrix, names, run / "confusion_matrix.png"),
+        plot_confusion_matrix(counts, names, run / "confusion_matrix.png"),
         plot_samples(shown, run / "samples.png"),
         plot_mistakes(shown, run / "mistakes.png"),
     ]
-
-
-def read_predictions(run: Path, class_names: Sequence[str], labels: npt.NDArray[np.int64]) -> Predictions:
-    """Read `predictions_test.csv`, and make sure that it is about these labels.
-
-    Raises:
-        RegistryError: it is missing or damaged.
-        DatasetError: it is about other images.
-    """
-    index = {name: number for number, name in enumerate(class_names)}
-    actual, predicted, probability = [], [], []
-    for row in _read_rows(run / PREDICTIONS_FILE):
-        try:
-            actual.append(index[row["label"]])
-            predicted.append(index[row["predicted"]])
-            probability.append(float(row["probability"]))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = one_line(repr(error))
-            raise RegistryError(f"{run / PREDICTIONS_FILE} is damaged: {reason}; evaluate the run again") from error
-    if not np.array_equal(actual, labels):
-        raise DatasetError(f"{run / PREDICTIONS_FILE} is about another test split; evaluate the run again")
-    return Predictions(np.array(predicted, np.int64), np.array(probability, np.float64))
-
-
-def read_history(run: Path) -> dict[str, npt.NDArray[np.float64]]:
-    """Read `history.csv`: a column's name -> its value at every epoch.
-
-    Raises:
-        RegistryError: it is missing or damaged, or no epoch was finished.
-    """
-    path = run / HISTORY_FILE
-    rows = list(_read_rows(path))
-    if not rows:
-        raise RegistryError(f"{path} has no epochs; train again")
-    columns = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss")
-    try:
-        return {column: np.array([float(row[column]) for row in rows]) for column in columns}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; train again") from error
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file)
-    except FileNotFoundError as error:
-        raise RegistryError(f"{path.parent} has no {path.name}; run the stage that writes it again") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RegistryError(f"{path} cannot be read: {error}; run the stage that writes it again") from error
 
 
 def plot_history(run: Path) -> tuple[Path, Path]:
@@ -165,16 +106,15 @@ def plot_history(run: Path) -> tuple[Path, Path]:
         RegistryError: the history is missing or damaged.
         StorageError: a picture cannot be written.
     """
-    history = read_history(run)
-    # As the checkpoint is chosen: the highest val accuracy; of equal ones the lowest loss, then the first.
-    best = int(np.lexsort((history["val_loss"], -history["val_accuracy"]))[0])
+    history = {name: np.array(values) for name, values in read_history(run).items()}
+    best = best_epoch(history["val_accuracy"].tolist(), history["val_loss"].tolist())
     paths = (run / "accuracy.png", run / "loss.png")
-    save_figure(_draw_curves(history, "accuracy", best), paths[0], _MAX_INLINE_BYTES)
-    save_figure(_draw_curves(history, "loss", best), paths[1], _MAX_INLINE_BYTES)
+    for path in paths:
+        save_figure(_draw_curves(history, path.stem, best), path, _MAX_INLINE_BYTES)
     return paths
 
 
-def _draw_curves(history: dict[str, npt.NDArray[np.float64]], metric: str, best: int) -> Figure:
+def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, best: int) -> Figure:
     epochs, train, val = history["epoch"], history[metric], history[f"val_{metric}"]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
@@ -197,7 +137,7 @@ def _draw_curves(history: dict[str, npt.NDArray[np.float64]], metric: str, best:
 
 
 def _limit_values(axes: Axes, values: npt.NDArray[np.float64], metric: str) -> None:
-    """Let the curves fill the picture, but not make noise look like a mountain."""
+    """Fit the value axis to the curves, but not so closely that noise looks like a trend."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return
@@ -211,13 +151,14 @@ def _limit_values(axes: Axes, values: npt.NDArray[np.float64], metric: str) -> N
     axes.set_ylim(max(0.0, low - margin), top + (0.01 if top == 1.0 else 0.0))
 
 
-def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> Path:
-    """Draw a confusion matrix: the colour is the share of the actual class, the cells say counts and shares.
+def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], path: Path) -> Path:
+    """Draw a confusion matrix: the colour is the fraction of the actual class, the cells hold counts and percentages.
 
-    The numbers leave first the shares (more than 12 classes), then the cells altogether (more than 30).
+    With more than 12 classes the cells hold no percentages, with more than 30 no numbers.
 
     Args:
         matrix: counts; rows actual, columns predicted.
+        class_names: in the same order.
         path: the picture to write.
     Raises:
         StorageError: the picture cannot be written.
@@ -228,7 +169,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     side = float(np.clip(0.66 * num_classes, 3.2, 9.0))  # of the matrix, inches; the labels come on top
     label_size = float(np.interp(num_classes, [10, 30, 60, 100], [10, 8, 6.5, 5.5]))
     names = [shorten_name(name, index, 24 if num_classes <= 60 else 20) for index, name in enumerate(class_names)]
-    # The matrix fills the figure; the rest lies around it, and save_figure takes as much room as that needs.
+    # The matrix fills the figure; titles and labels lie around it, and save_figure adds the room that they need.
     figure = Figure(figsize=(side, side))
     axes = figure.add_axes((0, 0, 1, 1))
     # The square root makes a confusion of a few percent visible beside a diagonal near 100 %.
@@ -251,16 +192,16 @@ def _draw_colour_bar(figure: Figure, image: AxesImage, side: float) -> None:
 
 
 def _label_classes(axes: Axes, names: Sequence[str], size: float) -> None:
-    """Name the rows and the columns; of very many classes every second, third, …"""
+    """Name the rows and the columns; with very many classes only every second, third, …"""
     step = math.ceil(len(names) / _MAX_LABELLED_CLASSES)
     axes.set_xlabel("predicted")
     axes.set_ylabel("actual")
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=size, **text_style())
-    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size, **text_style())
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=size, **_text_style())
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size, **_text_style())
     axes.tick_params(length=2 if len(names) > 30 else 3.5, pad=2)
 
 
-def _write_cells(axes: Axes, counts: Counts, shares: npt.NDArray[np.float64]) -> None:
+def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> None:
     if len(counts) > 30:
         return
     widest = len(f"{counts.max():,}")
@@ -268,14 +209,14 @@ def _write_cells(axes: Axes, counts: Counts, shares: npt.NDArray[np.float64]) ->
     for row, column in np.ndindex(*counts.shape):
         count, share = counts[row, column], shares[row, column]
         if not count and len(counts) > 12:
-            continue  # the colour says it, and the numbers that matter stand out
+            continue  # the colour says it, and the other numbers stand out
         text = f"{count:,}\n{share:.1%}" if len(counts) <= 12 and count else f"{count:,}"
         colour = "white" if share > 0.3 else "#222222"
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def plot_samples(shown: PredictedImages, path: Path) -> Path:
-    """Draw a grid of test images, evenly spaced over the split, the first one included, with what the model says.
+    """Draw a grid of test images with their predictions, evenly spaced over the split and beginning with the first.
 
     Raises:
         StorageError: the picture cannot be written.
@@ -319,5 +260,67 @@ def _draw_grid(shown: PredictedImages, chosen: npt.NDArray[np.int64], title: str
         text = f"{mark} {shorten_name(shown.class_names[guess], guess, 16)} {shown.probabilities[index]:.1%}\n"
         text += f"actual: {shorten_name(shown.class_names[actual], actual, 16)}"
         axes.imshow(shown.images[index], interpolation="nearest")
-        axes.set_title(text, fontsize=8.5, color=colour, pad=3, **text_style())
+        axes.set_title(text, fontsize=8.5, color=colour, pad=3, **_text_style())
     return figure
+
+
+def shorten_name(name: str, index: int, length: int) -> str:
+    """Return a class name on one line of at most `length` characters, its middle left out if it is longer.
+
+    A name that no installed font can draw becomes the number of its class, as in the order of the matrix.
+    """
+    name = " ".join(name.split())
+    if any(ord(character) not in _drawable_characters() for character in name):
+        return f"class {index}"
+    if len(name) <= length:
+        return name
+    head = (length - 1) * 2 // 3
+    return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
+
+
+@cache
+def _fonts() -> tuple[str, ...]:
+    """Return matplotlib's own font and the installed ones for other scripts."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed))
+
+
+@cache
+def _drawable_characters() -> frozenset[int]:
+    return frozenset(
+        code for name in _fonts() for code in font_manager.get_font(font_manager.findfont(name)).get_charmap()
+    )
+
+
+def _text_style() -> dict[str, Any]:
+    """Return the style of a text with a class name: `$` is a dollar sign, not mathematics."""
+    return {"family": list(_fonts()), "parse_math": False}
+
+
+def save_figure(figure: Figure, path: Path, max_bytes: int) -> None:
+    """Write a figure as PNG, as sharp as `max_bytes` allows: first with fewer colours, then with fewer pixels.
+
+    Pillow writes it without metadata, so the same figure always gives the same bytes.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    content = _encode_png(_render(figure, _RESOLUTIONS[0]))
+    for dpi in _RESOLUTIONS:
+        if len(content) <= max_bytes:
+            break
+        content = _encode_png(_render(figure, dpi).quantize(256))
+    write_bytes(path, content)
+
+
+def _render(figure: Figure, dpi: int) -> Image.Image:
+    """Draw the figure with everything that lies outside of it: labels are never cut."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pil_kwargs={"compress_level": 1})
+    return Image.open(buffer).convert("RGB")
+
+
+def _encode_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -151,7 +151,7 @@ def compiles_with_xla(device: str) -> bool:
     """Return whether training steps are compiled by XLA.
 
     On one H100 an epoch of `fast` takes 0.5 s with XLA and 3 s without; one of `baseline` 2 s. Compiling takes a minute
-    and more there, once: see `stages.train_run`. A CPU trains faster without it, and several GPUs are not supported.
+    and more there, once: see `train.run.train_run`. A CPU trains faster without it, and several GPUs are not supported.
 
     Args:
         device: what `select_device` returned.

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import TrainingError
 from cnnpipe.machine import package_versions
-from cnnpipe.manifest import MANIFEST_FILE
+from cnnpipe.manifest import MANIFEST_FILE, best_epoch
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run, list_runs
 from cnnpipe.settings import RetrainSettings
@@ -100,8 +100,8 @@ class Epochs:
     @property
     def best_epoch(self) -> int:
         """The one of the highest validation accuracy, then of the lowest loss; 1 for the first, 0 if there is none."""
-        scores = [(row["val_accuracy"], -row["val_loss"]) for row in self.rows]
-        return scores.index(max(scores)) + 1 if scores else 0
+        values = ([row[name] for row in self.rows] for name in ("val_accuracy", "val_loss"))
+        return best_epoch(*values) + 1 if self.rows else 0
 
     @property
     def best_accuracy(self) -> float:

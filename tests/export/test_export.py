@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,12 @@ import onnxruntime
 import pytest
 
 from cnnpipe import __version__
-from cnnpipe.errors import ModelError, ParityError
-from cnnpipe.export.onnx import export_onnx
-from cnnpipe.export.parity import compare_probabilities
+from cnnpipe.errors import ModelError, ParityError, RegistryError
+from cnnpipe.evaluate.metrics import PROBABILITIES_FILE, compare_probabilities
+from cnnpipe.export.onnx import convert_model, export_run
 from cnnpipe.machine import find_processor
 from cnnpipe.manifest import ModelInfo
-from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.prepare.dataset import DATASET_FILE, PreparedDataset
 from cnnpipe.session import device_report
 from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import sha256_file
@@ -51,17 +50,13 @@ def test_no_shape_arithmetic_is_left_in_the_graph(finished_run: Path) -> None:
     assert {tensor.name for tensor in graph.initializer} <= used
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 64])
-def test_any_batch_size_gives_the_trained_models_probabilities(
-    finished_run: Path, digits: PreparedDataset, batch: int
-) -> None:
+def test_any_batch_size_gives_the_trained_models_probabilities(finished_run: Path, digits: PreparedDataset) -> None:
     session = onnxruntime.InferenceSession(finished_run / "model.onnx", providers=["CPUExecutionProvider"])
-    images = np.asarray(digits.images("test")[:batch])
-
-    (probabilities,) = session.run(None, {"images": images})
-
+    images = np.asarray(digits.images("test")[:64])
     trained = keras.saving.load_model(finished_run / "model.keras").predict(images, verbose=0)
-    np.testing.assert_allclose(probabilities, trained, atol=1e-5)
+    for batch in (1, 2, 7, 64):
+        (probabilities,) = session.run(None, {"images": images[:batch]})
+        np.testing.assert_allclose(probabilities, trained[:batch], atol=1e-5)
 
 
 def test_the_file_tells_a_client_all_it_needs(finished_run: Path, digits: PreparedDataset) -> None:
@@ -129,10 +124,8 @@ def test_variant_keeps_the_contract_and_says_its_precision_and_accuracy(finished
     assert ours == theirs | {key: ours[key] for key in ("precision", "test_accuracy")}
 
 
-def test_variants_that_are_not_wanted_are_not_made_and_old_ones_go(
-    unfinished_run: Path, digits: PreparedDataset
-) -> None:
-    export_onnx(unfinished_run, "baseline", digits, ExportSettings(int8=False, fp16=False))
+def test_variants_that_are_not_wanted_are_not_made_and_old_ones_go(unfinished_run: Path) -> None:
+    export_run(unfinished_run, ExportSettings(int8=False, fp16=False))
 
     assert sorted(file.name for file in unfinished_run.glob("*.onnx")) == ["model.onnx"]
     assert list(json.loads((unfinished_run / "parity.json").read_text())) == ["fp32"]
@@ -143,9 +136,9 @@ def test_a_variant_that_loses_too_much_is_not_kept_and_says_why(
 ) -> None:
     # Seen with one dark image only, the activations of all others are cut off.
     settings = ExportSettings(calibration_images=1, fp16=False)
-    dark = _with_blank_training_images(digits, unfinished_run.parent / "blank")
+    _blank_training_images(unfinished_run, digits)
 
-    export_onnx(unfinished_run, "baseline", dark, settings)
+    export_run(unfinished_run, settings)
 
     assert (unfinished_run / "model.onnx").is_file()
     assert not (unfinished_run / "model.int8.onnx").exists()
@@ -166,10 +159,16 @@ def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
     return run
 
 
-def _with_blank_training_images(digits: PreparedDataset, folder: Path) -> PreparedDataset:
-    shutil.copytree(digits.path, folder)
+def _blank_training_images(run: Path, digits: PreparedDataset) -> None:
+    """Let a run's dataset be a copy of the digits with 4 blank training images."""
+    folder = Path(shutil.copytree(digits.path, run.parent / "blank" / digits.path.name))
     np.save(folder / "train_images.npy", np.zeros((4, 32, 32, 3), np.uint8))
-    return replace(digits, path=folder)
+    np.save(folder / "train_labels.npy", np.zeros(4, np.int64))
+    description = json.loads((folder / DATASET_FILE).read_text())
+    description["num_images"]["train"] = 4
+    (folder / DATASET_FILE).write_text(json.dumps(description))
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"dataset": str(folder)}))
 
 
 def test_comparison_names_the_images_that_disagree() -> None:
@@ -183,36 +182,37 @@ def test_comparison_names_the_images_that_disagree() -> None:
     assert parity.disagreements == ("b.png",)
 
 
-def test_a_model_that_disagrees_fails_the_run_and_is_not_kept(
-    finished_run: Path, digits: PreparedDataset, tmp_path: Path
-) -> None:
-    run = tmp_path / "artifacts" / "digits" / "runs" / finished_run.name
-    shutil.copytree(finished_run, run)
-    (run / "model.onnx").unlink()
+def test_a_model_that_disagrees_fails_the_run_and_is_not_kept(unfinished_run: Path) -> None:
+    (unfinished_run / "model.onnx").unlink()
 
     with pytest.raises(ParityError, match=r"differs by \d\.\de-\d+ \(at most 1\.0e-30\); it was not kept"):
-        export_onnx(run, "baseline", digits, ExportSettings(max_difference=1e-30))
+        export_run(unfinished_run, ExportSettings(max_difference=1e-30))
 
-    assert not (run / "model.onnx").exists()
-    assert not list(run.glob(".model*"))
+    assert not (unfinished_run / "model.onnx").exists()
+    assert not list(unfinished_run.glob(".model*"))
 
 
-def test_a_run_without_a_trained_model_is_refused(finished_run: Path, digits: PreparedDataset, tmp_path: Path) -> None:
-    run = tmp_path / "artifacts" / "digits" / "runs" / "empty"
-    run.mkdir(parents=True)
+def test_a_run_that_lacks_what_is_exported_or_compared_with_is_refused(unfinished_run: Path) -> None:
+    (unfinished_run / PROBABILITIES_FILE).unlink()
+    with pytest.raises(RegistryError, match=r"has no probabilities_test\.npy: evaluate it with `cnnpipe evaluate"):
+        export_run(unfinished_run)
+    (unfinished_run / "model.keras").unlink()
     with pytest.raises(ModelError, match=r"model\.keras"):
-        export_onnx(run, "baseline", digits, ExportSettings())
+        export_run(unfinished_run)
 
 
 @pytest.mark.parametrize(
-    ("preset", "flips"), [("baseline", False), ("fast", False), ("fast", True), ("accurate", True)]
+    ("preset", "flips", "image_size", "num_classes"),
+    [
+        ("baseline", False, (64, 64), 100),
+        ("fast", False, (64, 64), 100),
+        ("fast", True, (16, 24), 2),
+        ("accurate", True, (16, 24), 2),
+    ],
 )
-@pytest.mark.parametrize(("image_size", "num_classes"), [((16, 24), 2), ((64, 64), 100)])
 def test_every_preset_exports_at_any_size_and_number_of_classes(
     preset: str, flips: int, image_size: tuple[int, int], num_classes: int
 ) -> None:
-    from cnnpipe.export.onnx import convert_model
-
     train = np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
     model = build_network(preset, image_size, num_classes, measure_input(train))
     model = average_flips(model) if flips else model

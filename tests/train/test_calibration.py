@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cnnpipe.evaluate.metrics import evaluate_model
+from cnnpipe.evaluate.evaluation import evaluate_split
+from cnnpipe.evaluate.predict import open_model
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run
 from cnnpipe.settings import EvaluateSettings, RetrainSettings, TrainSettings
@@ -63,7 +64,7 @@ def test_what_fast_keeps_is_as_certain_as_it_is_right(
     caplog.set_level(logging.INFO, "cnnpipe")
     train = TrainSettings(preset="fast", epochs=3, augment=augment, seed=1)
     run = train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits")).run
-    evaluation = evaluate_model(run / "model.keras", digits, EvaluateSettings())
+    evaluation = evaluate_split(open_model(run / "model.keras"), digits, EvaluateSettings())
 
     said = re.search(r"temperature (\S+) by 287 .* confidence (\S+), not (\S+), at accuracy (\S+)", caplog.text)
     assert said

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnnpipe import stages
 from cnnpipe.errors import TrainingError
 from cnnpipe.evaluate.predict import predict_keras
 from cnnpipe.manifest import digest_files
@@ -26,6 +25,7 @@ from cnnpipe.settings import PromoteSettings, RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras
 from cnnpipe.train.checkpoints import Epochs, TrainingJob, open_training
 from cnnpipe.train.fit import TrainingResult
+from cnnpipe.train.run import train_run
 
 # All that a training has of state: two sizes of images, averages, augmentation, a rate that changes.
 SETTINGS = RetrainSettings(train=TrainSettings(preset="fast", epochs=4, seed=3, average_weights=True))
@@ -35,7 +35,7 @@ DRIVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from cnnpipe.settings import RetrainSettings
-from cnnpipe import stages  # once for all attempts: TensorFlow starts nothing yet
+from cnnpipe.train.run import train_run  # once for all attempts: TensorFlow starts nothing yet
 from cnnpipe.train import checkpoints, fit  # once for all attempts: TensorFlow starts nothing yet
 
 settings = RetrainSettings.model_validate_json(sys.argv[1])
@@ -60,7 +60,7 @@ def attempt(kind, moment):
         if kind == "rename":
             die_at(moment)
         try:
-            stages.train_run(settings, prepared, artifacts)
+            train_run(settings, prepared, artifacts)
         except BaseException as error:
             print(repr(error), flush=True)
             os._exit(1)
@@ -124,13 +124,13 @@ def interrupt(settings: RetrainSettings, digits: PreparedDataset, artifacts: Pat
 
     before = set(list_runs(artifacts, "digits"))
     with pytest.raises(InterruptedForTestError):
-        stages.train_run(settings, digits.path, artifacts, stop)
+        train_run(settings, digits.path, artifacts, stop)
     (run,) = set(list_runs(artifacts, "digits")) - before
     return run
 
 
 def train(settings: RetrainSettings, digits: PreparedDataset, artifacts: Path) -> TrainingResult:
-    return stages.train_run(settings, digits.path, artifacts)
+    return train_run(settings, digits.path, artifacts)
 
 
 @pytest.fixture(scope="module")

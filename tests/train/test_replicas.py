@@ -77,7 +77,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from cnnpipe.settings import RetrainSettings, TrainSettings
-from cnnpipe import stages
+from cnnpipe.train.run import train_run
 from cnnpipe.train.backend import keras
 
 (cpu,) = tf.config.list_physical_devices("CPU")
@@ -95,10 +95,10 @@ results = []
 for name, broken in (("unbroken", False), ("broken", True)):
     if broken:
         try:
-            stages.train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name, break_off)
+            train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name, break_off)
         except BrokenOffError:
             pass
-    results.append(stages.train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name))
+    results.append(train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name))
 weights = [keras.saving.load_model(result.run / "model.keras").get_weights() for result in results]
 equal = [bool(np.array_equal(one, other)) for one, other in zip(*weights, strict=True)]
 print(json.dumps({"resumed_after": [result.resumed_after for result in results], "equal": equal}))

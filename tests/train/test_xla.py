@@ -18,7 +18,7 @@ from tiny_models import write_digits
 
 from cnnpipe.prepare.dataset import prepare_dataset
 from cnnpipe.settings import PrepareSettings
-from cnnpipe.stages import keep_compiled_code
+from cnnpipe.train.run import keep_compiled_code
 
 CASES: Final[dict[str, dict[str, Any]]] = {
     "baseline": {"precision": "float32"},
@@ -36,7 +36,7 @@ OTHER_CASES: Final[dict[str, dict[str, Any]]] = {
 TRAIN: Final = """
 import json, sys
 from pathlib import Path
-from cnnpipe.stages import keep_compiled_code
+from cnnpipe.train.run import keep_compiled_code
 
 folder, prepared, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 keep_compiled_code(folder / "compiled", "GPU of a test")

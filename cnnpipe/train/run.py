@@ -1,0 +1,74 @@
+"""The stage `train`: from a prepared dataset to a run folder with `model.keras`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cnnpipe.machine import ask_driver, package_versions
+from cnnpipe.prepare.dataset import load_prepared
+from cnnpipe.progress import ProgressCallback
+from cnnpipe.settings import RetrainSettings
+from cnnpipe.storage import make_folder, storage_errors
+
+if TYPE_CHECKING:
+    from cnnpipe.train.fit import TrainingResult
+
+_COMPILED_FOLDER: Final = ".compiled"
+"""Folder in the artifacts that keeps what XLA has compiled for a GPU, so that the next night does not compile again."""
+
+_MAX_COMPILED_BYTES: Final = 512 << 20
+"""Size up to which compiled code is kept; a training step takes a few megabytes."""
+
+
+def train_run(
+    settings: RetrainSettings, prepared: Path, artifacts: Path, progress: ProgressCallback | None = None
+) -> TrainingResult:
+    """Train in a new run folder `artifacts/<name>/runs/<run id>`, or go on in that of the same training.
+
+    See `fit.train_model` and `checkpoints.open_training`.
+
+    Args:
+        prepared: folder of the prepared dataset.
+        artifacts: folder of all runs.
+    """
+    driver = ask_driver()
+    if driver.gpus:
+        keep_compiled_code(make_folder(artifacts / _COMPILED_FOLDER), *driver.gpus, driver.cuda)
+    from cnnpipe.train.backend import select_device, select_precision
+    from cnnpipe.train.checkpoints import TrainingJob, open_training
+    from cnnpipe.train.fit import train_model
+
+    dataset = load_prepared(prepared)
+    device = select_device(settings.train.device)  # before the run folder is made, so that a wrong device leaves none
+    precision = select_precision(settings.train.precision, device)
+    job = TrainingJob.describe(settings, dataset, device, precision)
+    with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
+        return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
+
+
+def keep_compiled_code(folder: Path, *machine: str) -> None:
+    """Let XLA save and reuse what it compiles; remove the oldest files beyond 512 MiB.
+
+    Has an effect only before TensorFlow is imported, which reads its flags then.
+
+    Args:
+        folder: existing.
+        machine: what compiled code depends on besides the version of TensorFlow, such as the names of GPUs.
+    Raises:
+        StorageError: the folder cannot be changed.
+    """
+    left = _MAX_COMPILED_BYTES
+    with storage_errors(folder):
+        files = [(file.stat(), file) for file in folder.rglob("*") if file.is_file()]
+        for status, file in sorted(files, key=lambda each: each[0].st_mtime, reverse=True):
+            left -= status.st_size
+            if left < 0:
+                file.unlink(missing_ok=True)
+    key = "-".join((*package_versions(("tensorflow",)).values(), *machine))
+    own = folder.resolve() / re.sub(r"[^A-Za-z0-9.]+", "-", key)
+    quote = '"' if "'" in str(own) else "'"
+    flag = f"--tf_xla_persistent_cache_directory={quote}{own}{quote}"
+    os.environ["TF_XLA_FLAGS"] = f"{os.environ.get('TF_XLA_FLAGS', '')} {flag}".strip()
