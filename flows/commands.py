@@ -1,4 +1,7 @@
-"""`python -m flows.retrain` and `python -m flows.classify`: options, a server, the flow, its address in the UI."""
+"""Shared by the commands `flows.retrain` and `flows.classify`: find a server, run the flow, show what came of it.
+
+Loads no Prefect, which reads the address of its server when it is imported: there must be a server before.
+"""
 
 from __future__ import annotations
 
@@ -7,108 +10,30 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cnnpipe.console import DEBUG_VARIABLE, JsonOption, command, field_lines, print_note, run_app, show_result
+from cnnpipe.console import DEBUG_VARIABLE, field_lines, print_note, run_app, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError, one_line
-from cnnpipe.files import display_path
 from cnnpipe.nightly import prefect_home
-from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
-from cnnpipe.settings import ClassifySettings, RetrainSettings
 from flows.flow_runs import close_dead_runs, run_url
-from flows.runners import Runner, check_runner
 from flows.server import Server, ensure_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas import State
 
-__all__ = ["run_classify", "run_retrain"]
-
-RunnerOption = Annotated[
-    Runner, typer.Option("--runner", help="`local`: this process; `dask`: the workers of a Dask cluster.")
-]
-SchedulerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scheduler",
-        help="Address of a Dask scheduler, such as tcp://host:8786; default: a cluster on this machine.",
-        show_default=False,
-    ),
-]
+__all__ = ["run_command", "run_flow"]
 
 
-def run_retrain() -> None:
-    """Run the command of `flows.retrain`."""
-    _run(_retrain)
-
-
-def run_classify() -> None:
-    """Run the command of `flows.classify`."""
-    _run(_classify)
-
-
-def _run(function: Any) -> None:
+def run_command(function: Callable[..., None]) -> None:
+    """Run a command as the whole of a command line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(function)
     run_app(app)
 
 
-@command
-@takes_settings(RetrainSettings, "dataset", ("prepare", "train", "evaluate", "export", "promote"))
-def _retrain(
-    settings: RetrainSettings,
-    data: DataOption = Path("data"),
-    artifacts: ArtifactsOption = Path("artifacts"),
-    as_json: JsonOption = False,
-) -> None:
-    """Train a CNN, check it, export it to ONNX and promote it if it passes, as the Prefect flow `retrain`."""
-
-    def run() -> State[Any]:
-        from prefect import tags
-
-        from flows.retrain import retrain
-
-        sections = {name: getattr(settings, name) for name in RetrainSettings.model_fields}
-        with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(
-                **sections, data=display_path(str(data)), artifacts=display_path(str(artifacts)), return_state=True
-            )
-        return state
-
-    _run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
-
-
-@command
-@takes_settings(ClassifySettings, "folder")
-def _classify(
-    settings: ClassifySettings,
-    artifacts: ArtifactsOption = Path("artifacts"),
-    runner: RunnerOption = "local",
-    scheduler: SchedulerOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
-    check_runner(runner, scheduler)
-
-    def run() -> State[Any]:
-        from prefect import tags
-
-        from flows.classify import classify
-
-        with tags("classify"):
-            state: State[Any] = classify(
-                settings, artifacts=display_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
-            )
-        return state
-
-    shown = ("table", "found", "ok", "error", "resumed", "error_kinds", "images_per_second", "device", "precision",
-             "precision_reason", "slowest_stage")  # fmt: skip
-    _run_flow(run, artifacts, shown, as_json=as_json)
-
-
-def _run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, ...], *, as_json: bool) -> None:
+def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, ...], *, as_json: bool) -> None:
     """Find or start a server, run a flow, and print where to look at it and what came of it.
 
     Args:
@@ -163,7 +88,7 @@ def _lost_server(server: Server) -> Iterator[None]:
 
 def _show_result(state: State[Any], address: str, shown: tuple[str, ...], *, as_json: bool) -> None:
     """Print the result of a flow run on stdout, or raise what it raised, after the result if there is one."""
-    from flows.classify import TooManyFailuresError
+    from flows.classify_flow import TooManyFailuresError
 
     failed, status = None, "ok"
     try:

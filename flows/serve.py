@@ -21,13 +21,14 @@ import typer
 from pydantic import ValidationError
 
 import cnnpipe
-from cnnpipe.console import command, run_app
+from cnnpipe.console import command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.files import display_path, user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings
 from cnnpipe.storage import make_folder
+from flows.commands import run_command
 from flows.flow_runs import close_dead_runs, unfinished_states
 from flows.server import Server, ensure_server, prepare_environment
 
@@ -178,8 +179,8 @@ def build_deployments(
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
 
-    from flows.classify import classify
-    from flows.retrain import retrain
+    from flows.classify_flow import classify
+    from flows.retrain_flow import retrain
 
     folders = {"artifacts": str(artifacts)}
     nightly = retrain.to_deployment(
@@ -270,9 +271,7 @@ def _prefect_command() -> str:
 
 def main() -> None:
     """Run the command of `flows.serve`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(_serve)
-    run_app(app)
+    run_command(_serve)
 
 
 if __name__ == "__main__":

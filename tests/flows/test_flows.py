@@ -31,7 +31,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 from tiny_models import write_digits, write_model
 
-import flows.classify
+import flows.classify_flow
 from cnnpipe.classify.run import predict_folder
 from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
 from cnnpipe.prepare.dataset import PreparedDataset
@@ -40,8 +40,8 @@ from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.settings import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
 from flows import progress_artifacts
 from flows.artifacts import _code, _text
-from flows.classify import classify
-from flows.retrain import retrain
+from flows.classify_flow import classify
+from flows.retrain_flow import retrain
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -279,7 +279,7 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     monkeypatch.setattr(progress_artifacts, "_SECONDS_BETWEEN_LINES", 0.0)
 
     with monkeypatch.context() as context:
-        context.setattr(flows.classify, "progress_artifact", progress_until_the_disk_is_full)
+        context.setattr(flows.classify_flow, "progress_artifact", progress_until_the_disk_is_full)
         failed = run_classify(settings, tmp_path / "artifacts")
     with pytest.raises(StorageError, match="the disk is full"):
         failed.result()

@@ -10,8 +10,8 @@ from prefect.client.schemas.schedules import CronSchedule
 
 from cnnpipe.errors import UsageError
 from cnnpipe.settings import ClassifySettings, RetrainSettings, TrainSettings
-from flows.classify import classify
-from flows.retrain import retrain
+from flows.classify_flow import classify
+from flows.retrain_flow import retrain
 from flows.serve import build_deployments, local_timezone, parse_schedule
 
 SETTINGS = RetrainSettings(train=TrainSettings(epochs=3))
@@ -20,7 +20,11 @@ SCHEDULE = CronSchedule(cron="30 1 * * 1-5", timezone="Europe/Rome")
 
 def test_nightly_retrains_with_the_settings_on_schedule(tmp_path: Path) -> None:
     nightly, _ = build_deployments(SETTINGS, SCHEDULE, tmp_path / "data", tmp_path / "artifacts")
-    assert (nightly.flow_name, nightly.name, nightly.entrypoint) == ("retrain", "nightly", "flows/retrain.py:retrain")
+    assert (nightly.flow_name, nightly.name, nightly.entrypoint) == (
+        "retrain",
+        "nightly",
+        "flows/retrain_flow.py:retrain",
+    )
     (schedule,) = nightly.schedules or []
     assert schedule.schedule == SCHEDULE
     folders = {"data": str(tmp_path / "data"), "artifacts": str(tmp_path / "artifacts")}
@@ -39,7 +43,7 @@ def test_nightly_never_overlaps_itself_nor_queues_up(tmp_path: Path) -> None:
 
 def test_bulk_waits_for_an_order(tmp_path: Path) -> None:
     _, bulk = build_deployments(SETTINGS, SCHEDULE, tmp_path, tmp_path)
-    assert (bulk.flow_name, bulk.name, bulk.entrypoint) == ("classify", "bulk", "flows/classify.py:classify")
+    assert (bulk.flow_name, bulk.name, bulk.entrypoint) == ("classify", "bulk", "flows/classify_flow.py:classify")
     assert not bulk.schedules
     classify.validate_parameters({**(bulk.parameters or {}), "settings": ClassifySettings(folder="photos")})
 
