@@ -163,8 +163,8 @@ def _outcomes(summary: ClassificationSummary) -> list[list[str]]:
     counts = {"classified": summary.ok, "failed": summary.error, "found": summary.found}
     special = {
         f"uncertain: a probability below {summary.min_probability:g}": summary.uncertain,
-        "resumed: made by an attempt that was broken off": summary.resumed,
-        "unchanged: taken over from the earlier table": summary.unchanged,
+        "resumed: made by an attempt that was interrupted": summary.resumed,
+        "unchanged: taken from the previous table": summary.unchanged,
         "sorted into folders, as links": sorted_files.linked if sorted_files else 0,
         "sorted into folders, as copies": sorted_files.copied if sorted_files else 0,
     }

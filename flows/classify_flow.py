@@ -14,9 +14,7 @@ from cnnpipe.files import display_path, user_path
 from cnnpipe.settings import ClassifySettings
 from flows.artifacts import publish_classification
 from flows.dask_shards import classify_on_dask
-from flows.flow_runs import recorded_run, run_url
-from flows.logs import send_library_logs
-from flows.progress_artifacts import progress_artifact
+from flows.flow_runs import progress_artifact, run_url, send_library_logs
 from flows.runners import Runner, check_runner
 
 __all__ = ["TooManyFailuresError", "classify"]
@@ -68,8 +66,7 @@ def classify(
     check_runner(runner, scheduler)
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
-    with recorded_run(user_path(artifacts)):
-        return classify_images(settings, artifacts, runner, scheduler)
+    return classify_images(settings, artifacts, runner, scheduler)
 
 
 @task(name="classify")

@@ -17,7 +17,6 @@ import typer
 from cnnpipe.console import DEBUG_VARIABLE, field_lines, print_note, run_app, show_result
 from cnnpipe.errors import FailureBudgetError, ServerError, one_line
 from cnnpipe.nightly import prefect_home
-from flows.flow_runs import close_dead_runs, run_url
 from flows.server import Server, ensure_server
 
 if TYPE_CHECKING:
@@ -44,7 +43,9 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
     _quieten_prefect()
     server = ensure_server(home)
     with _lost_server(server):
-        close_dead_runs(home)
+        from flows.flow_runs import crash_silent_runs, run_url
+
+        crash_silent_runs()
         state = run()
         address = run_url(str(state.state_details.flow_run_id))
         print_note(f"look at this run:   {address}")

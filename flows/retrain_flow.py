@@ -25,9 +25,7 @@ from cnnpipe.settings import (
     TrainSettings,
 )
 from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
-from flows.flow_runs import recorded_run, run_url
-from flows.logs import send_library_logs
-from flows.progress_artifacts import progress_artifact
+from flows.flow_runs import progress_artifact, run_url, send_library_logs
 
 __all__ = ["retrain"]
 
@@ -66,13 +64,12 @@ def retrain(
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    with recorded_run(user_path(artifacts)):
-        prepared = prepare_dataset(prepare, data)
-        run = train_model(settings, prepared, artifacts)
-        evaluate_model(run)
-        plot_training(run)
-        export_model(run)
-        decision = promote_model(run)
+    prepared = prepare_dataset(prepare, data)
+    run = train_model(settings, prepared, artifacts)
+    evaluate_model(run)
+    plot_training(run)
+    export_model(run)
+    decision = promote_model(run)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
     return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
 

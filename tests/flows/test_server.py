@@ -23,7 +23,7 @@ from servers import assert_quiet, clean_environment, free_port
 
 from cnnpipe.errors import ServerError
 from cnnpipe.nightly import logged_errors, server_log
-from flows.probe import configured_api_url
+from flows.server import configured_api_url
 
 ROOT: Final = Path(__file__).parents[2]
 NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
@@ -298,7 +298,7 @@ class _NoPrefect(http.server.BaseHTTPRequestHandler):
     ("api_url", "message"),
     [
         ("http://127.0.0.1:1/api", r"no Prefect server at http://127\.0\.0\.1:1/api, which PREFECT_API_URL names: no "),
-        ("127.0.0.1:4200/api", r"it must begin with http:// or https://"),
+        ("127.0.0.1:4200/api", r"is missing an 'http://' or 'https://' protocol"),
     ],
 )
 def test_configured_server_that_does_not_answer_is_an_error(api_url: str, message: str, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_configured_server_that_does_not_answer_is_an_error(api_url: str, messag
 
 def test_configured_address_without_prefect_is_an_error(web_server: int, tmp_path: Path) -> None:
     answer = _server("start", tmp_path, PREFECT_API_URL=f"http://127.0.0.1:{web_server}")
-    assert re.search(r"it is no Prefect API; does the address end in /api\?", answer["error"])
+    assert re.search(r"what answers is not a Prefect API; does the address end in /api\?", answer["error"])
 
 
 def test_taken_port_is_an_error(web_server: int, tmp_path: Path) -> None:
