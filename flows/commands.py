@@ -82,7 +82,7 @@ def _lost_server(server: Server) -> Iterator[None]:
         lost = isinstance(error, ObjectNotFound)
         problem = "does not know this run any more" if lost else f"has stopped answering ({one_line(error)})"
         raise ServerError(
-            f"the Prefect server at {server.ui_url} {problem}, and with it this run has ended; "
+            f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
             "what was finished is kept; run the command again, which finds or starts a server"
         ) from error
 

@@ -42,7 +42,7 @@ from flows.server import ensure_server
 ensure_server(Path(sys.argv[1]))
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
-from flows.logs import send_library_logs
+from flows.flow_runs import send_library_logs
 
 library = logging.getLogger("cnnpipe.train.fit")
 
