@@ -141,7 +141,7 @@ class PidFile:
 
 @dataclass(frozen=True)
 class Nightly:
-    """State of the nightly schedule: its processes, its next run, and the last error of its server."""
+    """State of the nightly schedule."""
 
     server: str | None
     """Address of the server in a browser; None if it does not run."""
@@ -157,7 +157,7 @@ class Nightly:
     """Last error in the server's log, with its time where the log has one."""
 
     def shown(self) -> dict[str, str]:
-        """Return what a person reads, by name."""
+        """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
         state = "answers" if self.healthy else "does not answer"
         return {
@@ -190,7 +190,7 @@ def server_log(home: Path) -> Path:
 
 
 def look_at_nightly(home: Path) -> Nightly:
-    """Find out what runs for the nightly schedule; a server that does not answer is told, and is not an error.
+    """Return the state of the nightly schedule; a server that does not answer is part of it, not an error.
 
     Args:
         home: folder of the server, see `prefect_home`.
@@ -260,7 +260,7 @@ def logged_errors(log: Path) -> list[str]:
     """Return each error and each traceback in the log of a server as one line, with its time where the log has one."""
     found: list[list[str]] = []
     is_error = in_traceback = False
-    record = ""  # what is logged just before
+    record = ""  # the record before, if the line before was one
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         if match := _RECORD.match(line):
             record = f"{match[1]} {match[3]}"
@@ -272,7 +272,7 @@ def logged_errors(log: Path) -> list[str]:
             if not is_error:
                 found.append([record or "Traceback"])
             is_error = in_traceback = True
-        elif in_traceback and line[:1].strip():  # the exception; of several, the last is what came of the others
+        elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others
             found[-1][1:] = [line]
             in_traceback = False
         record = ""

@@ -1,6 +1,6 @@
-"""Shared by the commands `flows.retrain` and `flows.classify`: find a server, run the flow, show what came of it.
+"""Shared code of the commands `flows.retrain` and `flows.classify`: find a server, run the flow, show its result.
 
-Loads no Prefect, which reads the address of its server when it is imported: there must be a server before.
+Prefect is imported only when there is a server, because it reads the server's address and its other settings then.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ def run_command(function: Callable[..., None]) -> None:
 
 
 def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, ...], *, as_json: bool) -> None:
-    """Find or start a server, run a flow, and print where to look at it and what came of it.
+    """Find or start a server, run a flow, and print its address in the UI and its result.
 
     Args:
-        run: runs the flow; imports it, too, as prefect may be imported only when there is a server.
-        shown: what of the result a person sees.
+        run: imports the flow and runs it.
+        artifacts: folder of runs and champions.
+        shown: fields of the result to print for a person.
     """
     home = prefect_home(artifacts)
     _quieten_prefect()
@@ -54,16 +55,13 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
 
 
 def _quieten_prefect() -> None:
-    """Keep Prefect's own lines and tracebacks off the terminal unless debugging.
-
-    They stay in the run's log in the UI; on the terminal the library's log and one line for an error take their place.
-    """
+    """Keep Prefect's own log off the terminal unless debugging; it stays in the run's log in the UI."""
     if DEBUG_VARIABLE in os.environ:
         return
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    # Threads of Prefect that send logs and events tell of a lost server too, at length.
+    # The threads of Prefect that send logs and events print tracebacks when the server is lost.
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
-    logging.raiseExceptions = False  # what cannot be sent to a lost server would say so at exit
+    logging.raiseExceptions = False  # no traceback at exit for log records that a lost server did not take
 
 
 @contextmanager
@@ -88,7 +86,7 @@ def _lost_server(server: Server) -> Iterator[None]:
 
 
 def _show_result(state: State[Any], address: str, shown: tuple[str, ...], *, as_json: bool) -> None:
-    """Print the result of a flow run on stdout, or raise what it raised, after the result if there is one."""
+    """Print the result of a flow run on stdout; raise what it raised, after the result if there is one."""
     from flows.classify_flow import TooManyFailuresError
 
     failed, status = None, "ok"

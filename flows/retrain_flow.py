@@ -1,7 +1,7 @@
-"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task a stage.
+"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task for each stage.
 
-A task's result is a path, kept under a key of its inputs and the flow run: when a failed run is retried, the stages
-that were finished are not done again. Every task calls one function of cnnpipe; what is here is what Prefect adds.
+A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, its
+finished stages are not repeated. Every task calls one function of cnnpipe and publishes artifacts.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def retrain(
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
-    """Decode the dataset, or find it decoded; return the folder."""
+    """Decode the dataset, or find it decoded before; return its folder."""
     from cnnpipe.prepare.dataset import check_gates, prepare_arrays
 
     with progress_artifact("prepare-progress") as progress:
         dataset = prepare_arrays(prepare, user_path(data), progress=progress)
-    publish_dataset(dataset)  # before the gates: who is stopped by one wants to see why
+    publish_dataset(dataset)  # before the gates, so that the UI shows why one stops the run
     check_gates(dataset, prepare)
     return str(dataset.path)
 
@@ -118,7 +118,7 @@ def plot_training(run: str) -> list[str]:
 
 @task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
 def export_model(run: str) -> float:
-    """Write the ONNX model, checked against the trained one; return the share of equal classes."""
+    """Write the ONNX model and compare it with the trained one; return the fraction of equal classes."""
     from cnnpipe.stages import export_run
 
     return export_run(Path(run)).agreement
@@ -126,7 +126,7 @@ def export_model(run: str) -> float:
 
 @task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
 def promote_model(run: str) -> dict[str, Any]:
-    """Decide on the run, complete it, and move the champion alias if it passes."""
+    """Complete the run, and make it the champion if it passes the gate; return the decision."""
     from dataclasses import asdict
 
     from cnnpipe.stages import conclude_run

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["build_deployments", "local_timezone", "parse_schedule"]
 
 _SECTIONS: Final = tuple(RetrainSettings.model_fields)
-_SECONDS_TO_SCHEDULE: Final = 120.0  # it takes 5 s, and a minute if the server is busy
+_SECONDS_TO_SCHEDULE: Final = 120.0
+"""Seconds that the server has for scheduling the first run; it takes 5 s, or a minute if the server is busy."""
 
 CronOption = Annotated[str, typer.Option("--cron", help="When to retrain: minute hour day month weekday.")]
 TimezoneOption = Annotated[

@@ -110,8 +110,8 @@ class Server:
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
     """Find or start a Prefect server, and point this process and its children at it.
 
-    Call it before prefect is imported: prefect reads the settings of telemetry and logging when it is imported. The
-    address is taken up even later.
+    Call it before prefect is imported, which reads its settings of telemetry and logging then. The address may change
+    later.
 
     Args:
         home: folder of the artifacts' own server, see `prefect_home`; also keeps the results of tasks.
