@@ -106,6 +106,11 @@ class Server:
     pid: int | None
     how_to_stop: str
 
+    @classmethod
+    def own(cls, home: Path, api_url: str, pid: int, *, started: bool) -> Server:
+        """Return a server of this project, whose folder is `home`."""
+        return cls(api_url, api_url.removesuffix("/api"), started, pid, _stop_command(home))
+
 
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
     """Find or start a Prefect server, and point this process and its children at it.
@@ -127,11 +132,17 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     prepare_environment(home)
     configured = configured_api_url()
     if configured is None:
-        server = _local_server(home, port)
+        make_folder(home)
+        with _one_at_a_time(home):
+            own = running_server(home)
+            alive = own is not None and _wait_until_healthy(own.api_url, home)
+            server = own if own and alive else _start_server(home, port)
     else:
         _check_configured(*configured)
         own = running_server(home)
-        server = own if own is not None and own.api_url == configured[0] else _foreign_server(configured[0])
+        ui_url = os.environ.get("PREFECT_UI_URL") or configured[0].removesuffix("/api")
+        foreign = Server(configured[0], ui_url, False, None, how_to_stop="where it was started, which was not here")
+        server = own if own is not None and own.api_url == configured[0] else foreign
     _point_prefect_at(server)
     return server
 
@@ -153,7 +164,7 @@ def prepare_environment(home: Path) -> None:
 def running_server(home: Path) -> Server | None:
     """Return the server that this project started earlier, whether or not it answers; None if it does not run."""
     record = server_pidfile(home).read()
-    return None if record is None else _own_server(home, record["api_url"], record["pid"], started=False)
+    return None if record is None else Server.own(home, record["api_url"], record["pid"], started=False)
 
 
 def stop_server(home: Path) -> list[str]:
@@ -225,24 +236,17 @@ def _check_configured(api_url: str, origin: str) -> None:
     """
     import httpx
 
-    problem = "what answers is not a Prefect API; does the address end in /api?"
     try:
         with http_client(api_url, _REMOTE_PROBE_SECONDS) as client:
             answer = client.get("/health", follow_redirects=True)
-        if answer.status_code in (401, 403) or "/workspaces/" in api_url:  # Prefect Cloud asks for the key first
+        # Prefect Cloud asks for the key first.
+        if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
             return
-        if answer.is_success and answer.json() is True:
-            return
-        if answer.is_error and answer.status_code != httpx.codes.NOT_FOUND:
-            problem = f"it answers {answer.status_code} {answer.reason_phrase}"
-    except httpx.TimeoutException:
-        problem = f"no answer within {_REMOTE_PROBE_SECONDS:.0f} s"
+        problem = f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         if "CERTIFICATE" in str(error):
             return
         problem = f"no answer ({one_line(error)})"
-    except ValueError:  # a web page
-        pass
     raise ServerError(
         f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
         "PREFECT_API_URL to have a local one started"
@@ -257,15 +261,6 @@ def _answers_health(api_url: str) -> bool:
             return client.get("/health").json() is True
     except (httpx.HTTPError, ValueError):
         return False
-
-
-def _local_server(home: Path, port: int | None) -> Server:
-    make_folder(home)
-    with _one_at_a_time(home):
-        own = running_server(home)
-        if own is not None and _wait_until_healthy(own.api_url, home):
-            return own
-        return _start_server(home, port)
 
 
 def _start_server(home: Path, port: int | None) -> Server:
@@ -287,7 +282,7 @@ def _start_server(home: Path, port: int | None) -> Server:
         try:
             server_pidfile(home).write(process.pid, api_url)
             if _wait_until_healthy(api_url, home, process):
-                return _own_server(home, api_url, process.pid, started=True)
+                return Server.own(home, api_url, process.pid, started=True)
         except BaseException:  # also Ctrl-C: no half-started server stays
             process.kill()
             process.wait()
@@ -355,7 +350,7 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
             return False
         if time.monotonic() > deadline:
             raise ServerError(
-                f"the Prefect server at {_ui_url(api_url)} has not answered for {_START_SECONDS:.0f} s; its log is "
+                f"the Prefect server at {api_url} has not answered for {_START_SECONDS:.0f} s; its log is "
                 f"{server_log(home)}; run `make stop` and try again"
             )
         time.sleep(_POLL_SECONDS)
@@ -402,15 +397,6 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
         lock.release()
 
 
-def _own_server(home: Path, api_url: str, pid: int, *, started: bool) -> Server:
-    return Server(api_url, _ui_url(api_url), started, pid, _stop_command(home))
-
-
-def _foreign_server(api_url: str) -> Server:
-    ui_url = os.environ.get("PREFECT_UI_URL") or _ui_url(api_url)
-    return Server(api_url, ui_url, started=False, pid=None, how_to_stop="where it was started, which was not here")
-
-
 def _stop_command(home: Path) -> str:
     """Return the shortest command that stops the server of a folder, to be typed where this process runs."""
     if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
@@ -419,10 +405,6 @@ def _stop_command(home: Path) -> str:
     if home.name == ".prefect":
         return f"{command_line} --artifacts {shlex.quote(str(home.parent))}"
     return f"PREFECT_HOME={shlex.quote(str(home))} {command_line}"
-
-
-def _ui_url(api_url: str) -> str:
-    return api_url.removesuffix("/api")
 
 
 app = typer.Typer(

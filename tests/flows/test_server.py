@@ -310,7 +310,7 @@ def test_configured_server_that_does_not_answer_is_an_error(api_url: str, messag
 
 def test_configured_address_without_prefect_is_an_error(web_server: int, tmp_path: Path) -> None:
     answer = _server("start", tmp_path, PREFECT_API_URL=f"http://127.0.0.1:{web_server}")
-    assert re.search(r"what answers is not a Prefect API; does the address end in /api\?", answer["error"])
+    assert re.search(r"what answers \(200\) is not a Prefect API; does the address end in /api\?", answer["error"])
 
 
 def test_taken_port_is_an_error(web_server: int, tmp_path: Path) -> None:
