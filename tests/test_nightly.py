@@ -79,7 +79,7 @@ def test_errors_in_a_log_are_one_line_each(text: str, errors: list[str], tmp_pat
             assert_quiet(log)
 
 
-def test_server_that_does_not_answer_is_told_and_its_last_error_with_it(tmp_path: Path) -> None:
+def test_server_that_does_not_answer_is_shown_with_its_last_error(tmp_path: Path) -> None:
     (tmp_path / "server.log").write_text(
         "07:07:44.115 | ERROR   | prefect - one\n07:07:45.115 | ERROR   | prefect - two\n"
     )

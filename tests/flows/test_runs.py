@@ -91,7 +91,7 @@ def test_a_run_whose_process_is_killed_crashes_and_no_other_one_does() -> None:
     assert states == ["Pending", "Promoted"]
 
 
-def test_progress_that_cannot_be_sent_ends_no_work_and_is_told_once(
+def test_progress_that_cannot_be_sent_ends_no_work_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_UPDATES", 0.05)

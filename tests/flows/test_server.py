@@ -143,7 +143,7 @@ def test_two_starts_at_once_make_one_server(started: Started) -> None:
     assert len({answer["pid"] for answer in started.answers}) == 1
 
 
-def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_told(started: Started) -> None:
+def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown(started: Started) -> None:
     impatient = "import flows.serve; flows.serve._SECONDS_TO_SCHEDULE = 8; flows.serve.main()"
     folders = ("--artifacts", str(started.artifacts), "--data", str(started.data))
     result = _run("-c", impatient, "--cron", "0 2 30 2 *", *folders)
@@ -276,7 +276,7 @@ def test_second_serve_is_an_error(started: Started, serving: Serving) -> None:
 
 @pytest.fixture
 def web_server() -> Iterator[int]:
-    """The port of a web server that is no Prefect."""
+    """The port of a web server that is not Prefect."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NoPrefect)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_address[1]
