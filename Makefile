@@ -1,12 +1,12 @@
-# `make` alone lists what there is. Every target first sets up .venv, and does so once.
+# `make` alone lists the targets. Every target sets up .venv first, which takes time only once.
 #
-# Settings are given behind the target: make retrain DATASET="my photos" EPOCHS=20. Anything else that the command
-# takes goes into ARGS: make retrain ARGS='--min-accuracy 0.9 --seed 1'; ARGS=--help shows what there is.
+# Settings follow the target: make retrain DATASET="my photos" EPOCHS=20. Other options of the command go into ARGS:
+# make retrain ARGS='--min-accuracy 0.9 --seed 1'; ARGS=--help lists them.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup retrain classify serve stop test test-slow test-browser check bench lock
 
-# Set here so that variables of the caller's environment are not taken for settings.
+# Set here so that environment variables of the same names are not taken for settings.
 DATASET :=
 PRESET :=
 NAME :=
@@ -18,7 +18,7 @@ RUNNER :=
 SCHEDULER :=
 ARGS :=
 
-# Prefect's telemetry stays off wherever it is imported, also in the tests.
+# No telemetry of Prefect, in the tests either.
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
@@ -34,7 +34,7 @@ help: ## list the targets
 	@echo 'make TARGET [SETTING=value ...]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: ## make .venv from the lock file (PYTHON= CUDA=0|1); all other targets do it too
+setup: ## install the lock file into .venv (PYTHON= CUDA=0|1); all other targets do it too
 	@sh scripts/setup.sh
 
 retrain: setup ## train, check, export and promote a model (DATASET= PRESET= NAME= EPOCHS= ARGS=)
@@ -42,7 +42,7 @@ retrain: setup ## train, check, export and promote a model (DATASET= PRESET= NAM
 
 ifneq ($(filter classify,$(MAKECMDGOALS)),)
 ifeq ($(strip $(FOLDER)),)
-$(error FOLDER is not given; name a folder of images: make classify FOLDER=photos/)
+$(error FOLDER is missing; name a folder of images: make classify FOLDER=photos/)
 endif
 endif
 classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= RUNNER= SCHEDULER= ARGS=)
@@ -50,7 +50,7 @@ classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= RUNNER= S
 		$(call option,--model,$(MODEL)) $(call option,--output,$(OUTPUT)) \
 		$(call option,--runner,$(RUNNER)) $(call option,--scheduler,$(SCHEDULER)) $(ARGS)
 
-serve: setup ## retrain every night and take orders, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= ARGS=)
+serve: setup ## retrain every night and run what is ordered, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= ARGS=)
 	@$(python) -m flows.serve $(training) $(ARGS)
 
 stop: setup ## stop the Prefect server and the scheduler of this project
@@ -70,16 +70,16 @@ check: setup ## ruff and strict mypy
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
 
-bench: setup ## measure the program against its peers (ARGS='classification FOLDER' | 'memory FOLDER' | training)
+bench: setup ## measure this program and its peers (ARGS='classification FOLDER' | 'memory FOLDER' | training)
 	@$(python) -m benchmarks $(or $(ARGS),training)
 
-# Without --python-version the lock would begin at the Python of .venv instead of 3.11.
+# Without --python-version the lock would hold from the Python of .venv on, not from 3.11 on.
 compile = $(python) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command 'make lock' --group dev --extra dask pyproject.toml
 
 lock_log := .venv/lock.log
 
-lock: setup ## renew both lock files, and try what they bring (ARGS=--upgrade: to the newest of everything)
+lock: setup ## renew both lock files and test the result (ARGS=--upgrade: newest versions of everything)
 	@$(compile) $(ARGS) --output-file requirements.lock
 	@$(compile) --extra cuda --constraint requirements.lock --output-file requirements-cuda.lock
 	@sh scripts/setup.sh

@@ -1,32 +1,147 @@
-"""The nightly schedule as its server tells of it: the next run, and the errors in the server's log.
+"""The nightly schedule seen from outside: its processes, its next run, and the errors in its server's log.
 
 Asks the server's API by plain HTTP and imports no prefect, so that `cnnpipe doctor` can ask too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfo
 
-from cnnpipe.files import user_path
-from cnnpipe.pidfile import PidFile
+from filelock import FileLock, Timeout
 
-__all__ = ["Nightly", "logged_errors", "look_at_nightly", "next_run", "prefect_home", "serve_pidfile", "server_log",
-           "server_pidfile"]  # fmt: skip
+from cnnpipe.errors import ServerError
+from cnnpipe.files import user_path
+from cnnpipe.storage import make_folder, storage_errors, write_json
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightly", "next_run", "prefect_home",
+           "serve_pidfile", "server_log", "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
+_LOCK_SECONDS: Final = 2.0
+"""Seconds to wait for a lock: whoever asks whether a process lives holds it for an instant."""
+_KILL_SECONDS: Final = 5.0
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
+
+
+class PidFile:
+    """Record of one background process: `<name>.json` describes it, `<name>.alive` is locked while it lives.
+
+    A pid alone proves nothing: the process may be gone and its number given to another one, or it runs in another
+    container or on another machine that shares the folder. The system takes the lock away when the process ends,
+    however it ends. The lock file itself is never deleted: a process that waits for a deleted file locks another one.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.record_path = folder / f"{name}.json"
+        self.lock_path = folder / f"{name}.alive"
+        self._held: FileLock | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock until this process ends or this object goes, and delete the record of an earlier process.
+
+        Returns:
+            False if another process holds the lock.
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        make_folder(self.lock_path.parent)
+        self._held = self._lock_within(_LOCK_SECONDS)
+        if self._held is None:
+            return False
+        self.record_path.unlink(missing_ok=True)
+        return True
+
+    def write(self, pid: int, api_url: str) -> None:
+        """Record the process that holds the lock, and the API of the Prefect server that it is or uses."""
+        write_json(self.record_path, {"pid": pid, "api_url": api_url})
+
+    def is_running(self) -> bool:
+        """Return whether the process lives."""
+        if not self.lock_path.exists():
+            return False
+        lock = self._lock_within(0)
+        if lock is not None:
+            lock.release()
+        return lock is None
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the record of the process, or None if it does not run.
+
+        Raises:
+            ServerError: it runs, but its record is lost.
+        """
+        if not self.is_running():
+            return None
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            return {"pid": int(record["pid"]), "api_url": str(record["api_url"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not self.is_running():
+                return None
+            raise ServerError(
+                f"a process of cnnpipe holds {self.lock_path}, but {self.record_path.name} beside it does not say "
+                "which; end the process by hand (`fuser` or `lsof` on the first file names it)"
+            ) from error
+
+    def stop(self, timeout_seconds: float) -> int | None:
+        """End the process: ask it first, and after the timeout kill it with its children.
+
+        Returns:
+            The pid of the process that was ended, or None if none was running.
+        Raises:
+            ServerError: it cannot be ended.
+        """
+        import psutil
+
+        record = self.read()
+        if record is None:
+            return None
+        pid: int = record["pid"]
+        try:
+            process = psutil.Process(pid)
+            process.terminate()
+            lock = self._lock_within(timeout_seconds)
+            if lock is None:
+                for each in (*process.children(recursive=True), process):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+        except psutil.NoSuchProcess:
+            lock = None
+        except psutil.AccessDenied as error:
+            raise ServerError(f"process {pid} belongs to another user; only they can end it") from error
+        lock = lock or self._lock_within(_KILL_SECONDS)
+        if lock is None:
+            raise ServerError(f"process {pid} does not end, not even when killed; look at it with `ps -p {pid}`")
+        self.record_path.unlink(missing_ok=True)
+        lock.release()
+        return pid
+
+    def _lock_within(self, seconds: float) -> FileLock | None:
+        """Return the lock, taken, or None if another process holds it all the time."""
+        lock = FileLock(self.lock_path)
+        with storage_errors(self.lock_path):
+            try:
+                lock.acquire(timeout=seconds)
+            except Timeout:  # inside, because it is an OSError too
+                return None
+        return lock
 
 
 @dataclass(frozen=True)
 class Nightly:
-    """State of the nightly schedule: its processes, its next run, and the last error of its server."""
+    """State of the nightly schedule."""
 
     server: str | None
     """Address of the server in a browser; None if it does not run."""
@@ -42,7 +157,7 @@ class Nightly:
     """Last error in the server's log, with its time where the log has one."""
 
     def shown(self) -> dict[str, str]:
-        """Return what a person reads, by name."""
+        """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
         state = "answers" if self.healthy else "does not answer"
         return {
@@ -75,7 +190,7 @@ def server_log(home: Path) -> Path:
 
 
 def look_at_nightly(home: Path) -> Nightly:
-    """Find out what runs for the nightly schedule; a server that does not answer is told, and is not an error.
+    """Return the state of the nightly schedule; a server that does not answer is part of it, not an error.
 
     Args:
         home: folder of the server, see `prefect_home`.
@@ -88,12 +203,9 @@ def look_at_nightly(home: Path) -> Nightly:
     api_url = None if scheduler is server is None else str((scheduler or server or {})["api_url"])
     healthy, upcoming = False, None
     if api_url is not None:
-        local = httpx.URL(api_url).host in ("127.0.0.1", "localhost")  # no proxy is asked about this machine
-        try:
-            with httpx.Client(base_url=api_url, timeout=_TIMEOUT_SECONDS, trust_env=not local) as client:
-                healthy, upcoming = True, next_run(client.request)
-        except (httpx.HTTPError, ValueError):  # no answer, or not the answer of a Prefect API
-            healthy = False
+        # No answer, or not the answer of a Prefect API, is what `healthy` tells.
+        with suppress(httpx.HTTPError, ValueError), http_client(api_url, _TIMEOUT_SECONDS) as client:
+            healthy, upcoming = True, next_run(client.request)
     errors = logged_errors(server_log(home))
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
@@ -103,6 +215,18 @@ def look_at_nightly(home: Path) -> Nightly:
         next_run=upcoming,
         last_error=errors[-1] if errors else None,
     )
+
+
+def http_client(api_url: str, timeout_seconds: float) -> httpx.Client:
+    """Return a client for a Prefect API that asks no proxy about this machine.
+
+    Raises:
+        httpx.InvalidURL: it is not an address.
+    """
+    import httpx
+
+    local = httpx.URL(api_url).host in ("127.0.0.1", "localhost")
+    return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local)
 
 
 def next_run(request: Callable[..., Any]) -> str | None:
@@ -136,7 +260,7 @@ def logged_errors(log: Path) -> list[str]:
     """Return each error and each traceback in the log of a server as one line, with its time where the log has one."""
     found: list[list[str]] = []
     is_error = in_traceback = False
-    record = ""  # what is logged just before
+    record = ""  # the record before, if the line before was one
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         if match := _RECORD.match(line):
             record = f"{match[1]} {match[3]}"
@@ -148,7 +272,7 @@ def logged_errors(log: Path) -> list[str]:
             if not is_error:
                 found.append([record or "Traceback"])
             is_error = in_traceback = True
-        elif in_traceback and line[:1].strip():  # the exception; of several, the last is what came of the others
+        elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others
             found[-1][1:] = [line]
             in_traceback = False
         record = ""

@@ -1,6 +1,6 @@
-"""What a run shows in the Prefect UI: markdown and table artifacts, the pictures inside them as `data:` URIs.
+"""Artifacts of a run in the Prefect UI: markdown and tables, with the pictures inside as `data:` URIs.
 
-Names of classes and files are a user's, and may be anything: they go into markdown only by `_text` and `_code`.
+Names of classes and files come from users and may contain markup: they go into markdown only by `_text` and `_code`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["publish_classification", "publish_dataset", "publish_decision", "pub
 
 
 def publish_dataset(dataset: PreparedDataset) -> None:
-    """Show what was learned from: images of each split and class, and what is wrong with them."""
+    """Show the dataset: the number of images of each split and class, and the warnings."""
     lines = [
         f"# Dataset {_text(dataset.name)}",
         "",
@@ -45,16 +45,16 @@ def publish_dataset(dataset: PreparedDataset) -> None:
 
 
 def publish_metrics(evaluation: Evaluation) -> None:
-    """Show the figures of the test split, the whole and by class."""
-    whole = {
+    """Show the metrics of the test split, overall and by class."""
+    values = {
         "accuracy": evaluation.accuracy,
         "loss": evaluation.loss,
         f"top-{evaluation.top_k} accuracy": evaluation.top_k_accuracy,
         "macro F1": evaluation.macro_f1,
         "expected calibration error": evaluation.expected_calibration_error,
     }
-    whole |= {f"F1 of {each.name}": each.f1 for each in evaluation.per_class}
-    rows = [{"metric": name, "value": f"{value:.4f}"} for name, value in whole.items()]
+    values |= {f"F1 of {each.name}": each.f1 for each in evaluation.per_class}
+    rows = [{"metric": name, "value": f"{value:.4f}"} for name, value in values.items()]
     description = f"test accuracy {evaluation.accuracy:.4f} on {evaluation.num_images:,} images"
     create_table_artifact(rows, key="metrics", description=description)
 
@@ -72,7 +72,7 @@ def publish_plots(run: Path) -> None:
         f"# {_text(settings.prepare.resolved_name)}: {evaluation.accuracy:.2%} of the test images are right",
         "",
         f"Run {_code(run.name)}: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
-        "which had no part in the training.",
+        "which were not used in training.",
         "",
         f"Preset {preset}, seed {seed}: {len(history['epoch'])} epochs in {sum(history['seconds']):,.0f} s; "
         f"best validation accuracy **{history['val_accuracy'][best]:.4f}** in epoch {history['epoch'][best]:.0f}.",
@@ -109,13 +109,13 @@ def publish_decision(run: Path, decision: Decision) -> None:
     lines = [f"# {verdict}", "", reason[:1].upper() + reason[1:] + ".", ""]
     lines += _table(["", "run", "test accuracy"], rows)
     lines += ["", f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.", ""]
-    lines += [f"The model is {_code(run / 'model.onnx')}, and by the precision of its numbers:", ""]
+    lines += [f"The model is {_code(run / 'model.onnx')}. Its precisions:", ""]
     lines += _variants_table(run)
     create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {reason}")
 
 
 def _variants_table(run: Path) -> list[str]:
-    """Return a table of the model's precisions: which were kept, and what they cost and give."""
+    """Return a table of the model's precisions: which were kept, and their accuracy and speed."""
     rows = []
     for precision, record in read_parity(run).items():
         kept = "reference" if precision == "fp32" else "kept" if record["kept"] else f"not kept: {record['reason']}"
@@ -133,7 +133,7 @@ def _variants_table(run: Path) -> list[str]:
 
 
 def publish_classification(summary: ClassificationSummary) -> None:
-    """Show what came of a folder: counts by status, class and kind of error, and where the time went."""
+    """Show the result for a folder: counts by status, class and kind of error, and the seconds of each stage."""
     lines = [f"# {summary.found:,} files of {_code(summary.folder)}", ""]
     lines += _table(["", "files"], _outcomes(summary))
     lines += ["", f"Table {_code(summary.table)}; model {_code(f'{summary.model.name}/{summary.model.run_id}')}."]
@@ -155,13 +155,13 @@ def publish_classification(summary: ClassificationSummary) -> None:
 
 
 def _outcomes(summary: ClassificationSummary) -> list[list[str]]:
-    """Return what became of the files, with all that is there always, and what is asked for or special where it is."""
+    """Return rows of an outcome and its number of files; outcomes that only some jobs have, only if there are any."""
     sorted_files = summary.sorted_files
     counts = {"classified": summary.ok, "failed": summary.error, "found": summary.found}
     special = {
         f"uncertain: a probability below {summary.min_probability:g}": summary.uncertain,
-        "resumed: made by an attempt that was broken off": summary.resumed,
-        "unchanged: taken over from the earlier table": summary.unchanged,
+        "resumed: made by an attempt that was interrupted": summary.resumed,
+        "unchanged: taken from the previous table": summary.unchanged,
         "sorted into folders, as links": sorted_files.linked if sorted_files else 0,
         "sorted into folders, as copies": sorted_files.copied if sorted_files else 0,
     }
@@ -186,17 +186,17 @@ def _stages(summary: ClassificationSummary) -> list[list[str]]:
 
 
 def _picture(alt: str, path: Path) -> str:
-    """Return markdown that shows a PNG with no file hosting."""
+    """Return markdown that shows a PNG without a server for the file."""
     return f"![{alt}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')})"
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a markdown table; its cells are plain text."""
+    """Return the lines of a markdown table with plain text in its cells."""
     head, *body = (f"| {' | '.join(_text(cell) for cell in row)} |" for row in (header, *rows))
     return [head, "|" + " --- |" * len(header), *body]
 
 
-# Everything that begins markdown, HTML or an entity. An underscore inside of a word begins nothing.
+# Characters that begin markdown, HTML or an entity. An underscore inside a word does not.
 _MARKUP = re.compile(r"[\\`*\[\]<>|!~&#]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -209,5 +209,5 @@ def _code(value: object) -> str:
     """Return markdown that shows a text as code, on one line."""
     text = " ".join(display_path(str(value)).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in text else ""  # between backticks of the text and those of the fence; not shown
+    space = " " if "`" in text else ""  # between the backticks of the text and the fence; not shown
     return f"{fence}{space}{text}{space}{fence}"

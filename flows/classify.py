@@ -1,101 +1,61 @@
-"""The flow `classify`: a folder of images to a table, with the summary in the UI. Loads no TensorFlow."""
+"""`python -m flows.classify`: run the flow of `flows.classify_flow` on a server where it can be looked at."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # The command finds or starts a server first, whose address Prefect reads when it is imported, just below.
-    from flows.commands import run_classify
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-    run_classify()
-    raise SystemExit
+import typer
 
-import logging
-from typing import Any
-
-from prefect import flow, runtime, task
-
-from cnnpipe.classify.run import open_classification
-from cnnpipe.classify.summary import check_failure_rate
-from cnnpipe.errors import FailureBudgetError
-from cnnpipe.files import display_path, user_path
-from cnnpipe.settings import ClassifySettings
-from flows.artifacts import publish_classification
-from flows.dask_shards import classify_on_dask
-from flows.flow_runs import recorded_run, run_url
-from flows.logs import send_library_logs
-from flows.progress_artifacts import progress_artifact
+from cnnpipe.console import ArtifactsOption, JsonOption, command
+from cnnpipe.files import display_path
+from cnnpipe.settings import ClassifySettings, takes_settings
+from flows.commands import run_command, run_flow
 from flows.runners import Runner, check_runner
 
-__all__ = ["TooManyFailuresError", "classify"]
+if TYPE_CHECKING:
+    from prefect.client.schemas import State
 
-logger = logging.getLogger(f"cnnpipe.{__name__}")
-
-
-class TooManyFailuresError(FailureBudgetError):
-    """More images failed than allowed.
-
-    Args:
-        summary: the content of `summary.json`, as the work is done all the same.
-    """
-
-    def __init__(self, message: str, summary: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.summary = summary
-
-    def __reduce__(self) -> tuple[type[TooManyFailuresError], tuple[str, dict[str, Any]]]:
-        # The default rebuilds from `args`, which lack `summary`; Prefect pickles what a run has raised.
-        return type(self), (str(self), self.summary)
+RunnerOption = Annotated[
+    Runner, typer.Option("--runner", help="`local`: this process; `dask`: the workers of a Dask cluster.")
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Address of a Dask scheduler, such as tcp://host:8786; Default: a cluster on this machine.",
+        show_default=False,
+    ),
+]
 
 
-def _run_name() -> str:
-    """Name a run by its folder and the time it was meant to start, such as photos-2026-11-22-0200."""
-    settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
-    folder = display_path(user_path(settings.folder).resolve().name) or "root"
-    return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
-
-
-@flow(name="classify", flow_run_name=_run_name)
-def classify(
-    settings: ClassifySettings, artifacts: str = "artifacts", runner: Runner = "local", scheduler: str | None = None
-) -> dict[str, Any]:
-    """Classify every file of a folder with an exported model, one row each.
-
-    A run that failed or was killed goes on where it stopped when it is retried.
-
-    Args:
-        settings: folder, model, output and the rest.
-        artifacts: folder of runs and champions.
-        runner: `local`, in the process of the flow run, or `dask`, on the workers of a Dask cluster.
-        scheduler: address of the cluster's scheduler, such as tcp://host:8786; default: a cluster on this machine.
-    Returns:
-        The content of `summary.json`.
-    Raises:
-        TooManyFailuresError: more images failed than allowed; the table is complete all the same.
-    """
+@command
+@takes_settings(ClassifySettings, "folder")
+def _classify(
+    settings: ClassifySettings,
+    artifacts: ArtifactsOption = Path("artifacts"),
+    runner: RunnerOption = "local",
+    scheduler: SchedulerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
     check_runner(runner, scheduler)
-    send_library_logs()
-    logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
-    with recorded_run(user_path(artifacts)):
-        return classify_images(settings, artifacts, runner, scheduler)
+
+    def run() -> State[Any]:
+        from prefect import tags
+
+        from flows.classify_flow import classify
+
+        with tags("classify"):
+            state: State[Any] = classify(
+                settings, artifacts=display_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
+            )
+        return state
+
+    shown = ("table", "found", "ok", "error", "resumed", "error_kinds", "images_per_second", "device", "precision",
+             "precision_reason", "slowest_stage")  # fmt: skip
+    run_flow(run, artifacts, shown, as_json=as_json)
 
 
-@task(name="classify")
-def classify_images(
-    settings: ClassifySettings, artifacts: str, runner: Runner, scheduler: str | None
-) -> dict[str, Any]:
-    """Run the engine over the folder, here or in a task for each shard, and show the summary in the UI."""
-    with (
-        progress_artifact("classification-progress") as progress,
-        open_classification(settings, user_path(artifacts)) as classification,
-    ):
-        if runner == "dask":
-            classify_on_dask(classification, scheduler, progress)
-        else:
-            classification.run(progress)
-        summary = classification.finish()
-    publish_classification(summary)
-    try:
-        check_failure_rate(summary)
-    except FailureBudgetError as error:
-        raise TooManyFailuresError(str(error), summary.to_json()) from error
-    return summary.to_json()
+if __name__ == "__main__":
+    run_command(_classify)

@@ -23,7 +23,7 @@ from cnnpipe.classify.running import run_planned_shard
 from cnnpipe.errors import PredictionsError, ServerError, StorageError
 from cnnpipe.progress import FilesShown, ProgressCallback
 from flows.cluster import SECONDS_WITHOUT_WORKERS, cluster_task_runner
-from flows.logs import send_library_logs
+from flows.flow_runs import send_library_logs
 
 if TYPE_CHECKING:  # Dask is an extra
     from distributed import Future

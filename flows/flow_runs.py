@@ -1,33 +1,53 @@
-"""A flow run: its address in the UI, and the record that tells whether a process still executes it.
-
-A run whose process is killed, or whose machine goes down, stays "Running" in the UI, as the server cannot know better.
-So each run keeps a record in `<home>/runs` while it is executed, with a lock that ends with the process: the next
-command that finds a record without its lock closes that run.
-"""
+"""A flow run while it is under way: its address in the UI, its log, its progress, its end if its process is killed."""
 
 from __future__ import annotations
 
+import contextvars
 import logging
-import os
-import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from datetime import timedelta
+from typing import Final, cast
 from uuid import UUID
 
-from cnnpipe.errors import StorageError
-from cnnpipe.nightly import prefect_home
-from cnnpipe.pidfile import PidFile
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_UI_URL
 
-if TYPE_CHECKING:
-    from prefect.client.schemas.objects import StateType
+from cnnpipe.errors import one_line
+from cnnpipe.progress import ProgressCallback, StageProgress
 
-__all__ = ["close_dead_runs", "recorded_run", "run_url", "unfinished_states"]
+__all__ = ["crash_silent_runs", "progress_artifact", "run_url", "send_library_logs"]
 
 logger = logging.getLogger("cnnpipe.runs")
 
-_FOLDER: Final = "runs"
+SILENCE: Final = timedelta(minutes=6)
+"""How long a run may send no heartbeat until it counts as crashed: twice Prefect's default interval."""
+
+_AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
+_LAST_STATES: Final = (
+    "Completed",
+    "Promoted",
+    "NotPromoted",
+    "Failed",
+    "Cancelled",
+    "Crashed",
+    "TimedOut",
+    "Suspended",
+)
+"""Names of the states after which a run sends no heartbeat."""
+
+_SECONDS_BETWEEN_UPDATES = 3.0
+_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_FOR_LAST_UPDATE = 10.0
 
 
 def run_url(flow_run_id: UUID | str) -> str:
@@ -35,75 +55,125 @@ def run_url(flow_run_id: UUID | str) -> str:
 
     Prefect's own `runtime.flow_run.ui_url` takes an older route, which the UI leads on from.
     """
-    from prefect.settings import PREFECT_UI_URL
-
     return f"{PREFECT_UI_URL.value() or ''}/runs/flow-run/{flow_run_id}"
 
 
-@contextmanager
-def recorded_run(artifacts: Path) -> Iterator[None]:
-    """Record, for the length of the block, that this process executes the current flow run.
+def crash_silent_runs(silence: timedelta = SILENCE) -> None:
+    """Let the server mark runs of both flows as Crashed when their process is gone, by an automation in its database.
 
-    Where the record cannot be written, as by a classification with read-only artifacts, a warning takes its place.
-    """
-    from prefect import runtime
-
-    pidfile = PidFile(prefect_home(artifacts) / _FOLDER, str(runtime.flow_run.id))
-    lock = None
-    try:
-        lock = pidfile.acquire()
-        if lock is not None:
-            pidfile.write({"pid": os.getpid(), "host": socket.gethostname()})
-    except StorageError as error:
-        logger.warning("no record of this run: %s; if it is killed, it stays Running in the UI", error)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            pidfile.release(lock)
-
-
-def close_dead_runs(home: Path) -> list[UUID]:
-    """Mark the runs whose process on this machine is gone as crashed; returns which.
-
-    Call it with prefect pointed at the server, see `ensure_server`. Runs of another machine that shares the folder
-    are left alone, and so are those of which the server knows nothing: they are another server's.
+    Without it a run whose process is killed, or whose machine goes down, stays Pending or Running, and the deployment
+    with its concurrency limit of 1 cancels every later one. The process of a run sends a heartbeat at its start and
+    every `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` seconds. The server expects the first one after the state Pending.
 
     Args:
-        home: the folder of the server, see `prefect_home`.
+        silence: how long the server waits for a heartbeat.
+
+    Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
-    left = {UUID(file.stem): pidfile for file, pidfile in _left_records(home / _FOLDER)}
-    if not left:
-        return []
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-    from prefect.states import Crashed
+    heartbeat = "prefect.flow-run.heartbeat"
+    trigger = EventTrigger(
+        after={"prefect.flow-run.Pending", heartbeat},
+        expect={heartbeat, *(f"prefect.flow-run.{name}" for name in _LAST_STATES)},
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=ResourceSpecification(
+            {"prefect.resource.role": "flow", "prefect.resource.name": ["retrain", "classify"]}
+        ),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=silence,
+    )
+    minutes = silence / timedelta(minutes=1)
+    message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
+    automation = AutomationCore(
+        name=_AUTOMATION,
+        description="Marks a run of cnnpipe whose process is gone as Crashed.",
+        trigger=trigger,
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
+    try:
+        with get_client(sync_client=True) as client:
+            found = client.read_automations_by_name(_AUTOMATION)
+            if not found:
+                client.create_automation(automation)
+            elif found[0].trigger != trigger:  # an earlier version's
+                client.update_automation(found[0].id, automation)
+    except PrefectHTTPStatusError as error:
+        logger.warning("the server takes no automation (%s); a run that is killed stays Running", one_line(error))
 
-    closed = []
-    with get_client(sync_client=True) as client:
-        for flow_run_id, pidfile in left.items():
+
+def send_library_logs() -> None:
+    """Let records of `cnnpipe.*`, from INFO on, appear in the log of the run that makes them.
+
+    The first line of every flow. Prefect's own setting for it, PREFECT_LOGGING_EXTRA_LOGGERS, would have to be in the
+    environment of each worker, and lets only warnings through (Prefect 3.8): the logger keeps the root's level.
+    """
+    library = logging.getLogger("cnnpipe")
+    if library.getEffectiveLevel() > logging.INFO:
+        library.setLevel(logging.INFO)
+    if not any(isinstance(handler, APILogHandler) for handler in library.handlers):
+        library.addHandler(APILogHandler())
+
+
+@contextmanager
+def progress_artifact(key: str) -> Iterator[ProgressCallback]:
+    """Give a callback `(label, done, total)` that moves a progress artifact of the current run.
+
+    A total of 0 means that it is not known yet. The artifact ends at 100 % when the block ends without an error. The
+    latest progress is sent from a thread of its own: a slow or lost server neither delays the work nor ends it.
+
+    Args:
+        key: of the artifact, lowercase letters, digits and dashes.
+    """
+    sender = _ProgressSender(key)
+    try:
+        yield sender.update
+        sender.latest = (100.0, sender.latest[1] or "nothing was to be done")
+    finally:
+        sender.finish()
+
+
+class _ProgressSender:
+    """Sends the latest progress to the server every few seconds, and now and then a line to the run's log."""
+
+    def __init__(self, key: str) -> None:
+        self.latest = (0.0, "")  # percent, and what the artifact says
+        self._key = key
+        self._stages = StageProgress()
+        self._logged = time.monotonic()
+        self._finished = threading.Event()
+        # With the context of the run, which has the address of the server.
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._send,), daemon=True)
+        self._thread.start()
+
+    def update(self, label: str, done: int, total: int) -> None:
+        self._stages.report(label, done, total)
+        text = self._stages.text()
+        self.latest = (100.0 * min(done / total, 1.0) if total else 0.0, text)
+        if time.monotonic() - self._logged >= _SECONDS_BETWEEN_LINES:
+            self._logged = time.monotonic()
+            logger.info(text)
+
+    def finish(self) -> None:
+        self._finished.set()
+        self._thread.join(_SECONDS_FOR_LAST_UPDATE)
+
+    def _send(self) -> None:
+        artifact: UUID | None = None
+        sent: tuple[float, str] | None = None
+        warned = finished = False
+        while not finished:
+            percent, text = progress = self.latest
             try:
-                state = client.read_flow_run(flow_run_id).state
-            except ObjectNotFound:
-                continue
-            if state is not None and state.type in unfinished_states():
-                client.set_flow_run_state(flow_run_id, Crashed(message="the process of this run was killed"))
-                closed.append(flow_run_id)
-            pidfile.record_path.unlink(missing_ok=True)
-            pidfile.lock_path.unlink(missing_ok=True)
-    return closed
-
-
-def _left_records(folder: Path) -> Iterator[tuple[Path, PidFile]]:
-    for file in sorted(folder.glob("*.json")):
-        pidfile = PidFile(folder, file.stem)
-        record = pidfile.read_left()
-        if record is not None and record.get("host") == socket.gethostname():
-            yield file, pidfile
-
-
-def unfinished_states() -> list[StateType]:
-    """Return the types of state of a run that somebody should be executing."""
-    from prefect.client.schemas.objects import StateType
-
-    return [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+                if artifact is None:
+                    made = create_progress_artifact(percent, key=self._key, description=text or "starting")
+                    artifact = cast("UUID", made)  # typed as awaitable too
+                elif progress != sent:
+                    update_progress_artifact(artifact, percent, text)
+                sent = progress
+            except Exception as error:  # noqa: BLE001 (whatever the client raises: the work goes on)
+                if not warned:
+                    logger.warning("the server does not take the progress of this run: %s", one_line(error))
+                warned = True
+            finished = self._finished.is_set() and (sent == self.latest or warned)
+            self._finished.wait(_SECONDS_BETWEEN_UPDATES)

@@ -1,144 +1,45 @@
-"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task a stage.
-
-A task's result is a path, kept under a key of its inputs and the flow run: when a failed run is retried, the stages
-that were finished are not done again. Every task calls one function of cnnpipe; what is here is what Prefect adds.
-"""
+"""`python -m flows.retrain`: run the flow of `flows.retrain_flow` on a server where it can be looked at."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # The command finds or starts a server first, whose address Prefect reads when it is imported, just below.
-    from flows.commands import run_retrain
-
-    run_retrain()
-    raise SystemExit
-
-import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefect import flow, runtime, task
-from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
-from prefect.client.schemas import State
-from prefect.states import Completed
+from cnnpipe.console import ArtifactsOption, DataOption, JsonOption, command
+from cnnpipe.files import display_path
+from cnnpipe.settings import RetrainSettings, takes_settings
+from flows.commands import run_command, run_flow
 
-from cnnpipe.files import display_path, user_path
-from cnnpipe.settings import (
-    EvaluateSettings,
-    ExportSettings,
-    PrepareSettings,
-    PromoteSettings,
-    RetrainSettings,
-    TrainSettings,
-)
-from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
-from flows.flow_runs import recorded_run, run_url
-from flows.logs import send_library_logs
-from flows.progress_artifacts import progress_artifact
+if TYPE_CHECKING:
+    from prefect.client.schemas import State
 
-__all__ = ["retrain"]
-
-logger = logging.getLogger(f"cnnpipe.{__name__}")
-
-DEFAULTS = RetrainSettings()
-_ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
+_SECTIONS = tuple(RetrainSettings.model_fields)
 
 
-def _run_name() -> str:
-    """Name a run by its dataset and the time it was meant to start, such as digits-2026-11-22-0200."""
-    parameters = runtime.flow_run.parameters
-    settings = PrepareSettings.model_validate(parameters.get("prepare") or {})
-    start = runtime.flow_run.scheduled_start_time
-    return f"{settings.resolved_name}-{start:%Y-%m-%d-%H%M}"
+@command
+@takes_settings(RetrainSettings, "dataset", _SECTIONS)
+def _retrain(
+    settings: RetrainSettings,
+    data: DataOption = Path("data"),
+    artifacts: ArtifactsOption = Path("artifacts"),
+    as_json: JsonOption = False,
+) -> None:
+    """Train a CNN, check it, export it to ONNX and promote it if it passes, as the Prefect flow `retrain`."""
+
+    def run() -> State[Any]:
+        from prefect import tags
+
+        from flows.retrain_flow import retrain
+
+        sections = {name: getattr(settings, name) for name in _SECTIONS}
+        with tags("retrain", settings.prepare.resolved_name):
+            state: State[Any] = retrain(
+                **sections, data=display_path(str(data)), artifacts=display_path(str(artifacts)), return_state=True
+            )
+        return state
+
+    run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
 
 
-@flow(name="retrain", flow_run_name=_run_name, persist_result=True)
-def retrain(
-    prepare: PrepareSettings = DEFAULTS.prepare,
-    train: TrainSettings = DEFAULTS.train,
-    evaluate: EvaluateSettings = DEFAULTS.evaluate,
-    export: ExportSettings = DEFAULTS.export,
-    promote: PromoteSettings = DEFAULTS.promote,
-    data: str = "data",
-    artifacts: str = "artifacts",
-) -> State[dict[str, Any]]:
-    """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
-
-    Args:
-        data: folder of raw and prepared datasets.
-        artifacts: folder of runs and champions.
-    Returns:
-        A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
-    """
-    send_library_logs()
-    logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
-    settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    with recorded_run(user_path(artifacts)):
-        prepared = prepare_dataset(prepare, data)
-        run = train_model(settings, prepared, artifacts)
-        evaluate_model(run)
-        plot_training(run)
-        export_model(run)
-        decision = promote_model(run)
-    name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
-
-
-@task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
-def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
-    """Decode the dataset, or find it decoded; return the folder."""
-    from cnnpipe.prepare import dataset
-
-    with progress_artifact("prepare-progress") as progress:
-        prepared = dataset.prepare_dataset(prepare, user_path(data), progress=progress, publish=publish_dataset)
-    return str(prepared.path)
-
-
-@task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
-def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
-    """Train a network; return the run folder."""
-    from cnnpipe.train.run import train_run
-
-    with progress_artifact("training-progress") as progress:
-        result = train_run(settings, Path(prepared), user_path(artifacts), progress)
-    return str(result.run)
-
-
-@task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
-def evaluate_model(run: str) -> float:
-    """Score the best weights on the test split; return the accuracy."""
-    from cnnpipe.evaluate.evaluation import evaluate_run
-
-    evaluation = evaluate_run(Path(run))
-    publish_metrics(evaluation)
-    return evaluation.accuracy
-
-
-@task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
-def plot_training(run: str) -> list[str]:
-    """Draw the plots and show them in the UI; return their paths."""
-    from cnnpipe.plot.plots import plot_run
-
-    plots = plot_run(Path(run))
-    publish_plots(Path(run))
-    return [str(path) for path in plots]
-
-
-@task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
-def export_model(run: str) -> float:
-    """Write the ONNX model, checked against the trained one; return the share of equal classes."""
-    from cnnpipe.export.onnx import export_run
-
-    return export_run(Path(run)).agreement
-
-
-@task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
-def promote_model(run: str) -> dict[str, Any]:
-    """Decide on the run, complete it, and move the champion alias if it passes."""
-    from dataclasses import asdict
-
-    from cnnpipe.promote.gate import conclude_run
-
-    decision = conclude_run(Path(run))
-    publish_decision(Path(run), decision)
-    return asdict(decision)
+if __name__ == "__main__":
+    run_command(_retrain)

@@ -1,6 +1,6 @@
 """The Prefect server that the flows report to: the one that is configured, or the one of the artifacts folder.
 
-1. `PREFECT_API_URL`, from any place that Prefect reads: that server is used, or it is an error; it is never ignored.
+1. `PREFECT_API_URL`, wherever Prefect reads it from: that server is used. If it does not answer, that is an error.
 2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
    it may be stopped, or started with another database, in the middle of a run.
 3. Else one is started on 127.0.0.1, with its SQLite file and its log in `<artifacts>/.prefect`. It outlives the
@@ -15,41 +15,76 @@ import importlib
 import logging
 import os
 import shlex
+import socket
+import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from dotenv import dotenv_values
 from filelock import FileLock, Timeout
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
-from cnnpipe.errors import ServerError, UsageError
+from cnnpipe.errors import ServerError, UsageError, one_line
 from cnnpipe.files import display_path
-from cnnpipe.nightly import look_at_nightly, prefect_home, serve_pidfile, server_pidfile
+from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfile, server_log, server_pidfile
 from cnnpipe.storage import make_folder, storage_errors
-from flows.launcher import HOST, QUIET, START_TIMEOUT_SECONDS, start_server
-from flows.probe import answers_health, check_configured, configured_api_url
 
-__all__ = [
-    "Server",
-    "app",
-    "ensure_server",
-    "prepare_environment",
-    "running_server",
-    "stop_server",
-]
+__all__ = ["Server", "app", "configured_api_url", "ensure_server", "prepare_environment", "running_server",
+           "stop_server"]  # fmt: skip
 
 logger = logging.getLogger("cnnpipe.server")
 
-STOP_TIMEOUT_SECONDS: Final = 15.0
-SERVE_STOP_TIMEOUT_SECONDS: Final = 60.0  # it also ends the flow runs under way
-_LOCK_TIMEOUT_SECONDS: Final = 2 * START_TIMEOUT_SECONDS
+_HOST: Final = "127.0.0.1"
+_DEFAULT_PORT: Final = 4200  # Prefect's own
+_START_SECONDS: Final = 120.0  # 20 s with an empty database and 5 s after, on 2 idle cores
+_START_ATTEMPTS: Final = 2  # `prefect server start` was seen to die without a word, and to come up the next time
+_STOP_SECONDS: Final = 15.0
+_SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
+_LOCAL_PROBE_SECONDS: Final = 5.0
+_REMOTE_PROBE_SECONDS: Final = 15.0
 _POLL_SECONDS: Final = 0.1
+_MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
+
+_PREFECT_ENVIRONMENT: Final = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # The library logs outside of runs too, for example from threads that decode images.
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # see flows.flow_runs.crash_silent_runs
+}
+"""Environment of every Prefect process of this project: no telemetry, no advertising. The user's own values win."""
+
+_SERVER_ENVIRONMENT: Final = {
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_CLI_COLORS": "false",
+    "PREFECT_LOGGING_COLORS": "false",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # the log is kept for longer than a day
+    # How far ahead a run is scheduled: Prefect's own 100 days would leave a yearly schedule without a next run.
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_SCHEDULED_TIME": "P1500D",
+    # In memory, the default, leases are lost with the server, and with them the slot of every run then under way:
+    # a deployment with a concurrency limit of 1 would never run again.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # After a minute, the default, a server that was down would not know that it waits for a run's heartbeat.
+    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P1500D",
+}
+
+_HOLD_LOCK_AND_SERVE: Final = """
+import runpy, sys
+from filelock import FileLock
+lock = FileLock(sys.argv.pop(1))
+lock.acquire(timeout=5)
+runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+"""
+"""Program of the server's process: Prefect's own command, with the lock of the server's record."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +105,24 @@ class Server:
     pid: int | None
     how_to_stop: str
 
+    @classmethod
+    def own(cls, home: Path, api_url: str, pid: int, *, started: bool) -> Server:
+        """Return a server of this project, whose folder is `home`."""
+        return cls(api_url, api_url.removesuffix("/api"), started, pid, _stop_command(home))
+
 
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
     """Find or start a Prefect server, and point this process and its children at it.
 
-    Call it before prefect is imported: prefect reads the settings of telemetry and logging at its import. The
-    address is taken up even later.
+    Call it before prefect is imported, which reads its settings of telemetry and logging then. The address may change
+    later.
 
     Args:
-        home: folder of a server of our own, see `prefect_home`; also keeps the results of tasks.
+        home: folder of the artifacts' own server, see `prefect_home`; also keeps the results of tasks.
         port: where to start a server; default: 4200, or any free port if that is taken.
     Raises:
         UsageError: the path of `home` has bytes that are not text, which Prefect cannot send to its server.
-        ServerError: the configured server does not answer, or none could be started; tells what its log says.
+        ServerError: the configured server does not answer, or none could be started.
         StorageError: `home` cannot be written.
     """
     home = home.resolve()
@@ -90,12 +130,18 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
         raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
     prepare_environment(home)
     configured = configured_api_url()
-    if configured is not None:
-        check_configured(*configured)
-        own = running_server(home)
-        server = own if own is not None and own.api_url == configured[0] else _foreign_server(configured[0])
+    if configured is None:
+        make_folder(home)
+        with _one_at_a_time(home):
+            own = running_server(home)
+            alive = own is not None and _wait_until_healthy(own.api_url, home)
+            server = own if own and alive else _start_server(home, port)
     else:
-        server = _local_server(home, port)
+        _check_configured(*configured)
+        own = running_server(home)
+        ui_url = os.environ.get("PREFECT_UI_URL") or configured[0].removesuffix("/api")
+        foreign = Server(configured[0], ui_url, False, None, how_to_stop="where it was started, which was not here")
+        server = own if own is not None and own.api_url == configured[0] else foreign
     _point_prefect_at(server)
     return server
 
@@ -106,7 +152,7 @@ def prepare_environment(home: Path) -> None:
     Raises:
         ServerError: the file of Prefect profiles cannot be read.
     """
-    for name, value in QUIET.items():
+    for name, value in _PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if configured_api_url() is None:  # a configured server may need the keys in the user's own profile
         os.environ["PREFECT_HOME"] = str(home)
@@ -115,9 +161,9 @@ def prepare_environment(home: Path) -> None:
 
 
 def running_server(home: Path) -> Server | None:
-    """Return the server that this project started earlier, whether or not it answers; None if there is none."""
+    """Return the server that this project started earlier, whether or not it answers; None if it does not run."""
     record = server_pidfile(home).read()
-    return None if record is None else _own_server(home, record["api_url"], record["pid"], started=False)
+    return None if record is None else Server.own(home, record["api_url"], record["pid"], started=False)
 
 
 def stop_server(home: Path) -> list[str]:
@@ -132,60 +178,205 @@ def stop_server(home: Path) -> list[str]:
     if not home.is_dir():
         return []
     stopped = []
-    serve_pid = serve_pidfile(home).stop(SERVE_STOP_TIMEOUT_SECONDS)
+    serve_pid = serve_pidfile(home).stop(_SERVE_STOP_SECONDS)
     if serve_pid is not None:
         stopped.append(f"stopped the scheduler (process {serve_pid})")
     with _one_at_a_time(home):
         server = running_server(home)
-        if server is not None and server_pidfile(home).stop(STOP_TIMEOUT_SECONDS) is not None:
+        if server is not None and server_pidfile(home).stop(_STOP_SECONDS) is not None:
             stopped.append(f"stopped the Prefect server at {server.ui_url} (process {server.pid})")
     return stopped
 
 
-def _local_server(home: Path, port: int | None) -> Server:
-    make_folder(home)
-    with _one_at_a_time(home):
-        own = running_server(home)
-        if own is not None and _wait_until_healthy(own, home):
-            return own
-        return _own_server(home, *start_server(home, port), started=True)
+def configured_api_url() -> tuple[str, str] | None:
+    """Return the address of the API that the user has configured and where it is set, or None.
 
-
-def _wait_until_healthy(server: Server, home: Path) -> bool:
-    """Wait for a server that runs, but may be starting or busy; returns whether it still runs.
+    The places and their order are prefect's own: the environment; `.env`, `prefect.toml` and `pyproject.toml` in the
+    working folder; the active profile. Source: docs.prefect.io, "Settings and profiles".
 
     Raises:
-        ServerError: it runs on without answering.
+        ServerError: one of the files cannot be read.
     """
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not answers_health(server.api_url):
-        if not server_pidfile(home).is_running():
+    return next(((url.rstrip("/"), origin) for url, origin in _api_urls() if url), None)
+
+
+def _api_urls() -> Iterator[tuple[str | None, str]]:
+    """Yield what each place says, and its name; a later place is not read if an earlier one decides."""
+    yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
+    yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
+    yield _read_toml(Path("prefect.toml")).get("api", {}).get("url"), "the api url in prefect.toml"
+    tool = _read_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {})
+    yield tool.get("api", {}).get("url"), "the api url in pyproject.toml"
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    profiles = _read_toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
+    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+    url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
+    yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ServerError(f"cannot read Prefect's settings from {path}: {one_line(error)}; fix that file") from error
+
+
+def _check_configured(api_url: str, origin: str) -> None:
+    """Make sure that a Prefect API answers at the configured address.
+
+    Whether it lets this client in is left to prefect, which has the keys and the certificates.
+
+    Args:
+        origin: where the address is set, for the message.
+    Raises:
+        ServerError: nothing answers there, or something else does.
+    """
+    import httpx
+
+    try:
+        with http_client(api_url, _REMOTE_PROBE_SECONDS) as client:
+            answer = client.get("/health", follow_redirects=True)
+        # Prefect Cloud asks for the key first.
+        if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
+            return
+        problem = f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        if "CERTIFICATE" in str(error):
+            return
+        problem = f"no answer ({one_line(error)})"
+    raise ServerError(
+        f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
+        "PREFECT_API_URL to have a local one started"
+    )
+
+
+def _answers_health(api_url: str) -> bool:
+    import httpx
+
+    try:
+        with http_client(api_url, _LOCAL_PROBE_SECONDS) as client:
+            return client.get("/health").json() is True
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def _start_server(home: Path, port: int | None) -> Server:
+    """Start a server that outlives this process, and wait until it answers.
+
+    Args:
+        home: existing folder for its database, its log and its record.
+        port: port to listen on; None for 4200, or any free one if that is taken.
+    Raises:
+        ServerError: it does not come up.
+    """
+    for _ in range(_START_ATTEMPTS):
+        chosen = _free_port(port or _DEFAULT_PORT) or (None if port else _free_port(0))
+        if chosen is None:
+            raise ServerError(f"port {port} on {_HOST} is taken by another program; free it or choose another")
+        logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
+        api_url = f"http://{_HOST}:{chosen}/api"
+        process = _spawn(home, chosen)
+        try:
+            server_pidfile(home).write(process.pid, api_url)
+            if _wait_until_healthy(api_url, home, process):
+                return Server.own(home, api_url, process.pid, started=True)
+        except BaseException:  # also Ctrl-C: no half-started server stays
+            process.kill()
+            process.wait()
+            raise
+    log = server_log(home)
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    raise ServerError(
+        f"the Prefect server did not come up: it ended with status {process.returncode}; "
+        f"its log {log} ends with: {' / '.join(lines[-4:]) or '(nothing)'}"
+    )
+
+
+def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start a server's process, detached from this terminal."""
+    log, lock = server_log(home), server_pidfile(home).lock_path
+    arguments = [str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
+    with storage_errors(log):
+        if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-c", _HOLD_LOCK_AND_SERVE, *arguments],
+                cwd=home,  # prefect reads settings from files in its working directory
+                env=_server_environment(home, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def _server_environment(home: Path, port: int) -> dict[str, str]:
+    """Return the environment of the server: the user's, without what belongs to clients and to runs."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE") and not name.startswith("PREFECT__")
+    }
+    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in kept):
+        # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
+        kept["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
+    own = {
+        "PREFECT_HOME": str(home),
+        # The page in the browser learns from these, not from the command line, where the API is.
+        "PREFECT_SERVER_API_HOST": _HOST,
+        "PREFECT_SERVER_API_PORT": str(port),
+    }
+    return {**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **kept, **own}
+
+
+def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Wait until a server that is starting or busy answers.
+
+    Args:
+        home: folder of the server.
+        process: its process if this process started it.
+    Returns:
+        False if it has ended.
+    Raises:
+        ServerError: it lives but does not answer in time.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while not _answers_health(api_url):
+        if (process.poll() is not None) if process else not server_pidfile(home).is_running():
             return False
         if time.monotonic() > deadline:
             raise ServerError(
-                f"the Prefect server of this project, process {server.pid} at {server.ui_url}, does not answer; "
-                "run `make stop` and try again"
+                f"the Prefect server at {api_url} has not answered for {_START_SECONDS:.0f} s; its log is "
+                f"{server_log(home)}; run `make stop` and try again"
             )
         time.sleep(_POLL_SECONDS)
     return True
 
 
+def _free_port(port: int) -> int | None:
+    """Return the port, or any free one for 0; None if another program listens on it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left counts as free
+        try:
+            listener.bind((_HOST, port))
+        except OSError:
+            return None
+        found: int = listener.getsockname()[1]
+        return found
+
+
 def _point_prefect_at(server: Server) -> None:
     """Give prefect the server's address, for this process and for the flow runs it starts."""
     os.environ["PREFECT_API_URL"] = server.api_url
-    _bypass_proxy()
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
+        hosts = [each for each in os.environ.get(name, "").split(",") if each]
+        if _HOST not in hosts and "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, _HOST])
     if "prefect.context" in sys.modules:
         importlib.import_module("prefect.context").refresh_global_settings_context()
-
-
-def _bypass_proxy() -> None:
-    """Keep a proxy, where one is set, from getting the requests to this machine."""
-    if not any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
-        return
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = [each for each in os.environ.get(name, "").split(",") if each]
-        if HOST not in hosts and "*" not in hosts:
-            os.environ[name] = ",".join([*hosts, HOST])
 
 
 @contextmanager
@@ -194,7 +385,7 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
     lock = FileLock(home / "server.lock")
     with storage_errors(home):
         try:
-            lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
+            lock.acquire(timeout=2 * _START_SECONDS)
         except Timeout as error:  # inside, because it is an OSError too
             raise ServerError(
                 f"another process has been starting a Prefect server for minutes; end what holds {lock.lock_file}"
@@ -205,10 +396,6 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
         lock.release()
 
 
-def _own_server(home: Path, api_url: str, pid: int, *, started: bool) -> Server:
-    return Server(api_url, _ui_url(api_url), started, pid, _stop_command(home))
-
-
 def _stop_command(home: Path) -> str:
     """Return the shortest command that stops the server of a folder, to be typed where this process runs."""
     if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
@@ -217,15 +404,6 @@ def _stop_command(home: Path) -> str:
     if home.name == ".prefect":
         return f"{command_line} --artifacts {shlex.quote(str(home.parent))}"
     return f"PREFECT_HOME={shlex.quote(str(home))} {command_line}"
-
-
-def _foreign_server(api_url: str) -> Server:
-    ui_url = os.environ.get("PREFECT_UI_URL") or _ui_url(api_url)
-    return Server(api_url, ui_url, started=False, pid=None, how_to_stop="where it was started; it is not ours")
-
-
-def _ui_url(api_url: str) -> str:
-    return api_url.removesuffix("/api")
 
 
 app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")
@@ -253,7 +431,7 @@ def stop(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -
 @app.command()
 @command
 def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Tell what this project runs in the background, the next run, and the last error of the server."""
+    """Show what this project runs in the background, the next run, and the last error of the server."""
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
     values = {

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Make .venv what the lock file and pyproject.toml say; where it is that already, do nothing. `make` calls this.
+# Install what the lock file and pyproject.toml say into .venv; do nothing if it is there. `make` calls this.
 #
 # PYTHON  the interpreter to use; default: the newest of 3.13, 3.12, 3.11 that works
-# CUDA    1 or 0: with NVIDIA's libraries or without; default: as .venv is, and if there is none, with them where an
-#         NVIDIA driver is
+# CUDA    1 or 0: with NVIDIA's libraries or without; default: as .venv has it, and for a new one, with them if there
+#         is an NVIDIA driver
 #
-# Nothing is written outside of .venv but the project's own cnnpipe.egg-info. Packages come by the user's pip settings.
+# Writes to .venv and to cnnpipe.egg-info only. Packages come from where the user's pip settings say.
 set -eu
 cd "$(dirname "$0")/.."
 
 venv=.venv
-stamp=$venv/cnnpipe-setup # written last: where it is, the rest is whole
+stamp=$venv/cnnpipe-setup # written last: its presence means that the rest is complete
 log=$venv/setup.log
 
 fail() {
@@ -18,7 +18,7 @@ fail() {
     exit 1
 }
 
-version_of() { # prints 3.11 and the like; fails if the interpreter does not run: version managers leave such stubs
+version_of() { # prints 3.11, for example; fails if the interpreter does not run, like the stubs of version managers
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
@@ -26,7 +26,7 @@ is_suitable() {
     case $1 in 3.11 | 3.12 | 3.13) return 0 ;; *) return 1 ;; esac
 }
 
-can_make_venvs() { # Debian keeps both in a package of their own
+can_make_venvs() { # Debian has both modules in a package of their own
     "$1" -c 'import ensurepip, venv' 2>/dev/null
 }
 
@@ -34,7 +34,7 @@ choose_python() { # sets `python`
     unsuitable= incomplete=
     set -- python3.13 python3.12 python3.11 python3 python
     if [ -n "${PYTHON:-}" ]; then
-        version_of "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no Python that runs; name one, or leave it out"
+        version_of "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON does not run; name a Python that does, or leave it out"
         set -- "$PYTHON"
     fi
     for candidate in "$@"; do
@@ -63,7 +63,7 @@ choose_lock() { # sets `lock`; CUDA wheels exist for Linux on x86-64 only
     0) ;;
     auto)
         chosen=$([ -f "$stamp" ] && cat "$stamp") || chosen=
-        if [ -n "$chosen" ] && [ -f "${chosen%% *}" ]; then # what was once asked for need not be said again
+        if [ -n "$chosen" ] && [ -f "${chosen%% *}" ]; then # what was asked for once is kept
             lock=${chosen%% *}
         elif [ "$(uname -sm)" = "Linux x86_64" ] &&
             { [ -e /proc/driver/nvidia/version ] || [ -e /usr/lib/wsl/lib/libcuda.so.1 ]; }; then
@@ -79,10 +79,10 @@ venv_is_usable() {
         { [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$version" ]; }
 }
 
-run() { # runs a command into the log; if it fails, ends with its most telling line
+run() { # runs a command with its output in the log; if it fails, ends with the line that says why
     if ! "$@" >>"$log" 2>&1; then
         reason=$(grep -i 'error' "$log" | tail -n 1)
-        fail "failed: ${reason:-$(tail -n 1 "$log")}; whole log: $log; mend that and call make again"
+        fail "failed: ${reason:-$(tail -n 1 "$log")}; whole log: $log; fix it and run make again"
     fi
 }
 

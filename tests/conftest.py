@@ -1,5 +1,5 @@
-"""What several test modules share: the digits prepared once, one real run of every stage, trained for 3 epochs, a tiny
-model and images for it, a server, a browser.
+"""Shared fixtures: the digits prepared once, one real run of every stage with 3 epochs, a tiny model with images, a
+server, a browser.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-# Said by the Makefile too: without them Prefect's servers try to send telemetry, and log that they could not.
+# As in the Makefile: without them Prefect's servers try to send telemetry, and log that they could not.
 os.environ.update({"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
 
 SETTINGS = RetrainSettings(prepare=PrepareSettings(), train=TrainSettings(epochs=3, seed=1))
@@ -69,7 +69,7 @@ def artifacts(finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path, digits: PreparedDataset) -> Path:
-    """Twelve test digits as PNG files in class folders, and one text file that calls itself an image."""
+    """Twelve test digits as PNG files in class folders, and one text file with an image's suffix."""
     labels, images = digits.labels("test"), digits.images("test")
     folder = tmp_path / "photos"
     for index in range(12):
@@ -88,7 +88,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 70 digits in class folders and 5 files that are no images; never change it."""
+    """A folder of 70 digits in class folders and 5 text files; never change it."""
     folder = tmp_path_factory.mktemp("images")
     write_digits(folder, range(70))
     for number in range(5):
@@ -119,7 +119,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Prefect server of the tests' own, with an empty database, once a session: starting it takes long."""
+    """A Prefect server with an empty database, once a session, because starting it takes long."""
     from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
@@ -135,7 +135,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Let the processes that the block starts write what they print to a file."""
+    """Send the output of processes that the block starts to a file."""
     kept = [(stream, os.dup(stream)) for stream in (1, 2)]
     with path.open("ab") as file:
         for stream, _ in kept:

@@ -69,7 +69,7 @@ def test_command_line_loads_no_wing() -> None:
 
 
 def test_classify_flow_loads_no_training_package() -> None:
-    assert not loaded_packages("flows.classify") & set(TRAINING)
+    assert not loaded_packages("flows.classify_flow") & set(TRAINING)
 
 
 def test_cnnpipe_never_imports_prefect_or_the_flows() -> None:

@@ -1,14 +1,22 @@
-"""The nightly schedule from outside: the errors in a server's log, and a server that does not answer."""
+"""The nightly schedule from outside: the record of a process, the errors in a log, a server that does not answer."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from servers import assert_quiet, free_port
 
-from cnnpipe.nightly import logged_errors, look_at_nightly, server_pidfile
+from cnnpipe.errors import ServerError
+from cnnpipe.nightly import PidFile, logged_errors, look_at_nightly, server_pidfile
+
+URL = "http://127.0.0.1:4200/api"
 
 QUIET = """
 Check out the dashboard at http://127.0.0.1:4200
@@ -71,20 +79,77 @@ def test_errors_in_a_log_are_one_line_each(text: str, errors: list[str], tmp_pat
             assert_quiet(log)
 
 
-def test_server_that_does_not_answer_is_told_and_its_last_error_with_it(tmp_path: Path) -> None:
-    pidfile = server_pidfile(tmp_path)
-    lock = pidfile.acquire()
-    assert lock is not None
-    port = free_port()
-    pidfile.write({"pid": os.getpid(), "api_url": f"http://127.0.0.1:{port}/api"})
+def test_server_that_does_not_answer_is_shown_with_its_last_error(tmp_path: Path) -> None:
     (tmp_path / "server.log").write_text(
         "07:07:44.115 | ERROR   | prefect - one\n07:07:45.115 | ERROR   | prefect - two\n"
     )
-    assert look_at_nightly(tmp_path).shown() == {
-        "server": f"http://127.0.0.1:{port}, process {os.getpid()}, does not answer",
-        "scheduler": "not running",
-        "next run": "none",
-        "last error": "07:07:45 prefect - two",
-    }
-    pidfile.release(lock)
+    url = f"http://127.0.0.1:{free_port()}"
+    with _holder(server_pidfile(tmp_path), f"{url}/api") as process:
+        assert look_at_nightly(tmp_path).shown() == {
+            "server": f"{url}, process {process.pid}, does not answer",
+            "scheduler": "not running",
+            "next run": "none",
+            "last error": "07:07:45 prefect - two",
+        }
     assert look_at_nightly(tmp_path).shown()["server"] == "not running"
+
+
+@contextmanager
+def _holder(pidfile: PidFile, url: str = URL, program: str = "pass") -> Iterator[subprocess.Popen[str]]:
+    """Start a process that holds the record, and wait until it runs; kill it with the block."""
+    code = (
+        f"{program}; import sys, time; from pathlib import Path; from cnnpipe.nightly import PidFile; "
+        "pidfile = PidFile(Path(sys.argv[1]), sys.argv[2]); print(pidfile.acquire(), flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(pidfile.lock_path.parent), pidfile.lock_path.stem]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            pidfile.write(process.pid, url)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("program", "ended_by"),
+    [("pass", signal.SIGTERM), ("import signal as s; s.signal(s.SIGTERM, s.SIG_IGN)", signal.SIGKILL)],
+    ids=["asked", "killed"],
+)
+def test_stop_ends_a_process_even_one_that_will_not(tmp_path: Path, program: str, ended_by: int) -> None:
+    pidfile = PidFile(tmp_path, "toy")
+    with _holder(pidfile, program=program) as process:
+        assert pidfile.read() == {"pid": process.pid, "api_url": URL}
+        assert pidfile.stop(0.5) == process.pid
+        assert process.wait(5) == -ended_by
+    assert pidfile.stop(0.5) is None
+
+
+def test_record_of_a_dead_process_is_never_trusted(tmp_path: Path) -> None:
+    pidfile = PidFile(tmp_path, "toy")
+    with _holder(pidfile) as process:
+        process.kill()
+    pidfile.write(os.getpid(), URL)  # as if the number had been given to a process that lives
+    assert pidfile.read() is None
+    assert pidfile.stop(0.5) is None
+
+
+def test_a_held_lock_file_is_never_replaced_by_another_one(tmp_path: Path) -> None:
+    """Deleting the file would let a process that had opened it before hold a lock that nobody sees."""
+    pidfile = PidFile(tmp_path, "toy")
+    with _holder(pidfile):
+        pass
+    locked = pidfile.lock_path.stat().st_ino
+    with _holder(PidFile(tmp_path, "toy")):
+        assert not pidfile.acquire()
+        assert pidfile.stop(0.5) is not None
+    assert pidfile.lock_path.stat().st_ino == locked
+
+
+def test_process_without_its_record_is_an_error_that_names_the_lock(tmp_path: Path) -> None:
+    pidfile = PidFile(tmp_path, "toy")
+    with _holder(pidfile):
+        pidfile.record_path.unlink()
+        with pytest.raises(ServerError, match=r"holds .*toy\.alive, but toy\.json beside it does not say which"):
+            pidfile.read()

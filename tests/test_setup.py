@@ -172,33 +172,26 @@ def _failure(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr
 
 
-def test_setup_without_python_says_what_to_install(machine: Machine) -> None:
-    message = _failure(machine.setup())
-    assert re.search(r"needs Python 3\.11, 3\.12 or 3\.13; found none; install one", message)
-
-
-def test_setup_with_old_python_says_what_it_found(machine: Machine) -> None:
-    machine.add_python("python3", "3.9")
-    message = _failure(machine.setup())
-    assert re.search(r"needs Python .* found: python3 is 3\.9; install one .*make PYTHON=", message)
-
-
-def test_setup_without_venv_module_names_the_package(machine: Machine) -> None:
-    machine.add_python("python3.12", "3.12", has_venv=False)
-    machine.add_python("python3", "3.9")
-    message = _failure(machine.setup())
-    assert re.search(r"Python 3\.12 has no venv module; install it .*apt-get install python3\.12-venv", message)
-
-
-def test_setup_with_a_wrong_python_variable_names_it(machine: Machine) -> None:
-    machine.add_python("python3", "3.11")
-    message = _failure(machine.setup(PYTHON="no-python"))
-    assert re.search(r"PYTHON=no-python is no Python that runs", message)
-
-
-def test_setup_with_a_wrong_cuda_variable_says_what_it_may_be(machine: Machine) -> None:
-    machine.add_python("python3", "3.11")
-    assert re.search(r"CUDA must be 0 or 1, received 'yes'", _failure(machine.setup(CUDA="yes")))
+@pytest.mark.parametrize(
+    ("pythons", "variables", "message"),
+    [
+        ({}, {}, r"needs Python 3\.11, 3\.12 or 3\.13; found none; install one"),
+        ({"python3": "3.9"}, {}, r"needs Python .* found: python3 is 3\.9; install one .*make PYTHON="),
+        (
+            {"python3.12": "3.12 without venv", "python3": "3.9"},
+            {},
+            r"Python 3\.12 has no venv module; install it .*apt-get install python3\.12-venv",
+        ),
+        ({"python3": "3.11"}, {"PYTHON": "no-python"}, r"PYTHON=no-python does not run"),
+        ({"python3": "3.11"}, {"CUDA": "yes"}, r"CUDA must be 0 or 1, received 'yes'"),
+    ],
+)
+def test_setup_that_cannot_work_says_what_to_do_in_one_line(
+    machine: Machine, pythons: dict[str, str], variables: dict[str, str], message: str
+) -> None:
+    for name, version in pythons.items():
+        machine.add_python(name, version.partition(" ")[0], has_venv="without" not in version)
+    assert re.search(message, _failure(machine.setup(**variables)))
 
 
 def test_setup_passes_over_interpreters_that_do_not_run_or_lack_venv(machine: Machine) -> None:
@@ -232,45 +225,40 @@ def test_second_setup_installs_nothing(machine: Machine) -> None:
     assert machine.called() == calls
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
-def test_setup_follows_a_changed_file_in_the_same_venv(machine: Machine, name: str) -> None:
+def test_setup_follows_a_changed_file_in_the_same_venv(machine: Machine) -> None:
     machine.add_python("python3", "3.12")
     machine.setup()
-    before = len(machine.called())
-    with (machine.project / name).open("a") as file:
-        file.write("# changed\n")
-    assert machine.setup().returncode == 0
-    assert [call.split()[1] for call in machine.called()[before:]] == ["pip", "pip", "pip"]
+    for name in ("requirements.lock", "pyproject.toml"):
+        machine.calls.unlink()
+        with (machine.project / name).open("a") as file:
+            file.write("# changed\n")
+        assert machine.setup().returncode == 0
+        assert [call.split()[1] for call in machine.called()] == ["pip", "pip", "pip"]
 
 
-def test_failed_setup_tells_the_reason_and_is_done_again(machine: Machine) -> None:
+def test_failed_setup_says_why_and_is_repeated(machine: Machine) -> None:
     machine.add_python("python3", "3.12")
     machine.broken.touch()
     message = _failure(machine.setup())
-    assert re.search(r"failed: ERROR: no network; whole log: \.venv/setup\.log", message)
+    assert re.search(r"failed: ERROR: no network; whole log: \.venv/setup\.log; fix it and run make again", message)
     machine.broken.unlink()
     again = machine.setup()
     assert again.returncode == 0
     assert "done in" in again.stdout
 
 
-def test_setup_with_cuda_takes_the_cuda_lock(machine: Machine) -> None:
-    machine.add_python("python3", "3.12")
-    machine.setup(CUDA="1")
-    assert machine.called()[1].endswith("-r requirements-cuda.lock")
-
-
-@pytest.mark.parametrize("cuda", ["0", "1"])
-def test_setup_that_is_not_told_about_cuda_keeps_what_it_was_told_before(machine: Machine, cuda: str) -> None:
+@pytest.mark.parametrize(("cuda", "lock"), [("0", "requirements.lock"), ("1", "requirements-cuda.lock")])
+def test_setup_takes_the_cuda_lock_if_told_and_later_keeps_to_it(machine: Machine, cuda: str, lock: str) -> None:
     machine.add_python("python3", "3.12")
     machine.setup(CUDA=cuda)
     calls = machine.called()
+    assert calls[1].endswith(f"-r {lock}")
     again = machine.setup(CUDA="")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert machine.called() == calls
 
 
-def test_setup_with_another_python_makes_the_venv_anew(machine: Machine) -> None:
+def test_setup_with_another_python_replaces_the_venv(machine: Machine) -> None:
     machine.add_python("python3.12", "3.12")
     machine.setup()
     machine.add_python("python3.11", "3.11")
@@ -327,7 +315,7 @@ def test_make_lock_installs_what_it_has_locked_and_tries_the_three_jobs(locking:
     last = "locked and tried: retrain, classify, a scheduled run; commit both lock files"
     assert result.stdout.splitlines()[-1] == last
 
-    tests = "".join((ROOT / "tests" / file).read_text() for file in ("test_commands.py", "test_server.py"))
+    tests = "".join((ROOT / "tests" / "flows" / file).read_text() for file in ("test_commands.py", "test_server.py"))
     tried = re.findall(
         r"^@pytest\.mark\.lock\n(?:@.*\n)*def test_(retrain|too_many|run_comes_due)", tests, re.MULTILINE
     )
@@ -350,4 +338,4 @@ def test_make_lock_fails_with_one_line_if_a_job_does(locking: Machine) -> None:
 def test_make_classify_without_folder_says_so_in_one_line() -> None:
     result = _make("classify")
     assert result.returncode == 2
-    assert re.fullmatch(r"Makefile:\d+: \*\*\* FOLDER is not given; name a folder.*\n", result.stderr)
+    assert re.fullmatch(r"Makefile:\d+: \*\*\* FOLDER is missing; name a folder.*\n", result.stderr)

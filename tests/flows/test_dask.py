@@ -31,7 +31,7 @@ from cnnpipe.classify.shards import Job, ShardFolder
 from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
 from cnnpipe.settings import ClassifySettings
 from flows import cluster, dask_shards
-from flows.classify import classify
+from flows.classify_flow import classify
 from flows.runners import check_runner
 
 ROOT: Final = Path(__file__).parents[2]
@@ -354,7 +354,7 @@ def test_a_scheduler_without_dask_is_a_usage_error() -> None:
 
 
 def test_the_flow_loads_no_dask_until_it_is_asked_for() -> None:
-    code = "import flows.classify, sys; print({'dask', 'distributed', 'prefect_dask'} & {*sys.modules})"
+    code = "import flows.classify_flow, sys; print({'dask', 'distributed', 'prefect_dask'} & {*sys.modules})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "set()"
 

@@ -31,17 +31,17 @@ from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 from tiny_models import write_digits, write_model
 
-import flows.classify
+import flows.classify_flow
 from cnnpipe.classify.run import predict_folder
 from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import champion_run, list_runs
 from cnnpipe.settings import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
-from flows import progress_artifacts
+from flows import flow_runs
 from flows.artifacts import _code, _text
-from flows.classify import classify
-from flows.retrain import retrain
+from flows.classify_flow import classify
+from flows.retrain_flow import retrain
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -86,16 +86,24 @@ def task_states(client: SyncPrefectClient, state: State[Any]) -> dict[str, list[
     return states
 
 
-def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
-    client: SyncPrefectClient, data: Path, tmp_path: Path
-) -> None:
-    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+@pytest.fixture(scope="module")
+def promoted(prefect_server: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[State[Any], Path]:
+    """The state of a retraining that made a champion, and its artifacts."""
+    artifacts = tmp_path_factory.mktemp("promoted")
+    return run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(artifacts)), artifacts
 
+
+def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
+    client: SyncPrefectClient, promoted: tuple[State[Any], Path]
+) -> None:
+    state, artifacts = promoted
     assert (state.type.value, state.name) == ("COMPLETED", "Promoted")
-    run = champion_run(tmp_path, "digits")
+    run = champion_run(artifacts, "digits")
     assert run is not None
     assert state.result()["run"] == str(run)
     assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote"}
+    flow_run = client.read_flow_run(flow_run_id(state))
+    assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
 
     shown = artifacts_of(client, state)
     keys = {"dataset", "metrics", "training-report", "confusion-matrix", "promotion-decision", "training-progress"}
@@ -106,17 +114,8 @@ def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
     assert shown["training-progress"] == 100.0
 
 
-def test_a_run_is_named_by_its_dataset_and_date(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
-    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
-
-    flow_run = client.read_flow_run(flow_run_id(state))
-    assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
-
-
-def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, data: Path, tmp_path: Path) -> None:
-    state = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
-
-    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(state)]))
+def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, promoted: tuple[State[Any], Path]) -> None:
+    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(promoted[0])]))
     text, deadline = "", time.monotonic() + 20
     while "promoted:" not in text and time.monotonic() < deadline:
         time.sleep(0.5)  # logs are sent in batches, every two seconds
@@ -174,27 +173,14 @@ def test_text_in_a_report_begins_no_markup() -> None:
     )
 
 
-def test_a_model_below_the_floor_completes_the_run_unpromoted(data: Path, tmp_path: Path) -> None:
-    state = run_retrain(
-        train=ONE_EPOCH,
-        promote=PromoteSettings(min_accuracy=1.0),
-        data=str(data),
-        artifacts=str(tmp_path),
-    )
-
-    assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
-    assert state.message is not None
-    assert "below the floor of 1.0000" in state.message
-    assert champion_run(tmp_path, "digits") is None
-
-
-def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
+def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpromoted(
     client: SyncPrefectClient, data: Path, tmp_path: Path
 ) -> None:
     alias = tmp_path / "digits" / "champion"
     alias.parent.mkdir()
     alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
-    failed = run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(tmp_path))
+    promote = PromoteSettings(min_accuracy=1.0)
+    failed = run_retrain(train=ONE_EPOCH, promote=promote, data=str(data), artifacts=str(tmp_path))
     with pytest.raises(RegistryError, match="20200101T000000Z"):
         failed.result()
     (run,) = list_runs(tmp_path, "digits")
@@ -205,7 +191,9 @@ def test_retrying_a_failed_run_does_not_repeat_its_finished_stages(
     retried = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
 
     assert isinstance(retried, State)
-    assert retried.name == "Promoted"
+    assert (retried.type.value, retried.name) == ("COMPLETED", "NotPromoted")
+    assert "below the floor of 1.0000" in (retried.message or "")
+    assert champion_run(tmp_path, "digits") is None
     assert list_runs(tmp_path, "digits") == [run]
     after = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
     assert set(after) - set(before) == {"promotion.json", "manifest.json"}
@@ -275,11 +263,11 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     settings = ClassifySettings(folder=str(tmp_path / "images"), model=str(model), shard_size=16, workers=1)
     unbroken = settings.model_copy(update={"output": str(tmp_path / "unbroken.csv")})
     predict_folder(unbroken, tmp_path)
-    monkeypatch.setattr(progress_artifacts, "_SECONDS_BETWEEN_UPDATES", 0.0)
-    monkeypatch.setattr(progress_artifacts, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_UPDATES", 0.05)
+    monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_LINES", 0.0)
 
     with monkeypatch.context() as context:
-        context.setattr(flows.classify, "progress_artifact", progress_until_the_disk_is_full)
+        context.setattr(flows.classify_flow, "progress_artifact", progress_until_the_disk_is_full)
         failed = run_classify(settings, tmp_path / "artifacts")
     with pytest.raises(StorageError, match="the disk is full"):
         failed.result()
@@ -294,14 +282,14 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     assert (summary["found"], summary["resumed"] % 16, summary["resumed"] >= 16) == (75, 0, True)
     assert Path(summary["table"]).read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
     shown = artifacts_of(client, retried)["classification-summary"]
-    assert ["resumed: made by an attempt that was broken off", str(summary["resumed"])] in map(
+    assert ["resumed: made by an attempt that was interrupted", str(summary["resumed"])] in map(
         cells, shown.splitlines()
     )
 
 
 @contextmanager
 def progress_until_the_disk_is_full(key: str) -> Iterator[ProgressCallback]:
-    with progress_artifacts.progress_artifact(key) as update:
+    with flow_runs.progress_artifact(key) as update:
 
         def fail(what: str, done: int, total: int) -> None:
             time.sleep(0.1)  # the files are counted meanwhile

@@ -1,105 +1,115 @@
-"""Flow runs that nobody executes any more are closed, and no others; under a real Prefect server."""
+"""A flow run is closed if its process is killed, and goes on if its progress cannot be sent; with a real server."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
 from uuid import UUID
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Pending, Running
 
-from cnnpipe.pidfile import PidFile
-from flows.flow_runs import close_dead_runs, recorded_run
-from flows.serve import close_left_runs
+from flows import flow_runs
+from flows.flow_runs import crash_silent_runs, progress_artifact
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
+ENDLESS_RUN: Final = """
+import time
+from prefect import flow, runtime
 
-@pytest.fixture
-def client() -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as opened:
-        yield opened
+@flow(name="retrain")
+def retrain():
+    print(runtime.flow_run.id, flush=True)
+    time.sleep(3600)
+
+retrain()
+"""
+
+
+@flow(name="retrain")
+def promoted() -> str:
+    return "done"
 
 
 @flow(name="classify")
-def left() -> None:
-    """A run that is not executed here, only made on the server."""
+def classify() -> None:
+    pass
 
 
-def create_run(client: SyncPrefectClient, **options: Any) -> UUID:
-    return client.create_flow_run(left, state=Running(), **options).id
+@flow(name="somebody else's")
+def foreign() -> None:
+    pass
 
 
-def state_name(client: SyncPrefectClient, identifier: UUID) -> str | None:
-    return client.read_flow_run(identifier).state_name
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
 
 
-def write_record(home: Path, identifier: UUID, host: str = "") -> int:
-    """Record a run as its process does; returns the lock, which is to be closed."""
-    pidfile = PidFile(home / "runs", str(identifier))
-    lock = pidfile.acquire()
-    assert lock is not None
-    pidfile.write({"pid": 1, "host": host or socket.gethostname()})
-    return lock
+def test_a_run_whose_process_is_killed_crashes_and_no_other_one_does() -> None:
+    crash_silent_runs(timedelta(seconds=10))  # Prefect takes no less
+    with get_client(sync_client=True) as client:
+        pending = client.create_flow_run(classify, state=Pending()).id
+        other = client.create_flow_run(foreign, state=Pending()).id
+        finished = client.create_flow_run(promoted, state=Pending()).id
+        client.set_flow_run_state(finished, Running())
+        client.set_flow_run_state(finished, Completed(name="Promoted"))
+
+        def has_heartbeat(run: UUID) -> bool:
+            wanted = {
+                "event": {"name": ["prefect.flow-run.heartbeat"]},
+                "any_resource": {"id": [f"prefect.flow-run.{run}"]},
+            }
+            return bool(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])
+
+        environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+        command = [sys.executable, "-c", ENDLESS_RUN]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            killed = UUID(process.stdout.readline().strip())
+            _wait_for(lambda: has_heartbeat(killed))
+            assert client.read_flow_run(killed).state_name == "Running"
+            process.kill()
+
+        _wait_for(lambda: all(client.read_flow_run(each).state_name == "Crashed" for each in (killed, pending)))
+        states = [client.read_flow_run(each).state_name for each in (other, finished)]
+        # One that goes on, because it was the server that was away, still ends in its own state.
+        client.set_flow_run_state(pending, Completed(name="Promoted"))
+        assert client.read_flow_run(pending).state_name == "Promoted"
+    assert states == ["Pending", "Promoted"]
 
 
-def test_only_runs_whose_process_is_gone_are_closed(client: SyncPrefectClient, tmp_path: Path) -> None:
-    alive, killed, elsewhere = (create_run(client) for _ in range(3))
-    finished = client.create_flow_run(left, state=Completed()).id
-    lock = write_record(tmp_path, alive)
-    for identifier in (killed, finished, UUID(int=1)):  # the last is none that this server knows
-        os.close(write_record(tmp_path, identifier))
-    os.close(write_record(tmp_path, elsewhere, host="another-machine"))
+def test_progress_that_cannot_be_sent_ends_no_work_and_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_UPDATES", 0.05)
+    attempts = threading.Semaphore(0)
 
-    assert close_dead_runs(tmp_path) == [killed]
-    os.close(lock)
+    def lose(*_: object) -> None:
+        attempts.release()
+        raise OSError("no route to the server")
 
-    assert [state_name(client, each) for each in (alive, killed, elsewhere, finished)] == [
-        "Running",
-        "Crashed",
-        "Running",
-        "Completed",
-    ]
-    kept = {file.stem for file in (tmp_path / "runs").iterdir()}
-    assert kept == {str(alive), str(elsewhere), str(UUID(int=1))}
-
-
-def test_a_run_is_recorded_only_while_it_is_executed(tmp_path: Path) -> None:
-    @flow
-    def look() -> list[str]:
-        with recorded_run(tmp_path):
-            return [file.suffix for file in sorted((tmp_path / ".prefect" / "runs").iterdir())]
-
-    assert look() == [".alive", ".json"]
-    assert list((tmp_path / ".prefect" / "runs").iterdir()) == []
-
-
-def test_artifacts_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "artifacts").touch()
+    monkeypatch.setattr(flow_runs, "update_progress_artifact", lose)
 
     @flow
     def work() -> str:
-        with recorded_run(tmp_path / "artifacts"):
-            return "done"
+        with progress_artifact("work-progress") as update:
+            for done in range(3):
+                update("train", done, 10)
+                assert attempts.acquire(timeout=30)
+        return "done"
 
     assert work() == "done"
-    assert "no record of this run: cannot write" in caplog.text
-
-
-def test_a_scheduler_closes_the_left_runs_of_its_own_artifacts_only(client: SyncPrefectClient, tmp_path: Path) -> None:
-    deployment = client.create_deployment(client.create_flow(left), "bulk")
-    own, other = (
-        client.create_flow_run_from_deployment(deployment, parameters={"artifacts": str(artifacts)}, state=Pending()).id
-        for artifacts in (tmp_path, tmp_path / "other")
-    )
-    by_hand = create_run(client, parameters={"artifacts": str(tmp_path)})
-
-    assert close_left_runs(tmp_path, "gone") == 1
-
-    assert [state_name(client, each) for each in (own, other, by_hand)] == ["Crashed", "Pending", "Running"]
+    assert caplog.text.count("the server does not take the progress of this run: no route to the server") == 1

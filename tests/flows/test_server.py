@@ -23,7 +23,7 @@ from servers import assert_quiet, clean_environment, free_port
 
 from cnnpipe.errors import ServerError
 from cnnpipe.nightly import logged_errors, server_log
-from flows.probe import configured_api_url
+from flows.server import configured_api_url
 
 ROOT: Final = Path(__file__).parents[2]
 NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
@@ -42,7 +42,7 @@ from flows.server import ensure_server
 ensure_server(Path(sys.argv[1]))
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
-from flows.logs import send_library_logs
+from flows.flow_runs import send_library_logs
 
 library = logging.getLogger("cnnpipe.train.fit")
 
@@ -143,7 +143,7 @@ def test_two_starts_at_once_make_one_server(started: Started) -> None:
     assert len({answer["pid"] for answer in started.answers}) == 1
 
 
-def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_told(started: Started) -> None:
+def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown(started: Started) -> None:
     impatient = "import flows.serve; flows.serve._SECONDS_TO_SCHEDULE = 8; flows.serve.main()"
     folders = ("--artifacts", str(started.artifacts), "--data", str(started.data))
     result = _run("-c", impatient, "--cron", "0 2 30 2 *", *folders)
@@ -276,7 +276,7 @@ def test_second_serve_is_an_error(started: Started, serving: Serving) -> None:
 
 @pytest.fixture
 def web_server() -> Iterator[int]:
-    """The port of a web server that is no Prefect."""
+    """The port of a web server that is not Prefect."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NoPrefect)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_address[1]
@@ -298,7 +298,7 @@ class _NoPrefect(http.server.BaseHTTPRequestHandler):
     ("api_url", "message"),
     [
         ("http://127.0.0.1:1/api", r"no Prefect server at http://127\.0\.0\.1:1/api, which PREFECT_API_URL names: no "),
-        ("127.0.0.1:4200/api", r"it must begin with http:// or https://"),
+        ("127.0.0.1:4200/api", r"is missing an 'http://' or 'https://' protocol"),
     ],
 )
 def test_configured_server_that_does_not_answer_is_an_error(api_url: str, message: str, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_configured_server_that_does_not_answer_is_an_error(api_url: str, messag
 
 def test_configured_address_without_prefect_is_an_error(web_server: int, tmp_path: Path) -> None:
     answer = _server("start", tmp_path, PREFECT_API_URL=f"http://127.0.0.1:{web_server}")
-    assert re.search(r"it is no Prefect API; does the address end in /api\?", answer["error"])
+    assert re.search(r"what answers \(200\) is not a Prefect API; does the address end in /api\?", answer["error"])
 
 
 def test_taken_port_is_an_error(web_server: int, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task for each stage.
+
+A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, its
+finished stages are not repeated. Every task calls one function of cnnpipe and publishes artifacts.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime, task
+from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
+from prefect.client.schemas import State
+from prefect.states import Completed
+
+from cnnpipe.files import display_path, user_path
+from cnnpipe.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    PrepareSettings,
+    PromoteSettings,
+    RetrainSettings,
+    TrainSettings,
+)
+from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
+from flows.flow_runs import progress_artifact, run_url, send_library_logs
+
+__all__ = ["retrain"]
+
+logger = logging.getLogger(f"cnnpipe.{__name__}")
+
+DEFAULTS = RetrainSettings()
+_ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
+
+
+def _run_name() -> str:
+    """Name a run by its dataset and the time it was meant to start, such as digits-2026-11-22-0200."""
+    parameters = runtime.flow_run.parameters
+    settings = PrepareSettings.model_validate(parameters.get("prepare") or {})
+    start = runtime.flow_run.scheduled_start_time
+    return f"{settings.resolved_name}-{start:%Y-%m-%d-%H%M}"
+
+
+@flow(name="retrain", flow_run_name=_run_name, persist_result=True)
+def retrain(
+    prepare: PrepareSettings = DEFAULTS.prepare,
+    train: TrainSettings = DEFAULTS.train,
+    evaluate: EvaluateSettings = DEFAULTS.evaluate,
+    export: ExportSettings = DEFAULTS.export,
+    promote: PromoteSettings = DEFAULTS.promote,
+    data: str = "data",
+    artifacts: str = "artifacts",
+) -> State[dict[str, Any]]:
+    """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
+
+    Args:
+        data: folder of raw and prepared datasets.
+        artifacts: folder of runs and champions.
+    Returns:
+        A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
+    """
+    send_library_logs()
+    logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
+    settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
+    prepared = prepare_dataset(prepare, data)
+    run = train_model(settings, prepared, artifacts)
+    evaluate_model(run)
+    plot_training(run)
+    export_model(run)
+    decision = promote_model(run)
+    name = "Promoted" if decision["promoted"] else "NotPromoted"
+    return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
+
+
+@task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
+def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
+    """Decode the dataset, or find it decoded before; return its folder."""
+    from cnnpipe.prepare import dataset
+
+    with progress_artifact("prepare-progress") as progress:
+        prepared = dataset.prepare_dataset(prepare, user_path(data), progress=progress, publish=publish_dataset)
+    return str(prepared.path)
+
+
+@task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
+def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
+    """Train a network; return the run folder."""
+    from cnnpipe.train.run import train_run
+
+    with progress_artifact("training-progress") as progress:
+        result = train_run(settings, Path(prepared), user_path(artifacts), progress)
+    return str(result.run)
+
+
+@task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
+def evaluate_model(run: str) -> float:
+    """Score the best weights on the test split; return the accuracy."""
+    from cnnpipe.evaluate.evaluation import evaluate_run
+
+    evaluation = evaluate_run(Path(run))
+    publish_metrics(evaluation)
+    return evaluation.accuracy
+
+
+@task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
+def plot_training(run: str) -> list[str]:
+    """Draw the plots and show them in the UI; return their paths."""
+    from cnnpipe.plot.plots import plot_run
+
+    plots = plot_run(Path(run))
+    publish_plots(Path(run))
+    return [str(path) for path in plots]
+
+
+@task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
+def export_model(run: str) -> float:
+    """Write the ONNX model and compare it with the trained one; return the fraction of equal classes."""
+    from cnnpipe.export.onnx import export_run
+
+    return export_run(Path(run)).agreement
+
+
+@task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
+def promote_model(run: str) -> dict[str, Any]:
+    """Complete the run, and make it the champion if it passes the gate; return the decision."""
+    from dataclasses import asdict
+
+    from cnnpipe.promote.gate import conclude_run
+
+    decision = conclude_run(Path(run))
+    publish_decision(Path(run), decision)
+    return asdict(decision)
