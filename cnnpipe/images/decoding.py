@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
@@ -79,31 +79,45 @@ class DecodedFile:
 
 @dataclass(frozen=True, slots=True)
 class DecodedChunk:
-    """A run of files in their order, with the pixels of those that were decoded."""
+    """Consecutive files in their order, with the pixels of those that were decoded.
 
-    files: tuple[DecodedFile, ...]
+    Columns, because an object for each file would cost the process that takes them more than all else it does.
+    """
+
+    paths: Sequence[str]
+    """Relative to the folder."""
+    sha256: Sequence[str]
+    """SHA-256 of each file; empty if it could not be read."""
+    others: Mapping[int, DecodedFile]
+    """Index -> the outcome for a file that has no image."""
     images: npt.NDArray[np.uint8]
     """(files that have an image, H, W, 3) RGB."""
     seconds: float
-    """Reading, hashing and decoding, as the worker's clock saw it."""
+    """Seconds of reading, hashing and decoding, as the worker's clock saw it."""
+
+    @classmethod
+    def of(cls, files: Sequence[DecodedFile], images: npt.NDArray[np.uint8], seconds: float) -> Self:
+        """Make a chunk of the outcomes for its files."""
+        others = {index: file for index, file in enumerate(files) if not file.has_image}
+        return cls([file.path for file in files], [file.sha256 for file in files], others, images, seconds)
+
+    @property
+    def files(self) -> tuple[DecodedFile, ...]:
+        """The outcome for each file."""
+        pairs = enumerate(zip(self.paths, self.sha256, strict=True))
+        return tuple(self.others.get(index) or DecodedFile(*pair) for index, pair in pairs)
 
     def pack(self) -> PackedChunk:
-        """Return what `unpack` makes this chunk of again."""
-        others = {
-            index: (file.error_kind, file.error, file.unchanged)
-            for index, file in enumerate(self.files)
-            if not file.has_image
-        }
-        return [file.sha256 for file in self.files], others, self.images, self.seconds
+        """Return what `unpack` turns into this chunk again."""
+        others = {index: (file.error_kind, file.error, file.unchanged) for index, file in self.others.items()}
+        return list(self.sha256), others, self.images, self.seconds
 
     @classmethod
     def unpack(cls, packed: PackedChunk, paths: Sequence[str]) -> Self:
-        """Make a chunk that was packed; `paths` are its files', and may go on behind its last one."""
-        digests, others, images, seconds = packed
-        files = [DecodedFile(path, sha256) for path, sha256 in zip(paths, digests, strict=False)]
-        for index, (error_kind, error, unchanged) in others.items():
-            files[index] = DecodedFile(paths[index], digests[index], error_kind, error, unchanged)
-        return cls(tuple(files), images, seconds)
+        """Make a chunk that was packed; `paths` are its files', and may go on after its last one."""
+        sha256, packed_others, images, seconds = packed
+        others = {index: DecodedFile(paths[index], sha256[index], *rest) for index, rest in packed_others.items()}
+        return cls(paths[: len(sha256)], sha256, others, images, seconds)
 
 
 def decode_files(
@@ -147,7 +161,7 @@ def decode_files(
             num_decoded += sha256 != known
         if time.perf_counter() - began > max_seconds:
             break
-    return DecodedChunk(tuple(files), images[:num_decoded], time.perf_counter() - began)
+    return DecodedChunk.of(files, images[:num_decoded], time.perf_counter() - began)
 
 
 def read_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: ARG001

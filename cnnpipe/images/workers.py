@@ -128,7 +128,7 @@ class DecoderPool:
             if not pending:
                 return
             chunk = pending.popleft().result()
-            num_files = round(_CHUNK_SECONDS * len(chunk.files) / max(chunk.seconds, 1e-6))
+            num_files = round(_CHUNK_SECONDS * len(chunk.paths) / max(chunk.seconds, 1e-6))
             num_files = max(1, min(num_files, max_files))
             yield chunk
 
@@ -143,11 +143,11 @@ class DecoderPool:
                 # The file that did it is unknown; alone, it can take only itself along.
                 chunks += [self._decode_alone(request.part(index, index + 1)) for index in range(start, stop)]
                 break
-            start += len(chunks[-1].files)
+            start += len(chunks[-1].paths)
         if len(chunks) == 1:
             return chunks[0]
-        return DecodedChunk(
-            tuple(file for chunk in chunks for file in chunk.files),
+        return DecodedChunk.of(
+            [file for chunk in chunks for file in chunk.files],
             np.concatenate([chunk.images for chunk in chunks]),
             sum(chunk.seconds for chunk in chunks),
         )
@@ -165,10 +165,10 @@ class DecoderPool:
         _logger.warning("the decoder %s on %s: %s", fate, display_path(path), detail)
         sha256 = ""
         with suppress(WorkerDiedError):  # it is reading that takes so long; here it would hold up the whole job
-            sha256 = self._decode_once(replace(request, decoder=read_only)).files[0].sha256
+            sha256 = self._decode_once(replace(request, decoder=read_only)).sha256[0]
         file = DecodedFile(path, sha256, kind, f"the decoder {fate}, {detail}")
         no_image = np.empty((0, *request.image_size, 3), np.uint8)
-        return DecodedChunk((file,), no_image, time.perf_counter() - began)
+        return DecodedChunk.of((file,), no_image, time.perf_counter() - began)
 
     def _decode_once(self, request: DecodeRequest) -> DecodedChunk:
         worker = self._take()
