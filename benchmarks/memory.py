@@ -1,4 +1,4 @@
-"""Memory and first rows of `cnnpipe classify` on trees of many files, up to millions.
+"""Memory of `cnnpipe classify` on trees of many files, up to millions.
 
 A tree is made of hard links to copies of a few thousand small images: unique names, no disk to speak of.
 """
@@ -106,15 +106,13 @@ def _scratch_folder(scratch: Path) -> Iterator[Path]:
 
 
 def _classify(tree: Path, output: Path, models: Models) -> ProcessRun:
-    """Classify a tree, and note when the first shard of its table lies on the disk."""
     contender = next(each for each in line_up(models)[0] if each.name == CNNPIPE)
     output.parent.mkdir()
-    first_shard = output.with_name(f"{output.name}.shards") / f"000000-*{output.suffix}"
-    return run_process(contender.command(tree, output), awaited=first_shard)
+    return run_process(contender.command(tree, output))
 
 
 def _table(cases: Sequence[_Case]) -> list[str]:
-    rows = [("files", "s", "images/s after start-up", "s to first rows", "parent MB", "children MB", "peak MB")]
+    rows = [("files", "s", "images/s after start-up", "parent MB", "children MB", "peak MB")]
     for case in cases:
         run, seconds = case.run, case.run.report["seconds"]
         if run.report["found"] != case.num_files:
@@ -124,7 +122,6 @@ def _table(cases: Sequence[_Case]) -> list[str]:
                 f"{case.num_files:,}, {case.layout}",
                 f"{run.seconds:.1f}",
                 f"{case.num_files / (seconds['total'] - seconds['start_up']):,.0f}",
-                "-" if run.awaited_seconds is None else f"{run.awaited_seconds:.1f}",
                 f"{run.own_peak_bytes / 1e6:,.0f}",
                 f"{run.children_peak_bytes / 1e6:,.0f}",
                 f"{run.peak_bytes / 1e6:,.0f}",

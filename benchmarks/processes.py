@@ -36,19 +36,15 @@ class ProcessRun:
     """Most memory of the process itself."""
     children_peak_bytes: int
     """Most memory of its child processes at one moment, all together."""
-    awaited_seconds: float | None
-    """Until the file that was waited for was there; None if it never came, or none was named."""
 
 
-def run_process(command: Sequence[str], awaited: Path | None = None) -> ProcessRun:
+def run_process(command: Sequence[str]) -> ProcessRun:
     """Run a command to its end and measure it.
 
     Memory is sampled every 0.05 s. Pages that processes share count once for each of them, so a program of several
     processes looks larger than it is. The peak of the process itself is the kernel's own count, as of the last sample;
     not `ru_maxrss`, which begins at the size of the process that started it.
 
-    Args:
-        awaited: a file that the command makes some time; its name may be a pattern.
     Raises:
         CnnpipeError: the command failed, with the last line that it printed; or this system has no /proc.
     """
@@ -57,7 +53,7 @@ def run_process(command: Sequence[str], awaited: Path | None = None) -> ProcessR
     with tempfile.TemporaryFile("w+") as messages:
         began = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True) as process:
-            sampler = _Sampler(process.pid, began, awaited)
+            sampler = _Sampler(process.pid)
             try:
                 assert process.stdout is not None
                 with sampler:
@@ -78,7 +74,6 @@ def run_process(command: Sequence[str], awaited: Path | None = None) -> ProcessR
         peak_bytes=sampler.peak_bytes,
         own_peak_bytes=sampler.own_peak_bytes,
         children_peak_bytes=sampler.children_peak_bytes,
-        awaited_seconds=sampler.awaited_seconds,
     )
 
 
@@ -87,12 +82,9 @@ class _Sampler:
     """Looks at a process and its children every now and then, in a thread, while the block lasts."""
 
     pid: int
-    began: float
-    awaited: Path | None
     peak_bytes: int = 0
     own_peak_bytes: int = 0
     children_peak_bytes: int = 0
-    awaited_seconds: float | None = None
     _ours: set[int] = field(default_factory=set)
     _others: set[int] = field(default_factory=set)
     """Processes that are none of ours, so that each is looked at once only: sampling must cost nothing."""
@@ -109,9 +101,6 @@ class _Sampler:
 
     def _watch(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):
-            awaited = self.awaited if self.awaited_seconds is None else None
-            if awaited is not None and any(awaited.parent.glob(awaited.name)):
-                self.awaited_seconds = time.perf_counter() - self.began
             self._sample()
 
     def _sample(self) -> None:

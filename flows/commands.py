@@ -17,8 +17,8 @@ from cnnpipe.files import display_path
 from cnnpipe.nightly import prefect_home
 from cnnpipe.options import ArtifactsOption, DataOption, takes_settings
 from cnnpipe.settings import ClassifySettings, RetrainSettings
+from flows.dask import Runner, check_runner
 from flows.flow_runs import close_dead_runs, run_url
-from flows.runners import Runner, check_runner
 from flows.server import Server, ensure_server
 
 if TYPE_CHECKING:

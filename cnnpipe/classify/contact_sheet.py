@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from cnnpipe.classify.contact_sheet_page import HISTOGRAM_BINS, ClassSection, ErrorSection, Page, Picture, render_page
-from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import uncertainty_test
 from cnnpipe.classify.summary import ClassificationSummary, FailedFile
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import ImageError, PredictionsError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.images.decode import RGBImage, decode_image, upright_size

@@ -201,5 +201,5 @@ def _scan(folder: bytes, prefix: bytes, admitted: FileFilter | None) -> tuple[in
             count += 1
         if name in TELLING_NAMES:
             telling.append(name)
-    is_own = prefix and is_own_folder(folder, [*telling, *map(os.fsencode, inside)])
+    is_own = prefix and is_own_folder([*telling, *map(os.fsencode, inside)])
     return (0, []) if is_own else (count, folders)

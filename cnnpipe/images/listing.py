@@ -12,7 +12,7 @@ from itertools import chain, pairwise
 from typing import IO, Final
 
 from cnnpipe.errors import StorageError
-from cnnpipe.images.leftovers import OWN, SHARDS_SUFFIX, is_own_folder, name_leftover
+from cnnpipe.images.leftovers import OWN, UNFINISHED, is_own_folder, name_leftover
 
 __all__ = ["FOLDER_MARK", "list_entries", "sorted_names"]
 
@@ -47,7 +47,8 @@ def list_entries(folder: bytes, passed_over: Counter[str]) -> Iterator[tuple[byt
             except OSError:
                 is_folder = False  # a link in a circle, or to where we may not look
             if leftover := name_leftover(folder, name, is_folder):
-                passed_over[leftover] += 1
+                if leftover != UNFINISHED:  # often of the very job that asks
+                    passed_over[leftover] += 1
             else:
                 yield name, is_folder
 
@@ -74,9 +75,8 @@ def sorted_names(folder: bytes, passed_over: Counter[str], behind: bytes = b"", 
             blocks = blocks or _SortedBlocks()
             blocks.write(names)
             names.clear()
-    if blocks is None and not is_root and is_own_folder(folder, chain(names, map(os.fsencode, inside))):
-        if not folder.endswith(SHARDS_SUFFIX):  # often of the very job that asks
-            passed_over[OWN] += 1
+    if blocks is None and not is_root and is_own_folder(chain(names, map(os.fsencode, inside))):
+        passed_over[OWN] += 1
         return iter(())
     passed_over.update(inside)
     if blocks is None:

@@ -228,7 +228,7 @@ def _class_files(root: Path, folder: str, name: str, left_out: _LeftOut) -> list
     prefix = f"{folder}/{name}/" if folder else f"{name}/"
     place, inside = root / prefix, Counter[str]()
     with suppress(OSError):  # `find_files` tells
-        if is_own_folder(os.fsencode(place), map(os.fsencode, os.listdir(place))):
+        if is_own_folder(map(os.fsencode, os.listdir(place))):
             left_out.passed_over[OWN] += 1
             return None
     files, is_wanted = [], True

@@ -21,9 +21,9 @@ from tiny_models import load_digits, write_digits
 
 from cnnpipe.classify import contact_sheet_page
 from cnnpipe.classify.contact_sheet import THUMBNAIL_PIXELS, check_report, thumbnail, write_report
-from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import SortedFiles
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import AlreadyThereError, ImageError, PredictionsError
 from cnnpipe.files import display_path
 

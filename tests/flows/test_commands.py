@@ -162,7 +162,7 @@ def test_too_many_failures_as_json_have_the_whole_summary(place: Workplace, phot
     assert result.returncode == 3
     summary = json.loads(result.stdout.splitlines()[0])
     assert (summary.pop("status"), summary.pop("ui")) == ("too_many_failures", _address(result.stderr))
-    assert summary == json.loads((tmp_path / "summary.json").read_bytes())
+    assert summary == json.loads((tmp_path / "table.csv.summary.json").read_bytes())
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process_and_a_crashed_run(place: Workplace, digits: PreparedDataset) -> None:
