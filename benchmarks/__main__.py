@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.classification import compare_classification, compare_start_up
 from benchmarks.contenders import find_models, line_up
+from benchmarks.gathering import measure_gathering
 from benchmarks.memory import Layout, measure_memory
 from benchmarks.photos import make_photos
 from benchmarks.training import compare_training
@@ -82,6 +83,19 @@ def classification(
     for title, images in folders.items():
         for line in ("", f"{title}:", "", *compare_classification(images, contenders, models, rounds)):
             typer.echo(line)
+
+
+@app.command()
+@command
+def gathering(
+    folder: FolderArgument,
+    model: ModelOption = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; default: what suits a CPU.")] = None,
+    artifacts: ArtifactsOption = _ARTIFACTS,
+) -> None:
+    """Measure the CPU time that the process which gathers the rows spends on a file."""
+    for line in measure_gathering(folder, model, artifacts, batch_size):
+        typer.echo(line)
 
 
 @app.command()

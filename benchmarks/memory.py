@@ -1,4 +1,4 @@
-"""Memory and speed of `cnnpipe classify` on trees of many files, up to millions.
+"""Memory of `cnnpipe classify` on trees of many files, up to millions.
 
 A tree is made of hard links to copies of a few thousand small images: unique names that take little disk.
 """

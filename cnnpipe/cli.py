@@ -169,11 +169,11 @@ def export(run: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: J
 @takes_settings(ClassifySettings, "folder")
 def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
     """Classify every file of a folder into a table, one row per file."""
-    from cnnpipe.classify.run import predict_folder
+    from cnnpipe.classify.run import classify_folder
     from cnnpipe.classify.summary import check_failure_rate
 
     with progress_bar() as progress:
-        summary = predict_folder(settings, artifacts, progress=progress)
+        summary = classify_folder(settings, artifacts, progress=progress)
     status = "too_many_failures" if summary.too_many_failed else "ok"
     show_result(summary.to_json(), summary.lines(), as_json=as_json, status=status)
     check_failure_rate(summary)

@@ -11,7 +11,7 @@ from cnnpipe.console import ArtifactsOption, JsonOption, command
 from cnnpipe.files import display_path
 from cnnpipe.settings import ClassifySettings, takes_settings
 from flows.commands import run_command, run_flow
-from flows.runners import Runner, check_runner
+from flows.dask import Runner, check_runner
 
 if TYPE_CHECKING:
     from prefect.client.schemas import State

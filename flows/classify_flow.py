@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from prefect import flow, runtime, task
+from prefect import State, Task, flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 
+from cnnpipe.classify.engine import Rows, StageSeconds
 from cnnpipe.classify.run import open_classification
 from cnnpipe.classify.summary import check_failure_rate
-from cnnpipe.errors import FailureBudgetError
+from cnnpipe.errors import FailureBudgetError, StorageError
 from cnnpipe.files import display_path, user_path
 from cnnpipe.settings import ClassifySettings
 from flows.artifacts import publish_classification
-from flows.dask_shards import classify_on_dask
+from flows.dask import Runner, check_runner, classify_on_dask, run_shard
 from flows.flow_runs import progress_artifact, run_url, send_library_logs
-from flows.runners import Runner, check_runner
 
-__all__ = ["TooManyFailuresError", "classify"]
+__all__ = ["TooManyFailuresError", "classify", "classify_shard"]
 
 logger = logging.getLogger(f"cnnpipe.{__name__}")
 
@@ -26,7 +28,7 @@ class TooManyFailuresError(FailureBudgetError):
     """More images failed than allowed.
 
     Args:
-        summary: the content of `summary.json`, as the work is done all the same.
+        summary: the content of the summary, as the work is done all the same.
     """
 
     def __init__(self, message: str, summary: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ class TooManyFailuresError(FailureBudgetError):
 
 
 def _run_name() -> str:
-    """Name a run by its folder and the time it was meant to start, such as photos-2026-11-22-0200."""
+    """Name a run by its folder and its scheduled time, such as photos-2026-11-22-0200."""
     settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
     folder = display_path(user_path(settings.folder).resolve().name) or "root"
     return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
@@ -51,7 +53,7 @@ def classify(
 ) -> dict[str, Any]:
     """Classify every file of a folder with an exported model, one row each.
 
-    A run that failed or was killed goes on where it stopped when it is retried.
+    A run that failed or was killed resumes where it stopped when it is retried.
 
     Args:
         settings: folder, model, output and the rest.
@@ -59,7 +61,7 @@ def classify(
         runner: `local`, in the process of the flow run, or `dask`, on the workers of a Dask cluster.
         scheduler: address of the cluster's scheduler, such as tcp://host:8786; default: a cluster on this machine.
     Returns:
-        The content of `summary.json`.
+        The content of `<table>.summary.json`.
     Raises:
         TooManyFailuresError: more images failed than allowed; the table is complete all the same.
     """
@@ -79,7 +81,7 @@ def classify_images(
         open_classification(settings, user_path(artifacts)) as classification,
     ):
         if runner == "dask":
-            classify_on_dask(classification, scheduler, progress)
+            classify_on_dask(classification, classify_shard, scheduler, progress)
         else:
             classification.run(progress)
         summary = classification.finish()
@@ -89,3 +91,24 @@ def classify_images(
     except FailureBudgetError as error:
         raise TooManyFailuresError(str(error), summary.to_json()) from error
     return summary.to_json()
+
+
+def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Return whether a shard failed for a reason that may pass: a disk or a network."""
+    return isinstance(state.data, StorageError)
+
+
+@task(
+    name="classify-shard",
+    task_run_name="shard-{number}",
+    retries=2,
+    retry_delay_seconds=[1, 10],
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,  # its key would be computed from thousands of paths
+)
+def classify_shard(job: str, number: int, files: bytes, previous_sha256: list[str]) -> tuple[Rows, StageSeconds]:
+    """Do one shard in the process of a Dask worker, with all of its cores; arguments and result as of `run_shard`."""
+    from distributed import get_worker
+
+    send_library_logs()
+    return run_shard(job, number, files, previous_sha256, get_worker().state.nthreads)

@@ -12,7 +12,7 @@ import tiny_models
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import memory, photos
+from benchmarks import gathering, memory, photos
 from benchmarks.__main__ import app
 from benchmarks.arithmetic import count_flops
 from benchmarks.classification import compare_classification, compare_start_up
@@ -269,3 +269,9 @@ def test_small_images_are_counted_as_they_are_trained(digits: PreparedDataset, t
 
     assert flops_for_each_image(digits, fast) == pytest.approx((2 * work_of(small) + work_of(whole)) / 3)
     assert flops_for_each_image(tiny, fast) == work_of(never)
+
+
+def test_gathering_is_measured_in_every_format(folder: Path, models: Models, tmp_path: Path) -> None:
+    lines = gathering.measure_gathering(folder, str(models.onnx), tmp_path, 8)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [".csv", ".jsonl", ".parquet"]
+    assert all(float(line.split("|")[-2]) > 0 for line in lines[2:])

@@ -300,7 +300,7 @@ def test_classify_gives_a_row_for_every_file(artifacts: Path, photos: Path, tmp_
     assert rows[-1]["error"].startswith("not_an_image")
     summary = last_json(result)
     assert (summary["found"], summary["ok"], summary["error"]) == (13, 12, 1)
-    assert json.loads((tmp_path / "summary.json").read_text())["device"] == "cpu"
+    assert json.loads((tmp_path / "table.csv.summary.json").read_text())["device"] == "cpu"
 
 
 def test_the_tables_accuracy_is_the_metrics_accuracy(

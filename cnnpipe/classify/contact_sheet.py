@@ -24,9 +24,9 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import uncertainty_test
 from cnnpipe.classify.summary import ClassificationSummary, FailedFile
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import ImageError, PredictionsError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.images.decode import ERROR_KINDS, RGBImage, decode_image, upright_size

@@ -1,8 +1,9 @@
 """The stages of bulk classification: list -> read and decode -> batch -> run, overlapping, with bounded memory.
 
 Listing and batching happen here, decoding in the worker processes of a `DecoderPool`, inference in threads that run a
-batch each. Memory does not depend on how many files there are, and results do not depend on the timing: a shard's files
-and their order alone say which images make a batch, so the same shard gives the same bits.
+batch each. This process handles files by the chunk, never one by one: its own work would limit a machine of many cores.
+Memory does not depend on the number of files, and results do not depend on timing: a shard's files and their order
+alone decide which images make a batch, so the same shard gives the same bits.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import ConfigError, GpuMemoryError
-from cnnpipe.images.workers import DecodedFile, DecoderPool
+from cnnpipe.images.workers import DecodedChunk, DecoderPool
 
 if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
     from cnnpipe.session import ClassifierSession
 
-__all__ = ["BatchRunner", "EngineOptions", "KnownRows", "Prediction", "Shard", "ShardRows", "StageSeconds",
-           "check_top_k", "classify_shards"]  # fmt: skip
+__all__ = ["BatchRunner", "EngineOptions", "Rows", "Shard", "ShardRows", "StageSeconds", "check_top_k",
+           "classify_shards"]  # fmt: skip
 
 _MAX_WAITING_FILES: Final = 4096
-"""Files without pixels that wait for the images before them; more, and their batch is run as it is. Some MB of rows."""
+"""Files without an image that may wait for the images before them; with more, that batch is run as it is."""
+
+_FEW_RANKS: Final = 8
+"""Up to this many ranks, repeated maxima are faster than sorting all classes."""
 
 _logger = logging.getLogger(__name__)
 
@@ -42,74 +46,87 @@ class EngineOptions:
     """Images a step; None is what suits the device."""
     top_k: int = 1
     """Classes to report for each image."""
-    runners: int = 1
-    """Batches that are run at a time, each in a thread: for a session of one thread, and more than one core."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One row of the table: what became of one file."""
-
-    path: str
-    """Relative to the folder, with `/`, as `find_files` gave it."""
-    status: Literal["ok", "error"]
-    labels: tuple[str, ...]
-    """The likeliest first, `top_k` of them; empty for an error."""
-    probabilities: tuple[float, ...]
-    """0-1, beside `labels`: the shortest decimals that give the model's float32 back."""
-    error_kind: str
-    """One of `cnnpipe.images.decode.ERROR_KINDS`; empty if ok."""
-    error: str
-    """One line for a person; empty if ok."""
-    sha256: str
-    """Of the file's bytes; empty if they could not be read."""
-    model: str
-    """`<name>/<run id>`."""
-    unchanged: bool = False
-    """Whether the row was taken over from an earlier table; no column."""
+    threads: int = 1
+    """Batches that run at a time, each in a thread; more than 1 is for a session of one thread on several cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Files that follow each other, whose rows are written together."""
+    """Consecutive files whose rows are written in one transaction."""
 
     number: int
     paths: Sequence[str]
-    """At least one."""
+    """Relative to the folder; at least one."""
+    ordinals: Sequence[int] = ()
+    """Positions of their rows in the table; not used here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The outcomes for consecutive files, column by column."""
+
+    paths: Sequence[str]
+    """Relative to the folder, as `find_files` gave them."""
+    sha256: Sequence[str]
+    """SHA-256 of each file's bytes; empty if they could not be read."""
+    labels: npt.NDArray[np.int32]
+    """(files, top_k) indices of the likeliest classes, the likeliest first; -1 in a row without."""
+    probabilities: npt.NDArray[np.float32]
+    """(files, top_k), 0-1."""
+    errors: dict[int, str]
+    """Index of a file that failed -> `kind: message`."""
+    unchanged: Sequence[int]
+    """Indices of files that have the digest of their previous row, which stays valid."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Self:
+        """Return all rows of at least one part, one after the other."""
+        starts = np.cumsum([0, *(len(part.paths) for part in parts)]).tolist()
+        return cls(
+            [path for part in parts for path in part.paths],
+            [sha256 for part in parts for sha256 in part.sha256],
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.probabilities for part in parts]),
+            {start + i: error for start, part in zip(starts, parts, strict=False) for i, error in part.errors.items()},
+            [start + index for start, part in zip(starts, parts, strict=False) for index in part.unchanged],
+        )
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Return some of the rows."""
+        return Rows(
+            self.paths[start:stop],
+            self.sha256[start:stop],
+            self.labels[start:stop],
+            self.probabilities[start:stop],
+            {index - start: error for index, error in self.errors.items() if start <= index < stop},
+            [index - start for index in self.unchanged if start <= index < stop],
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRows:
-    """Some rows of a shard, behind those that came before."""
+    """Some rows of a shard; those before them came earlier."""
 
-    number: int
-    """Of the shard."""
-    rows: list[Prediction]
-    complete: bool
-    """Whether they are its last."""
+    shard: Shard
+    start: int
+    """Index of the first file in the shard."""
+    rows: Rows
 
-
-class KnownRows(Protocol):
-    """The rows of an earlier table, which stay true while a file's content does."""
-
-    def digest(self, path: str) -> str:
-        """Return the SHA-256 that a file had when its row was made; empty if there is no row to keep."""
-        ...
-
-    def row(self, path: str) -> Prediction:
-        """Return the row of a file that has a digest."""
-        ...
+    @property
+    def complete(self) -> bool:
+        """Whether these are the shard's last rows."""
+        return self.start + len(self.rows.paths) == len(self.shard.paths)
 
 
 @dataclass
 class StageSeconds:
-    """Time spent in each stage. The stages overlap, so together they exceed the time that has passed."""
+    """Seconds spent in each stage. The stages overlap, so their sum exceeds the time that has passed."""
 
     list: float = 0.0
     decode: float = 0.0
     """Summed over the workers."""
     inference: float = 0.0
-    """Summed over the runners."""
+    """Summed over the threads."""
     write: float = 0.0
 
 
@@ -120,17 +137,17 @@ def classify_shards(
     pool: DecoderPool,
     options: EngineOptions,
     seconds: StageSeconds,
-    known: KnownRows | None = None,
+    previous_digest: Callable[[str], str] | None = None,
 ) -> Iterator[ShardRows]:
-    """Classify the files of shards, and yield one row for each, in their order, as soon as it is known.
+    """Classify the files of shards, and yield their rows in order, as soon as they are known.
 
-    No batch spans two shards: a shard's rows are the same whatever is classified before or behind it.
+    No batch spans two shards: a shard's rows are the same whatever is classified before or after it.
 
     Args:
         root: the folder that the paths are relative to.
         shards: read only as far as needed.
         seconds: the stages' time is added here.
-        known: rows to keep for files whose content is unchanged.
+        previous_digest: path -> SHA-256 of the file in its previous row, "" for none; an unchanged file is not decoded.
     Raises:
         ConfigError: `top_k` exceeds the number of classes.
         ModelError, ProviderError: the model or the device failed.
@@ -138,28 +155,38 @@ def classify_shards(
         RuntimeError: a bug in the decoder.
     """
     check_top_k(options.top_k, session)
-    open_shards = _OpenShards()
-    rows = _Rows(session, options.top_k, known)
+    open_shards, files, images = _OpenShards(), _WaitingFiles(), _WaitingImages()
     batches = _Batches(options.batch_size or session.default_batch_size, open_shards.lengths)
     runner = BatchRunner(session.run, batches.size, fixed_shape=session.wants_fixed_batch)
-    images = _WaitingImages()
-    digest = known.digest if known else None
-    with _Inference(runner, options.runners, len(session.info.class_names), seconds) as inference:
-        for chunk in pool.decode(root, open_shards.paths(shards, seconds), session.info.image_size, digest):
+    with _Inference(runner, options.threads, options.top_k, seconds) as inference:
+        paths = open_shards.paths(shards, seconds)
+        for chunk in pool.decode(root, paths, session.info.image_size, previous_digest):
             seconds.decode += chunk.seconds
-            files = chunk.files
-            rows.waiting.extend(files)
+            files.add(chunk)
             images.add(chunk.images)
-            for size in batches.add(files):
+            for size in batches.add(chunk):
                 inference.begin(images.take(size))
-            too_many = len(rows.waiting) > 2 * _MAX_WAITING_FILES
+            too_many = files.number > 2 * _MAX_WAITING_FILES
             # One at a time: a GPU that is waited for until it has nothing left to do has a pause.
-            yield from open_shards.split(rows.take(inference.take_finished(1 if too_many else 0)))
-        yield from open_shards.split(rows.take(inference.take_finished(inference.num_begun)))
+            yield from open_shards.split(files.take(*inference.take_finished(1 if too_many else 0)))
+        yield from open_shards.split(files.take(*inference.take_finished(inference.num_begun)))
+
+
+def _likeliest(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int32]:
+    """Return the indices of the likeliest classes, (N, top_k); of equal ones, the first class comes first."""
+    if top_k > _FEW_RANKS:
+        return np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k].astype(np.int32)
+    left = probabilities.copy() if top_k > 1 else probabilities
+    order = np.empty((len(left), top_k), np.int32)
+    for rank in range(top_k):
+        order[:, rank] = left.argmax(axis=1)
+        if rank + 1 < top_k:
+            left[np.arange(len(left)), order[:, rank]] = -1
+    return order
 
 
 class _WaitingImages:
-    """Images of the files that wait for their batch to end; each is copied once at most, however small the chunks."""
+    """Images of the files whose batch has not ended; each is copied at most once, however small the chunks."""
 
     def __init__(self) -> None:
         self._parts: deque[npt.NDArray[np.uint8]] = deque()
@@ -170,7 +197,7 @@ class _WaitingImages:
             self._parts.append(images)
 
     def take(self, number: int) -> npt.NDArray[np.uint8]:
-        """Take the first images, at least one; there must be so many."""
+        """Take the first `number` images, at least one; there must be that many."""
         taken: list[npt.NDArray[np.uint8]] = []
         while number:
             part = self._parts.popleft()
@@ -181,20 +208,25 @@ class _WaitingImages:
         return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
 
+_Results = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+"""Class indices and probabilities of images, (N, top_k) each."""
+
+
 class _Inference:
-    """Runs batches in threads of its own, a few ahead of what is taken, and gives their results in order.
+    """Runs batches in threads, a few ahead of what is taken, and gives their results in order.
 
     Args:
-        runners: threads. One for each core, with a session of one thread, is faster than one batch on all cores: none
-            waits at every layer for another that is decoding just then.
+        threads: one for each core, with a session of one thread, is faster than one batch on all cores: no core waits
+            at every layer for another that is decoding at that moment.
     """
 
-    def __init__(self, runner: BatchRunner, runners: int, num_classes: int, seconds: StageSeconds) -> None:
+    def __init__(self, runner: BatchRunner, threads: int, top_k: int, seconds: StageSeconds) -> None:
         self._runner = runner
-        self._threads = ThreadPoolExecutor(runners, thread_name_prefix="inference")
-        self._max_begun = 4 * runners
-        self._begun: deque[Future[tuple[npt.NDArray[np.float32], float]]] = deque()
-        self._none = np.empty((0, num_classes), np.float32)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="inference")
+        self._max_begun = 4 * threads
+        self._begun: deque[Future[tuple[_Results, float]]] = deque()
+        self._top_k = top_k
+        self._none = np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32)
         self._seconds = seconds
 
     def __enter__(self) -> Self:
@@ -207,38 +239,43 @@ class _Inference:
         """Run a batch as soon as a thread is free."""
         self._begun.append(self._threads.submit(self._run, images))
 
-    def _run(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], float]:
+    def _run(self, images: npt.NDArray[np.uint8]) -> tuple[_Results, float]:
         began = time.perf_counter()
-        return self._runner.run(images), time.perf_counter() - began
+        probabilities = self._runner.run(images)
+        labels = _likeliest(probabilities, self._top_k)
+        results = labels, np.take_along_axis(probabilities, labels, axis=1)
+        return results, time.perf_counter() - began
 
     @property
     def num_begun(self) -> int:
-        """Batches whose probabilities were not taken yet."""
+        """Batches whose results were not taken yet."""
         return len(self._begun)
 
-    def take_finished(self, num_awaited: int) -> npt.NDArray[np.float32]:
-        """Return the probabilities of the first batches, as far as they are there; wait for them if too many are not.
+    def take_finished(self, num_awaited: int) -> _Results:
+        """Return the results of the first batches that have ended; wait if too many have not.
 
         Args:
             num_awaited: batches to wait for in any case.
         """
-        results = [self._none]
+        taken = [self._none]
         while self._begun and (
-            len(results) <= num_awaited or self._begun[0].done() or len(self._begun) > self._max_begun
+            len(taken) <= num_awaited or self._begun[0].done() or len(self._begun) > self._max_begun
         ):
-            probabilities, seconds = self._begun.popleft().result()
+            results, seconds = self._begun.popleft().result()
             self._seconds.inference += seconds
-            results.append(probabilities)
-        return np.concatenate(results)
+            taken.append(results)
+        if len(taken) <= 2:
+            return taken[-1]
+        return np.concatenate([labels for labels, _ in taken]), np.concatenate([each for _, each in taken])
 
 
 class _OpenShards:
-    """Hands out the paths of shards, and knows again to which of them a row belongs."""
+    """Hands out the paths of shards, and assigns rows to them."""
 
     def __init__(self) -> None:
         self.lengths: deque[int] = deque()
-        """Files of the shards that were begun, for whoever counts files behind the decoder."""
-        self._open: deque[tuple[int, int]] = deque()  # number, rows to come
+        """Numbers of files of the shards that were begun, for whoever counts files after the decoder."""
+        self._open: deque[tuple[Shard, int]] = deque()  # index of the next row
 
     def paths(self, shards: Iterator[Shard], seconds: StageSeconds) -> Iterator[str]:
         while True:
@@ -248,20 +285,23 @@ class _OpenShards:
             if shard is None:
                 return
             self.lengths.append(len(shard.paths))
-            self._open.append((shard.number, len(shard.paths)))
+            self._open.append((shard, 0))
             yield from shard.paths
 
-    def split(self, rows: list[Prediction]) -> Iterator[ShardRows]:
-        while rows:
-            number, left = self._open.popleft()
-            part, rows = rows[:left], rows[left:]
-            if left > len(part):
-                self._open.appendleft((number, left - len(part)))
-            yield ShardRows(number, part, left == len(part))
+    def split(self, rows: Rows) -> Iterator[ShardRows]:
+        done = 0
+        while done < len(rows.paths):
+            shard, start = self._open.popleft()
+            stop = done + min(len(shard.paths) - start, len(rows.paths) - done)
+            part = ShardRows(shard, start, rows if stop - done == len(rows.paths) else rows.part(done, stop))
+            if not part.complete:
+                self._open.appendleft((shard, start + stop - done))
+            done = stop
+            yield part
 
 
 class _Batches:
-    """Says where a batch ends: by counting files, never by the chunks they come in, whose lengths follow the clock."""
+    """Decides where a batch ends: by counting files, never by chunks, whose lengths depend on the clock."""
 
     def __init__(self, size: int, lengths: deque[int]) -> None:
         self.size = size
@@ -271,28 +311,45 @@ class _Batches:
         """Files of the shard that are still to come."""
         self._num_images = 0
         self._num_waiting = 0
-        """Files without pixels behind the first image of the open batch."""
+        """Files without an image after the first image of the open batch."""
 
-    def add(self, files: Sequence[DecodedFile]) -> list[int]:
-        """Return how many images each batch has that ends among these files."""
+    def add(self, chunk: DecodedChunk) -> list[int]:
+        """Return the number of images of each batch that ends in this chunk."""
         ended = []
-        for file in files:
-            if not self._num_left:
-                self._num_left = self._lengths.popleft()
-            self._num_left -= 1
-            if file.has_image:
-                self._num_images += 1
-            elif self._num_images:
-                self._num_waiting += 1
-            full = self._num_images == self.size or self._num_waiting > _MAX_WAITING_FILES
-            if self._num_images and (full or not self._num_left):
-                ended.append(self._num_images)
-                self._num_images = self._num_waiting = 0
+        for has_image, length in _runs(len(chunk.paths), sorted(chunk.others)):
+            while length:
+                if not self._num_left:
+                    self._num_left = self._lengths.popleft()
+                step = min(length, self._num_left)
+                if has_image:
+                    step = min(step, self.size - self._num_images)
+                    self._num_images += step
+                elif self._num_images:
+                    step = min(step, _MAX_WAITING_FILES + 1 - self._num_waiting)
+                    self._num_waiting += step
+                length -= step
+                self._num_left -= step
+                full = self._num_images == self.size or self._num_waiting > _MAX_WAITING_FILES
+                if self._num_images and (full or not self._num_left):
+                    ended.append(self._num_images)
+                    self._num_images = self._num_waiting = 0
         return ended
 
 
+def _runs(num_files: int, without_image: Sequence[int]) -> Iterator[tuple[bool, int]]:
+    """Yield runs of files with an image (True) and without, and their lengths."""
+    start = 0
+    for index in without_image:
+        if index > start:
+            yield True, index - start
+        yield False, 1
+        start = index + 1
+    if num_files > start:
+        yield True, num_files - start
+
+
 class BatchRunner:
-    """Runs batches, and halves them for good when the GPU has no room for more.
+    """Runs batches, and halves their size for good when the GPU has no room for them.
 
     Args:
         run: (N, H, W, 3) uint8 -> (N, classes) float32; raises GpuMemoryError.
@@ -311,7 +368,7 @@ class BatchRunner:
         """Return the probabilities of at least one and at most a full batch of images.
 
         Raises:
-            GpuMemoryError: there is no room even for one image.
+            GpuMemoryError: there is not even room for one image.
         """
         while True:
             try:
@@ -330,50 +387,78 @@ class BatchRunner:
         return self._run(np.pad(images, ((0, num_missing), (0, 0), (0, 0), (0, 0))))[: len(images)]
 
 
-class _Rows:
-    """Makes the rows of decoded files, in their order, from the probabilities of those that have pixels."""
+class _WaitingFiles:
+    """Decoded files that have no rows yet."""
 
-    def __init__(self, session: ClassifierSession, top_k: int, known: KnownRows | None) -> None:
-        self.waiting: deque[DecodedFile] = deque()
-        self._names = np.array(session.info.class_names, object)
-        self._model = f"{session.info.name}/{session.info.run_id}"
-        self._top_k = top_k
-        self._known = known
+    def __init__(self) -> None:
+        self.number = 0
+        """Files that wait."""
+        self._chunks: deque[tuple[DecodedChunk, npt.NDArray[np.intp]]] = deque()  # with the indices of its images
+        self._start = self._num_images = 0
+        """Files and images of the first chunk that have been taken."""
 
-    def take(self, probabilities: npt.NDArray[np.float32]) -> list[Prediction]:
-        """Take the files off `waiting` up to the first image that has no probabilities yet, and return their rows.
+    def add(self, chunk: DecodedChunk) -> None:
+        """Append the files of a chunk."""
+        indices = np.delete(np.arange(len(chunk.paths)), sorted(chunk.others))
+        self._chunks.append((chunk, indices))
+        self.number += len(chunk.paths)
+
+    def take(self, labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float32]) -> Rows:
+        """Take the files up to the first image that has no result yet, and return their rows.
 
         Args:
-            probabilities: (N, classes), of the first N images that wait.
+            labels, probabilities: (N, top_k), of the first N images that wait.
         """
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._top_k]  # of equal ones, the first class
-        labels = map(tuple, self._names[order].tolist())
-        # NumPy prints the shortest digits that tell a float32 from its neighbours; float() of these keeps them.
-        digits = np.take_along_axis(probabilities, order, axis=1).astype("U32")
-        shortest = map(tuple, digits.astype(np.float64).tolist())
-        rows: list[Prediction] = []
-        num_left = len(probabilities)
-        while self.waiting:
-            file = self.waiting[0]
-            if file.error_kind:
-                row = Prediction(file.path, "error", (), (), file.error_kind, file.error, file.sha256, self._model)
-            elif file.unchanged and self._known:
-                row = self._known.row(file.path)
-            elif num_left:
-                num_left -= 1
-                row = Prediction(file.path, "ok", next(labels), next(shortest), "", "", file.sha256, self._model)
-            else:
+        paths: list[str] = []
+        sha256: list[str] = []
+        errors: dict[int, str] = {}
+        unchanged: list[int] = []
+        positions = [np.empty(0, np.intp)]
+        num_left = len(labels)
+        while self._chunks:
+            chunk, images = self._chunks[0]
+            start, last = self._start, self._num_images + num_left
+            stop = int(images[last]) if last < len(images) else len(chunk.paths)
+            offset = len(paths) - start
+            taken = images[self._num_images : last] + offset
+            paths += chunk.paths[start:stop]
+            sha256 += chunk.sha256[start:stop]
+            for index, other in chunk.others.items():
+                if start <= index < stop and other.unchanged:
+                    unchanged.append(index + offset)
+                elif start <= index < stop:
+                    errors[index + offset] = f"{other.error_kind}: {other.error}"
+            positions.append(taken)
+            num_left -= len(taken)
+            if stop < len(chunk.paths):
+                self._start, self._num_images = stop, last
                 break
-            self.waiting.popleft()
-            rows.append(row)
-        return rows
+            self._chunks.popleft()
+            self._start = self._num_images = 0
+        self.number -= len(paths)
+        if len(paths) > len(labels):
+            labels, probabilities = _spread(np.concatenate(positions), len(paths), labels, probabilities)
+        return Rows(paths, sha256, labels, probabilities, errors, unchanged)
+
+
+def _spread(
+    positions: npt.NDArray[np.intp],
+    num_rows: int,
+    labels: npt.NDArray[np.int32],
+    probabilities: npt.NDArray[np.float32],
+) -> _Results:
+    """Put the results of images into rows for all files."""
+    all_labels = np.full((num_rows, labels.shape[1]), -1, np.int32)
+    all_probabilities = np.zeros((num_rows, labels.shape[1]), np.float32)
+    all_labels[positions], all_probabilities[positions] = labels, probabilities
+    return all_labels, all_probabilities
 
 
 def check_top_k(top_k: int, session: ClassifierSession) -> None:
     """Refuse to report more classes than the model has.
 
     Raises:
-        ConfigError: so.
+        ConfigError: it does.
     """
     num_classes = len(session.info.class_names)
     if top_k > num_classes:

@@ -1,54 +1,53 @@
-"""Classify a folder: from settings to a table and its summary, going on where an earlier attempt was broken off."""
+"""Classify a folder: from settings to a table and its summary, resuming where an attempt was interrupted."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cnnpipe.classify.earlier import EarlierTable, KeptRows, kept_rows, replace_failed
-from cnnpipe.classify.engine import check_top_k
-from cnnpipe.classify.job_files import JobFiles
-from cnnpipe.classify.output import check_output, default_table
-from cnnpipe.classify.running import run_shards
-from cnnpipe.classify.shards import FinishedTable, Job, ShardFolder, finished_job, remove_leftovers, shards_folder
+from cnnpipe.classify.engine import EngineOptions, Rows, Shard, ShardRows, StageSeconds, check_top_k, classify_shards
+from cnnpipe.classify.job import BegunJob, Counts, Job, JobFile, PreviousTable, job_path, open_job, read_job
 from cnnpipe.classify.sort_into import SortedFiles, check_target, mark_target, sort_files
-from cnnpipe.classify.summary import (
-    ClassificationSummary,
-    ModelUsed,
-    RowCounts,
-    StageReport,
-    check_failure_rate,
-    remove_summaries,
-    write_summary,
-)
-from cnnpipe.classify.table import join_tables, read_table
-from cnnpipe.errors import DatasetError, PredictionsError
+from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport, write_summary
+from cnnpipe.classify.table import read_table, write_table
+from cnnpipe.errors import AlreadyThereError, DatasetError, PredictionsError
 from cnnpipe.files import display_path, user_path
-from cnnpipe.images.find import check_file_list, has_files, no_listed_file
-from cnnpipe.images.leftovers import describe_passed_over
+from cnnpipe.images.find import FileFilter, check_file_list, find_files, has_files, no_listed_file, read_file_list
+from cnnpipe.images.leftovers import TABLE_SUFFIXES, describe_passed_over, summary_path
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import package_versions, usable_cores
 from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
 from cnnpipe.settings import ClassifySettings
-from cnnpipe.storage import sha256_file
+from cnnpipe.storage import make_folder, move_file, sha256_file, storage_errors
 
 if TYPE_CHECKING:  # loading onnxruntime takes longer than refusing a wrong path
     from cnnpipe.session import ClassifierSession
 
-__all__ = ["Classification", "classify_folder", "open_classification", "predict_folder"]
+__all__ = ["Classification", "classify_folder", "open_classification"]
 
 _VERSIONS: Final = ("onnxruntime-gpu", "onnxruntime", "pillow", "numpy", "pyarrow")
 
 _FILES_WORTH_ALL_WORKERS: Final = 256
 
-_STAGES: Final = ("list", "decode", "inference", "write")
+_PARTS_WRITTEN: Final = 16
+"""Groups of rows, of a batch or a few, that are handed to the writing thread together."""
+
+_MAX_WRITES_WAITING: Final = 4
+
+_TABLE_NAME: Final = "predictions.csv"
+_MAX_NAME_BYTES: Final = 100
+"""Bytes of the input's name in the name of the output folder; file systems allow 255 in all."""
 
 _logger = logging.getLogger(__name__)
 
@@ -56,23 +55,15 @@ _logger = logging.getLogger(__name__)
 def classify_folder(
     settings: ClassifySettings, artifacts: Path, *, progress: ProgressCallback | None = None
 ) -> ClassificationSummary:
-    """Classify every file below a folder, write the table and, last, `summary.json` beside it.
+    """Classify every file below a folder, and write the table and, last, its summary.
+
+    Whether too many files failed is for the caller to judge (`summary.check_failure_rate`).
 
     Args:
         artifacts: where models are looked up, and where the table goes without `settings.output`.
     Raises:
-        FailureBudgetError: more files failed than allowed; table and summary are complete all the same.
         CnnpipeError: as `open_classification` and the methods of `Classification`.
     """
-    summary = predict_folder(settings, artifacts, progress=progress)
-    check_failure_rate(summary)
-    return summary
-
-
-def predict_folder(
-    settings: ClassifySettings, artifacts: Path, *, progress: ProgressCallback | None = None
-) -> ClassificationSummary:
-    """Do what `classify_folder` does, and leave the failure rate to the caller to judge."""
     with open_classification(settings, artifacts) as classification:
         classification.run(progress)
         return classification.finish()
@@ -80,25 +71,26 @@ def predict_folder(
 
 @contextmanager
 def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator[Classification]:
-    """Load the model and take the output: all that can be refused is refused here, before any work is done.
+    """Load the model and lock the output; all that can be refused is refused here, before any work is done.
 
     Raises:
-        DatasetError: there is no such folder, or no file in it.
-        PredictionsError: the output is there already, is being written by another process, or was begun with other
-            settings.
-        ModelError, RegistryError: there is no such model.
+        DatasetError: the folder does not exist, or has no files.
+        PredictionsError: the output exists, is being written by another process, or was begun with other settings.
+        ModelError, RegistryError: the model does not exist.
         ConfigError: `top_k` exceeds the number of classes.
         ProviderError: the device cannot be used.
         StorageError: the output cannot be written.
     """
-    started, began = datetime.now(UTC), time.perf_counter()
+    clock = _Clock(datetime.now(UTC), time.perf_counter())
     root = user_path(settings.folder)
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
     if settings.files is not None:
         check_file_list(settings.files, root)
-    wanted = user_path(settings.output).absolute() if settings.output else None
-    earlier, earlier_sha256 = _check_table(wanted, settings) if wanted else (None, "")
+    table = user_path(settings.output).absolute() if settings.output else None
+    begun = read_job(job_path(table)) if table else None
+    if table is not None:
+        _check_output(table, settings, begun)
     if settings.sort_into is not None:
         check_target(root, user_path(settings.sort_into))
     model = resolve_model(settings.model, artifacts, settings.precision)
@@ -109,57 +101,93 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         stack.enter_context(pool).start(pool.workers if many else 1)
         session = _open(model, settings)
         check_top_k(settings.top_k, session)
-        known = _keep_rows(earlier, session, settings, stack)
-        if settings.incremental and earlier is not None and known is None:
-            earlier_sha256 = ""
-        job = _describe_job(settings, root, wanted, session, earlier_sha256)
-        table = wanted or stack.enter_context(default_table(root, artifacts, started, job, resume=settings.resume))
+        previous, previous_sha256 = _previous_table(table, settings, begun, session)
+        job = _describe_job(settings, root, session, previous_sha256)
+        if table is None:
+            table, begun = stack.enter_context(_default_table(root, artifacts, clock.started, job, settings.resume))
         if settings.report is not None:
             from cnnpipe.classify.contact_sheet import check_report  # only who wants a report waits for it
 
-            begun = finished_job(table) is not None  # the attempt that is gone on with may have written it
-            check_report(user_path(settings.report), settings.replaces_output or begun)
-        folder, job = shards_folder(table), replace(job, table=str(table))
-        # Trying again needs the rows that stay; without them it would leave a table of nothing.
-        needed = settings.retry_failed and earlier is None
-        start_over = settings.overwrite and not needed
-        resume = settings.resume or needed or finished_job(table) is not None  # that lacks nothing but its summary
-        shards = stack.enter_context(ShardFolder.open(folder, job, start_over=start_over, resume=resume))
-        yield Classification(settings, session, pool, shards, earlier, known, _Clock(started, began))
+            # An attempt that came as far as its table may have written the report too.
+            overwrite = settings.replaces_output or (begun is not None and begun.table_sha256 != "")
+            check_report(user_path(settings.report), overwrite)
+        # Without its rows, trying failed files again would leave a table of nothing else.
+        needed = settings.retry_failed and previous is None
+        file = open_job(
+            job_path(table), replace(job, table=str(table)), session.info.class_names, previous,
+            start_over=settings.overwrite and not needed,
+            resume=settings.resume or needed or _is_in_place(table, begun),
+        )  # fmt: skip
+        yield Classification(settings, session, pool, stack.enter_context(file), clock)
 
 
-def _check_table(table: Path, settings: ClassifySettings) -> tuple[EarlierTable | None, str]:
-    """Refuse an output that is in the way; return the table to bring up to date, if that is wanted, and its digest."""
-    remove_leftovers(shards_folder(table))
-    finished = finished_job(table)
-    if finished is not None:  # it still lacks its summary: in nobody's way, and nothing to bring up to date
-        return None, finished.earlier_sha256
-    check_output(table, replace=settings.replaces_output)
-    if not table.exists():
-        if settings.retry_failed:
-            raise PredictionsError(f"there is no table {table} to try again; leave out --retry-failed")
+def _check_output(table: Path, settings: ClassifySettings, begun: BegunJob | None) -> None:
+    """Refuse an output that cannot be written or may not be replaced.
+
+    Args:
+        begun: the job of that name that was interrupted; the table may be its own.
+    Raises:
+        PredictionsError: the table is a folder or of an unknown suffix, or it or its summary exists.
+        StorageError: no file can have this name.
+    """
+    if table.suffix not in TABLE_SUFFIXES:
+        raise PredictionsError(f"the output must end in {', '.join(TABLE_SUFFIXES)}, received {table}")
+    for path in (table, summary_path(table)):
+        with storage_errors(path):  # such as a name that is too long
+            if path.is_dir():
+                raise PredictionsError(f"the output must be a file, received the folder {path}; name a file in it")
+        if os.path.lexists(path) and not settings.replaces_output and not _is_in_place(table, begun):
+            raise PredictionsError(f"{path} exists; name another output, or replace it with --overwrite")
+    if settings.retry_failed and not table.exists():
+        raise PredictionsError(f"there is no table {table} to try again; leave out --retry-failed")
+
+
+def _is_in_place(table: Path, begun: BegunJob | None) -> bool:
+    """Return whether an interrupted job had its table in place, and lacks only what comes after."""
+    return begun is not None and table.is_file() and begun.table_sha256 == sha256_file(table)
+
+
+def _previous_table(
+    table: Path | None, settings: ClassifySettings, begun: BegunJob | None, session: ClassifierSession
+) -> tuple[PreviousTable | None, str]:
+    """Return the table that a new job brings up to date, and the digest of the one that the job belongs to.
+
+    Args:
+        begun: an interrupted job; it has taken the rows over already.
+    Raises:
+        PredictionsError: nobody knows how the table was made, or its rows cannot be kept beside new ones.
+    """
+    if table is None or not table.exists() or not (settings.retry_failed or settings.incremental):
         return None, ""
-    if settings.retry_failed or settings.incremental:
-        return EarlierTable(table), sha256_file(table)
+    digest = sha256_file(table)
+    if begun is not None and begun.job.mode != "all":
+        resumable = settings.resume and begun.job.previous_sha256 in ("", digest)
+        if resumable or begun.table_sha256 == digest:
+            return None, begun.job.previous_sha256
+    previous = PreviousTable(table)
+    difference = _difference(previous, session, settings)
+    if not difference:
+        return previous, digest
+    if settings.retry_failed:
+        raise PredictionsError(
+            f"the rows of {table} were made with {difference}, and a table cannot mix rows of two models or settings; "
+            "classify all files again, with --overwrite in place of --retry-failed"
+        )
+    _logger.warning("every file is classified again: %s was made with %s", table, difference)
     return None, ""
 
 
-def _keep_rows(
-    earlier: EarlierTable | None, session: ClassifierSession, settings: ClassifySettings, stack: ExitStack
-) -> KeptRows | None:
-    """Return the rows of an earlier table that need not be made again, if it is to be brought up to date by content."""
-    if earlier is None:
-        return None
-    difference = earlier.difference(session.model_sha256, user_path(settings.folder), settings)
-    if not difference:
-        return stack.enter_context(kept_rows(earlier)) if settings.incremental else None
-    if settings.retry_failed:
-        raise PredictionsError(
-            f"the rows of {earlier.path} were made with {difference}, and one table is never made with two; "
-            "classify all files anew, with --overwrite in place of --retry-failed"
-        )
-    _logger.warning("every file is classified anew: %s was made with %s", earlier.path, difference)
-    return None
+def _difference(previous: PreviousTable, session: ClassifierSession, settings: ClassifySettings) -> str:
+    """Return in what a table was made otherwise than its new rows would be, or an empty string."""
+    folder, old, new = display_path(str(user_path(settings.folder).absolute())), previous.model_sha256, ""
+    if settings.retry_failed and previous.folder != folder:
+        return f"the folder {previous.folder} (now {folder})"
+    if old != (new := session.model_sha256):
+        return f"the model {previous.model} ({old[:12]}…, now {new[:12]}…)"
+    for name in ("top_k", "safe_csv"):
+        if (then := getattr(previous.form, name)) != (now := getattr(settings, name)):
+            return f"{name} {then!r} (now {now!r})"
+    return ""
 
 
 def _open(model: Path, settings: ClassifySettings) -> ClassifierSession:
@@ -168,18 +196,15 @@ def _open(model: Path, settings: ClassifySettings) -> ClassifierSession:
     return open_session(model, settings.device, threads=1, precision=settings.precision)
 
 
-def _describe_job(
-    settings: ClassifySettings, root: Path, table: Path | None, session: ClassifierSession, earlier_sha256: str
-) -> Job:
-    mode = "retry-failed" if settings.retry_failed else "incremental" if settings.incremental else "all"
+def _describe_job(settings: ClassifySettings, root: Path, session: ClassifierSession, previous_sha256: str) -> Job:
     return Job(
         root=str(root.absolute()),
-        table=str(table or ""),
-        mode=mode,
+        table="",
+        mode="retry-failed" if settings.retry_failed else "incremental" if settings.incremental else "all",
         files=settings.files,
         include=settings.include,
         exclude=settings.exclude,
-        earlier_sha256="" if mode == "all" else earlier_sha256,
+        previous_sha256=previous_sha256,
         model=f"{session.info.name}/{session.info.run_id}",
         model_path=str(session.path.absolute()),
         model_sha256=session.model_sha256,
@@ -198,6 +223,59 @@ def _describe_job(
     )
 
 
+@contextmanager
+def _default_table(
+    root: Path, artifacts: Path, started: datetime, job: Job, resume: bool
+) -> Iterator[tuple[Path, BegunJob | None]]:
+    """Choose where a table without a name goes, in `artifacts/predictions`: to a new folder, or to that of its job.
+
+    A new folder is removed if nothing came of it.
+
+    Args:
+        resume: whether an interrupted job is resumed. One whose list came from standard input never is: the next that
+            comes so is another list.
+    Raises:
+        StorageError: no folder can be created.
+    """
+    files = artifacts.glob(f"predictions/*/{job_path(Path(_TABLE_NAME))}") if resume and job.files != "-" else ()
+    for path in sorted(files, reverse=True):
+        begun = read_job(path)
+        if begun is None:
+            continue
+        different = job.differences(begun.job)
+        if not different:
+            yield path.with_name(_TABLE_NAME), begun
+            return
+        if begun.job.root == job.root:
+            then, now = getattr(begun.job, different[0]), getattr(job, different[0])
+            _logger.info(
+                "%s holds a classification of this folder that was interrupted, with %s %r, now %r; it stays as it is",
+                *(display_path(str(path)), different[0], then, now),
+            )
+    folder = _create_output_folder(root, artifacts, started)
+    try:
+        yield folder / _TABLE_NAME, None
+    finally:
+        with suppress(OSError):  # it is not empty: the table is in it
+            folder.rmdir()
+
+
+def _create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
+    """Create the folder for a table without a name, called after the input and the time."""
+    name = display_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
+    predictions = make_folder(artifacts / "predictions")
+    wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
+    folder, number = predictions / wanted, 1
+    while True:
+        with storage_errors(folder):
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another classification began in the same second
+                number += 1
+                folder = predictions / f"{wanted}-{number}"
+
+
 @dataclass
 class _Clock:
     """When an attempt began, and how long it took to be ready."""
@@ -208,136 +286,203 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the attempt began."""
         return time.perf_counter() - self.began
 
 
 class Classification:
     """A classification that is ready to go; made by `open_classification`.
 
-    `run` does the work in this process. `plan` hands it out instead, a shard at a time, to `run_planned_shard` in
-    others. `finish` makes the table of what they have left.
+    `run` does the work in this process. To do it in others, `plan` gives shards to hand out, and `add` takes their
+    rows. `finish` makes the table.
+
+    Attributes:
+        job: the settings that decide about the rows.
     """
 
     def __init__(
-        self,
-        settings: ClassifySettings,
-        session: ClassifierSession,
-        pool: DecoderPool,
-        shards: ShardFolder,
-        earlier: EarlierTable | None,
-        known: KeptRows | None,
-        clock: _Clock,
+        self, settings: ClassifySettings, session: ClassifierSession, pool: DecoderPool, file: JobFile, clock: _Clock
     ) -> None:
-        self.shards = shards
+        self.job = file.job
         self._settings = settings
         self._session = session
         self._pool = pool
-        self._earlier = earlier
-        self._known = known
+        self._file = file
         self._report = user_path(settings.report).absolute() if settings.report else None
-        self._files = JobFiles(shards.job, earlier, self._report)
+        self._seconds = StageSeconds()
+        self._passed_over: Counter[str] = Counter()
         self._clock = clock
         self._clock.start_up = clock.seconds
-        self._resumed, self._resumed_seconds = shards.done()
-        if self._resumed.found:
+        self._resumed, self._resumed_failed, self._pending = file.progress()
+        if self._resumed and file.begun is not None:
             _logger.info(
-                "going on in %s: %d files are done, begun %s; --no-resume starts over",
-                *(display_path(str(shards.path)), self._resumed.found, f"{shards.begun:%Y-%m-%d %H:%M}"),
+                "resuming %s: %d files are done, begun %s; --no-resume starts over",
+                *(display_path(str(file.path)), self._resumed, f"{file.begun.astimezone():%Y-%m-%d %H:%M}"),
             )
 
     def run(self, progress: ProgressCallback | None = None) -> None:
         """Classify all files that have no row yet.
 
         Raises:
-            CnnpipeError: as `run_shards`.
+            CnnpipeError: as `classify_shards`.
+            StorageError: rows cannot be written.
         """
-        if self.shards.finished() is not None:
-            return
-        shown = FilesShown(progress, self._files.count, self._resumed.found, self._resumed.error) if progress else None
+        job, session, shown = self.job, self._session, self.show(progress)
+        threads = usable_cores() if session.device == "cpu" else 1
+        options = EngineOptions(job.batch_size, job.top_k, threads)
+        digest = self._file.previous_digest if job.mode == "incremental" and job.previous_sha256 else None
+        shards = self._file.shards(self._files_after)
+        found = classify_shards(Path(job.root), shards, session, self._pool, options, self._seconds, digest)
+        # Flushing a shard to the disk takes its time: in a thread, while the next one is under way.
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            unwritten: deque[Future[None]] = deque()
+            parts: list[ShardRows] = []
+            for part in found:
+                parts.append(part)
+                if part.complete or len(parts) >= _PARTS_WRITTEN:
+                    unwritten.append(writer.submit(self._write, parts))
+                    parts = []
+                while unwritten and (unwritten[0].done() or len(unwritten) > _MAX_WRITES_WAITING):
+                    unwritten.popleft().result()
+                if shown is not None:
+                    shown.add(len(part.rows.paths), len(part.rows.errors))
+            for future in unwritten:
+                future.result()
+        self._file.note_listed()
 
-        def tell(counts: RowCounts) -> None:
-            if shown is not None:
-                shown.add(counts.found, counts.error)
+    def plan(self) -> Iterator[tuple[Shard, list[str]]]:
+        """Yield the shards that have no rows yet, to be done in other processes and added in any order.
 
-        shards = self.shards.shards(self._files.behind)
-        run_shards(self.shards, shards, self._session, self._pool, usable_cores(), self._known, tell)
-
-    def plan(self) -> Iterator[int]:
-        """Yield the numbers of the shards that have no rows yet, each written down for another process.
-
+        Yields:
+            A shard, and the SHA-256 that each of its files had in its previous row (empty where there is none).
         Raises:
-            StorageError: it cannot be written.
+            StorageError: they cannot be noted.
         """
-        if self.shards.finished() is not None:
-            return
-        for shard in self.shards.shards(self._files.behind):
-            self.shards.plan(shard)
-            yield shard.number
+        for shard in self._file.shards(self._files_after):
+            self._file.plan(shard)
+            yield shard, [self._file.previous_digest(path) for path in shard.paths]
+        self._file.note_listed()
+
+    def add(self, shard: Shard, rows: Rows, seconds: StageSeconds) -> None:
+        """Add the rows of a whole shard that another process has made.
+
+        Args:
+            seconds: that its stages took.
+        Raises:
+            StorageError: they cannot be written.
+        """
+        for stage, spent in asdict(seconds).items():
+            setattr(self._seconds, stage, getattr(self._seconds, stage) + spent)
+        self._write([ShardRows(shard, 0, rows)])
+
+    def _write(self, parts: list[ShardRows]) -> None:
+        began = time.perf_counter()
+        for part in parts:
+            self._file.add(part)
+        self._seconds.write += time.perf_counter() - began
+
+    def show(self, progress: ProgressCallback | None) -> FilesShown | None:
+        """Return what tells a callback how many files are done, and of how many."""
+        return FilesShown(progress, self._count_files, self._resumed, self._resumed_failed) if progress else None
 
     def finish(self) -> ClassificationSummary:
-        """Make one table of the shards, and what else was asked for; the summary last.
+        """Make the table of all rows, and what else was asked for; the summary last.
 
         Raises:
             DatasetError: there was no file at all, or none of those in a list exists.
-            PredictionsError: the name of the table or of the summary was taken meanwhile.
+            PredictionsError: another process has written a table of that name meanwhile.
             StorageError: something cannot be written.
         """
-        settings, job = self._settings, self.shards.job
-        finished = self.shards.finished() or self.shards.join(self._join)
-        if passed_over := self._files.passed_over:
-            _logger.warning("%s", describe_passed_over(passed_over))
-        if not finished.files and not settings.retry_failed:
-            self.shards.remove()
-            raise DatasetError(f"no file is left of {_described(settings)}; check the patterns and the list")
-        kinds = finished.counts.error_kinds
-        if settings.files and kinds["not_found"] + kinds["not_a_file"] == finished.files:  # a pipe's are known only now
-            self.shards.remove()
-            raise no_listed_file(settings.files, Path(job.root), finished.counts.first_errors[0].path)
-        table = Path(job.table)
-        replaces = settings.replaces_output or finished_job(table) is not None
-        if replaces:
-            remove_summaries(table)
-        self.shards.put_in_place(finished, replace=settings.replaces_output)
-        summary = self._summarize(finished, self._sort())
+        counts = self._file.counts()
+        if self._passed_over:
+            _logger.warning("%s", describe_passed_over(self._passed_over))
+        self._check_found(counts)
+        self._make_table()
+        summary = self._summarize(counts, self._sort())
         if self._report is not None:
-            self._write_report(summary, self._report, replace=replaces)
-        _logger.info("summary: %s", write_summary(summary, table))
-        self.shards.remove()
+            self._write_report(summary, self._report)
+        _logger.info("summary: %s", write_summary(summary, Path(self.job.table)))
+        self._file.remove()
         return summary
 
-    def _join(self, parts: list[Path], table: Path) -> RowCounts:
-        job = self.shards.job
-        if self._earlier is not None and self._settings.retry_failed:
-            return replace_failed(self._earlier, parts, table, job.form, job.min_probability)
-        join_tables(parts, table, job.form)
-        counts, _ = self.shards.done()
-        return counts
+    def _check_found(self, counts: Counts) -> None:
+        """Refuse to make a table of nothing."""
+        settings, job, kinds = self._settings, self.job, counts.error_kinds
+        described = f"the list {settings.files}" if settings.files else display_path(settings.folder)
+        if not counts.found and not settings.retry_failed:
+            raise DatasetError(f"no file is left of {described}; check the patterns and the list")
+        # Paths that come through a pipe are known only now.
+        if settings.files and kinds.get("not_found", 0) + kinds.get("not_a_file", 0) == counts.found:
+            self._file.remove()
+            raise no_listed_file(settings.files, Path(job.root), counts.first_errors[0].path)
+
+    def _make_table(self) -> None:
+        """Write the table and put it in place; its digest is noted before, so that a job that is resumed knows it."""
+        table, unfinished = Path(self.job.table), self._file.table_path
+        write_table(unfinished, self.job.form, self._file.columns())
+        digest = sha256_file(unfinished)
+        replaces = self._settings.replaces_output or (table.is_file() and sha256_file(table) == digest)
+        self._file.note_table(digest)
+        if replaces:  # a summary must never stand beside a table that it does not describe
+            with storage_errors(summary_path(table)):
+                summary_path(table).unlink(missing_ok=True)
+        try:
+            move_file(unfinished, table, replace=replaces)
+        except AlreadyThereError as error:
+            raise PredictionsError(
+                f"{display_path(str(table))} was written by another process meanwhile and stays; "
+                "run again with --overwrite to replace it: nothing has to be classified again"
+            ) from error
 
     def _sort(self) -> SortedFiles | None:
-        settings, job = self._settings, self.shards.job
+        settings, job = self._settings, self.job
         if settings.sort_into is None:
             return None
         rows, target = read_table(Path(job.table), job.form), user_path(settings.sort_into)
         mark_target(target)
         return sort_files(rows, Path(job.root), target, settings.min_probability)
 
-    def _write_report(self, summary: ClassificationSummary, path: Path, *, replace: bool) -> None:
+    def _write_report(self, summary: ClassificationSummary, path: Path) -> None:
         from cnnpipe.classify.contact_sheet import write_report
 
-        job, accuracy = self.shards.job, self._session.info.test_accuracy
+        job, accuracy = self.job, self._session.info.test_accuracy
         rows = read_table(Path(job.table), job.form)
-        write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replace)
+        replaces = self._settings.replaces_output or self._file.begun is not None
+        write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replaces)
 
-    def _summarize(self, finished: FinishedTable, sorted_files: SortedFiles | None) -> ClassificationSummary:
-        settings, session, job, counts = self._settings, self._session, self.shards.job, finished.counts
-        made, spent = self.shards.done()
-        seconds = {stage: spent.get(stage, 0.0) - self._resumed_seconds.get(stage, 0.0) for stage in _STAGES}
-        num_new = made.found - self._resumed.found
+    def _files_after(self, last: str | None, number: int) -> Iterator[str]:
+        """Yield the files after the `number`-th, which is `last`; all of them after None and 0.
+
+        Raises:
+            DatasetError: the folder or the list cannot be read.
+            PredictionsError: the list is another one than before.
+        """
+        return self._find(last, number, self._passed_over)
+
+    def _find(self, last: str | None, number: int, passed_over: Counter[str]) -> Iterator[str]:
+        job = self.job
+        wanted = FileFilter(job.include, job.exclude)
+        if job.files is not None:
+            return _skip(filter(wanted.admits, read_file_list(job.files)), last, number)
+        found = find_files(Path(job.root), after=last, passed_over=passed_over)
+        if job.include or job.exclude:
+            found = filter(wanted.admits, found)
+        return _without_own(found, Path(job.root), [Path(job.table), *([self._report] if self._report else [])])
+
+    def _count_files(self) -> int:
+        """Return the number of files, to show progress; 0 where it is not known without reading a list."""
+        if self.job.mode == "retry-failed":
+            return self._resumed + self._pending
+        return 0 if self.job.files is not None else sum(1 for _ in self._find(None, 0, Counter()))
+
+    def _summarize(self, counts: Counts, sorted_files: SortedFiles | None) -> ClassificationSummary:
+        settings, session, job = self._settings, self._session, self.job
+        seconds = asdict(self._seconds)
+        num_new = self._file.progress()[0] - self._resumed
         total = self._clock.seconds
         threads = usable_cores() if session.device == "cpu" else 1
-        shares = {"decode": self._pool.workers, "inference": threads}
-        elapsed = {stage: spent / shares.get(stage, 1) for stage, spent in seconds.items()}
+        parallel = {"decode": self._pool.workers, "inference": threads}
+        elapsed = {stage: spent / parallel.get(stage, 1) for stage, spent in seconds.items()}
         info = session.info
         return ClassificationSummary(
             table=display_path(job.table),
@@ -345,16 +490,16 @@ class Classification:
             found=counts.found,
             ok=counts.ok,
             error=counts.error,
-            resumed=self._resumed.found,
+            resumed=self._resumed,
             unchanged=counts.unchanged,
             uncertain=counts.uncertain,
             min_probability=job.min_probability,
-            passed_over=self._files.passed_over.total(),
+            passed_over=self._passed_over.total(),
             failure_rate=counts.error / max(counts.found, 1),
             max_failure_rate=settings.max_failure_rate,
-            classes={name: counts.labels[name] for name in info.class_names if counts.labels[name]},
-            error_kinds=dict(counts.error_kinds.most_common()),
-            first_errors=tuple(counts.first_errors),
+            classes=counts.labels,
+            error_kinds=counts.error_kinds,
+            first_errors=counts.first_errors,
             images_per_second=num_new / max(total - self._clock.start_up, 1e-9),
             images_per_second_with_start_up=num_new / total,
             seconds=StageReport(total=total, start_up=self._clock.start_up, **seconds),
@@ -377,5 +522,27 @@ class Classification:
         )
 
 
-def _described(settings: ClassifySettings) -> str:
-    return f"the list {settings.files}" if settings.files else display_path(settings.folder)
+def _skip(paths: Iterator[str], last: str | None, number: int) -> Iterator[str]:
+    """Yield what a list has after its `number`-th path, which must be `last`.
+
+    Raises:
+        PredictionsError: the list is another one.
+    """
+    if number:
+        reached = next(islice(paths, number - 1, None), None)
+        if reached != last:
+            raise PredictionsError(
+                f"the list of files has changed: number {number:,} was {last!r} and is {reached!r}; "
+                "give the same list to resume, or start over with --no-resume"
+            )
+    yield from paths
+
+
+def _without_own(paths: Iterator[str], root: Path, files: list[Path]) -> Iterator[str]:
+    """Leave out the files that this job will replace, which may not be recognisable as cnnpipe's."""
+    base, own = Path(os.path.realpath(root)), set()
+    for file in (*files, Path(os.path.realpath(files[0]))):
+        path = Path(os.path.realpath(file.parent)) / file.name
+        if path.is_relative_to(base):
+            own.add(path.relative_to(base).as_posix())
+    return (path for path in paths if path not in own) if own else paths

@@ -26,7 +26,7 @@ from typing import Final
 
 import numpy as np
 
-from cnnpipe.classify.engine import Prediction
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.images.leftovers import SORTED_MARK

@@ -1,8 +1,8 @@
-"""The table of predictions: its columns, and its three formats CSV, JSON Lines and Parquet.
+"""The table of predictions: its rows, its columns, and its three formats CSV, JSON Lines and Parquet.
 
     path, status, label, probability, label_2, probability_2, …, error, sha256, model
 
-All formats hold the same values. Where a row has none, CSV is empty and the others have null. `error` is
+All formats hold the same values. Where a row has no value, CSV is empty and the others have null. `error` is
 `kind: message`. A probability is written with the fewest digits that give the model's float32 back.
 """
 
@@ -11,33 +11,70 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal
 
-from cnnpipe.classify.engine import Prediction
-from cnnpipe.errors import PredictionsError, StorageError, one_line
-from cnnpipe.files import display_path
-from cnnpipe.storage import storage_errors, write_file
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["TableFormat", "TableWriter", "join_tables", "open_table", "read_table", "table_columns"]
+from cnnpipe.errors import PredictionsError, one_line
+from cnnpipe.storage import storage_errors
 
-
-# Rows of a Parquet row group, the unit that is held in memory: about 10 MB of Python objects.
-_ROW_GROUP: Final = 16_384
+__all__ = ["Columns", "Prediction", "TableFormat", "read_table", "table_columns", "write_table"]
 
 _NEEDS_QUOTES: Final = re.compile('[",\r\n]')
 
 _FORMULA_SIGNS: Final = tuple("=+-@\t\r")
-"""What makes a spreadsheet take a field for a formula, when it is the first character of it.
+"""First characters that make a spreadsheet compute a field.
 
 Source: https://owasp.org/www-community/attacks/CSV_Injection
 """
 
-Row = list[str | float | None]
+_LEAST_ROUNDED: Final = 1e-12
+
+_ROWS_READ: Final = 16_384
+"""Rows of a Parquet file that are read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One row of the table: the outcome for one file."""
+
+    path: str
+    """Relative to the folder, with `/`, as displayed."""
+    status: Literal["ok", "error"]
+    labels: tuple[str, ...]
+    """The `top_k` likeliest classes, the likeliest first; empty for an error."""
+    probabilities: tuple[float, ...]
+    """Probabilities of `labels`, 0-1: the shortest decimals that give the model's float32 back."""
+    error_kind: str
+    """One of `cnnpipe.images.decode.ERROR_KINDS`; empty if ok."""
+    error: str
+    """One line for a person; empty if ok."""
+    sha256: str
+    """SHA-256 of the file's bytes; empty if they could not be read."""
+    model: str
+    """`<name>/<run id>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Consecutive rows of the table, column by column."""
+
+    paths: Sequence[str]
+    """As displayed."""
+    labels: Sequence[Sequence[str | None]]
+    """A column for each rank; None in rows of errors."""
+    probabilities: npt.NDArray[np.float32]
+    """(ranks, rows), 0-1; anything in rows of errors."""
+    errors: Sequence[str | None]
+    """`kind: message`; None if ok."""
+    sha256: Sequence[str | None]
+    """64 hexadecimal digits; None if the file could not be read."""
+    model: str
 
 
 @dataclass(frozen=True)
@@ -49,182 +86,117 @@ class TableFormat:
     top_k: int
     """Classes in each row."""
     safe_csv: bool = False
-    """Whether it is made for a spreadsheet: texts that it would take for formulas get an apostrophe in front, and the
-    file a byte order mark, without which Excel does not read UTF-8."""
+    """Whether the file is for a spreadsheet: texts that look like formulas get an apostrophe in front, and the file a
+    byte order mark, without which Excel does not read UTF-8."""
 
 
 def table_columns(top_k: int) -> list[str]:
     """Return the names of the columns."""
-    likeliest = [f"{name}{suffix}" for suffix in _rank_suffixes(top_k) for name in ("label", "probability")]
+    ranks = ["", *(f"_{rank}" for rank in range(2, top_k + 1))]
+    likeliest = [f"{name}{rank}" for rank in ranks for name in ("label", "probability")]
     return ["path", "status", *likeliest, "error", "sha256", "model"]
 
 
-@contextmanager
-def open_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator[TableWriter]:
-    """Open a table for writing; it takes its name, and the place of what had it, when the block ends without an error.
+def write_table(path: Path, form: TableFormat, groups: Iterable[Columns]) -> None:
+    """Write a table in place; the caller gives it its name when it is whole.
 
     Args:
-        part: whether it is a part for `join_tables`, which needs no names of the columns.
+        groups: the rows, in order. Each is a row group of Parquet, so the same groups give the same bytes.
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
-    with write_file(path) as temporary:
-        table = TableWriter(path, temporary, form)
-        try:
-            if form.suffix == ".csv" and not part:
-                table.write_values([[*_csv_header(form)]])
-            yield table
-            table.close()
-        finally:
-            with suppress(StorageError):  # closed above, or an error is on its way that says more
-                table.close()
+    with storage_errors(path):
+        if form.suffix == ".parquet":
+            _write_parquet(path, form, groups)
+            return
+        lines = _csv_lines if form.suffix == ".csv" else _json_lines
+        # UTF-8 whatever the locale, and the same line ends on every platform.
+        with path.open("w", encoding="utf-8", newline="", buffering=2**20) as file:
+            if form.suffix == ".csv":
+                file.write(("\ufeff" if form.safe_csv else "") + ",".join(table_columns(form.top_k)) + "\n")
+            for columns in groups:
+                file.write(lines(columns, form))
 
 
-def join_tables(parts: Iterable[Path], path: Path, form: TableFormat) -> None:
-    """Write one table of the rows of its parts, in their order.
+def read_table(path: Path, form: TableFormat) -> Iterator[Prediction]:
+    """Yield the rows of a finished table, in order.
 
     Raises:
-        StorageError: it cannot be written, or a part cannot be read.
-    """
-    if form.suffix == ".parquet":
-        with open_table(path, form) as table:
-            for part in parts:
-                for batch in _parquet_batches(part):
-                    table.write_values(batch)
-        return
-    with write_file(path) as temporary, storage_errors(path), temporary.open("wb") as file:
-        if form.suffix == ".csv":
-            file.write(_csv_line(_csv_header(form)).encode())
-        for part in parts:
-            with part.open("rb") as rows:
-                shutil.copyfileobj(rows, file, 2**20)
-
-
-def read_table(path: Path, form: TableFormat, *, part: bool = False) -> Iterator[Prediction]:
-    """Yield the rows of a finished table, in order; their paths as they are displayed.
-
-    Args:
-        part: whether it was written as a part.
-    Raises:
-        PredictionsError: it cannot be read, or is no table of ours with so many classes in a row.
+        PredictionsError: the file cannot be read, or is not a table of cnnpipe with this many classes a row.
     """
     try:
-        for values in _READERS[form.suffix](path, form, part):
+        for values in _READERS[form.suffix](path, form):
             yield _prediction(values, form.top_k)
     except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
-        reason = one_line(error)
         raise PredictionsError(
-            f"{path} cannot be read as a table of {form.top_k} classes a row: {reason}; make it anew with --overwrite"
+            f"{path} cannot be read as a table of {form.top_k} classes a row: {one_line(error)}; "
+            "classify again with --overwrite"
         ) from error
 
 
-class TableWriter:
-    """An open table; what cannot be written is a StorageError that names the table, not its temporary file."""
-
-    def __init__(self, path: Path, temporary: Path, form: TableFormat) -> None:
-        self._path = path
-        self._top_k = form.top_k
-        with storage_errors(path):
-            self._format = _FORMATS[form.suffix](temporary, form)
-
-    def write(self, rows: Sequence[Prediction]) -> None:
-        """Append rows.
-
-        Raises:
-            StorageError: they cannot be written.
-        """
-        self.write_values([_values(row, self._top_k) for row in rows])
-
-    def write_values(self, rows: Sequence[Row]) -> None:
-        """Append rows that are given as values in the order of the columns; raises as `write`."""
-        with storage_errors(self._path):
-            self._format.write(rows)
-
-    def close(self) -> None:
-        """Write what is still held in memory, and close the file; once more does nothing.
-
-        Raises:
-            StorageError: it cannot be written; the file is closed all the same.
-        """
-        with storage_errors(self._path):
-            self._format.close()
+def _statuses(columns: Columns) -> list[str]:
+    return ["ok" if error is None else "error" for error in columns.errors]
 
 
-class _Format(Protocol):
-    """A file of rows; may raise OSError."""
+def _shortest_decimals(probabilities: npt.NDArray[np.float32]) -> list[str]:
+    """Return the decimals with the fewest digits that give each float32 back, as Python writes them.
 
-    def __init__(self, path: Path, form: TableFormat) -> None: ...
-
-    def write(self, rows: Sequence[Row]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _rank_suffixes(top_k: int) -> list[str]:
-    return ["", *(f"_{rank}" for rank in range(2, top_k + 1))]
-
-
-def _values(row: Prediction, top_k: int) -> Row:
-    """Return a row's values in the order of `table_columns`, with None where it has none."""
-    likeliest: Row = [None] * (2 * top_k)
-    if row.status == "ok":
-        likeliest[::2], likeliest[1::2] = row.labels, row.probabilities
-    error = f"{row.error_kind}: {row.error}" if row.error_kind else None
-    return [display_path(row.path), row.status, *likeliest, error, row.sha256 or None, row.model]
-
-
-def _prediction(values: Sequence[Any], top_k: int) -> Prediction:
-    """Return the row that `_values` made these of."""
-    path, status, *likeliest, error, sha256, model = values
-    if status not in ("ok", "error") or len(likeliest) != 2 * top_k:
-        raise ValueError(f"a row that is not ours: {values!r}")
-    kind, _, message = (error or "").partition(": ")
-    labels = tuple(likeliest[::2]) if status == "ok" else ()
-    probabilities = tuple(map(float, likeliest[1::2])) if status == "ok" else ()
-    return Prediction(path, status, labels, probabilities, kind, message, sha256 or "", model)
+    Rounding whole columns in float64 is ten times as fast as printing float32: an integer of at most nine digits,
+    divided by a power of ten that float64 holds exactly, is the float64 nearest to that decimal.
+    """
+    exact = probabilities.astype(np.float64)
+    shortest = exact.copy()
+    left = np.abs(exact) >= _LEAST_ROUNDED  # smaller ones need powers of ten that float64 does not hold
+    small = ~left
+    for digits in range(6, 10):  # six digits always come back from a float32, and nine always lead to it
+        values = exact[left]
+        power = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
+        rounded = np.rint(values * power) / power
+        indices = np.flatnonzero(left)[rounded.astype(np.float32) == values]
+        shortest[indices] = rounded[rounded.astype(np.float32) == values]
+        left[indices] = False
+    others = np.flatnonzero(left | small)
+    # NumPy prints the shortest digits that tell a float32 from its neighbours; Python's float keeps them.
+    shortest[others] = probabilities[others].astype("U32").astype(np.float64)
+    return list(map(str, shortest.tolist()))
 
 
-class _TextWriter:
-    """UTF-8 without conditions and not the platform's line ends: the same bytes everywhere."""
+def _text_columns(columns: Columns, encode: Callable[[Sequence[str | None]], list[str]]) -> list[list[str]]:
+    """Return all columns as text, in the order of `table_columns`.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", newline="", buffering=2**20)
+    Args:
+        encode: turns a column of texts, with None for no value, into fields.
+    """
+    (nothing,) = encode([None])
+    failed = [index for index, error in enumerate(columns.errors) if error is not None]
+    likeliest: list[list[str]] = []
+    for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
+        decimals = _shortest_decimals(probabilities)
+        for index in failed:
+            decimals[index] = nothing
+        likeliest += [encode(labels), decimals]
+    model = encode([columns.model]) * len(columns.paths)
+    texts = (columns.paths, _statuses(columns), columns.errors, columns.sha256)
+    path, status, error, sha256 = map(encode, texts)
+    return [path, status, *likeliest, error, sha256, model]
 
-    def close(self) -> None:
-        self._file.close()
 
+def _csv_lines(columns: Columns, form: TableFormat) -> str:
+    r"""Return lines by RFC 4180, with `\n` between rows.
 
-class _CsvWriter(_TextWriter):
-    r"""RFC 4180 with `\n` between rows.
-
-    Not the csv module's: before Python 3.13 it leaves a lone carriage return in a name unquoted, which splits the row.
+    Not by the csv module: before Python 3.13 it leaves a lone carriage return unquoted, which splits the row.
     Source: https://www.rfc-editor.org/rfc/rfc4180
     """
 
-    def __init__(self, path: Path, form: TableFormat) -> None:
-        super().__init__(path)
-        self._line = _safe_csv_line if form.safe_csv else _csv_line
+    def encode(texts: Sequence[str | None]) -> list[str]:
+        fields = [text or "" for text in texts]
+        if form.safe_csv:
+            fields = list(map(_defuse, fields))
+        if _NEEDS_QUOTES.search("\0".join(fields)):  # hardly any column needs quotes, and there may be millions of rows
+            fields = ['"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text for text in fields]
+        return fields
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self._file.writelines(map(self._line, rows))
-
-
-def _csv_header(form: TableFormat) -> list[str]:
-    first, *others = table_columns(form.top_k)
-    return ["\ufeff" + first if form.safe_csv else first, *others]
-
-
-def _csv_line(values: Sequence[str | float | None]) -> str:
-    fields = ["" if value is None else str(value) for value in values]
-    line = ",".join(fields)
-    # Of the whole line first: nearly none needs quotes, and there may be millions.
-    if line.count(",") >= len(fields) or '"' in line or "\r" in line or "\n" in line:
-        line = ",".join('"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text for text in fields)
-    return line + "\n"
-
-
-def _safe_csv_line(values: Sequence[str | float | None]) -> str:
-    return _csv_line([_defuse(value) if isinstance(value, str) else value for value in values])
+    return "\n".join(map(",".join, zip(*_text_columns(columns, encode), strict=True))) + "\n"
 
 
 def _defuse(text: str) -> str:
@@ -232,78 +204,58 @@ def _defuse(text: str) -> str:
     return "'" + text if text.startswith((*_FORMULA_SIGNS, "'")) else text
 
 
-class _JsonLinesWriter(_TextWriter):
-    """One JSON object a line."""
+def _json_lines(columns: Columns, form: TableFormat) -> str:
+    """Return one JSON object a line."""
 
-    def __init__(self, path: Path, form: TableFormat) -> None:
-        super().__init__(path)
-        self._columns = table_columns(form.top_k)
+    def encode(texts: Sequence[str | None]) -> list[str]:
+        return ["null" if text is None else encode_basestring(text) for text in texts]
 
-    def write(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            values = dict(zip(self._columns, row, strict=True))
-            self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    template = "{" + ", ".join(f'"{name}": %s' for name in table_columns(form.top_k)) + "}\n"
+    return "".join(map(template.__mod__, zip(*_text_columns(columns, encode), strict=True)))
 
 
-class _ParquetWriter:
-    """Typed columns: text, and float32 probabilities; only path, status and model are never null."""
+def _write_parquet(path: Path, form: TableFormat, groups: Iterable[Columns]) -> None:
+    """Write typed columns: text, and float32 probabilities; only path, status and model are never null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __init__(self, path: Path, form: TableFormat) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._rows: list[Row] = []
-        self._arrow: Any = pa
-        self._schema = pa.schema(
-            [
-                pa.field(
-                    name,
-                    pa.float32() if name.startswith("probability") else pa.string(),
-                    nullable=name not in ("path", "status", "model"),
-                )
-                for name in table_columns(form.top_k)
-            ]
-        )
-        self._file = path.open("wb")
-        self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd")
-
-    def write(self, rows: Sequence[Row]) -> None:
-        self._rows.extend(rows)
-        while len(self._rows) >= _ROW_GROUP:
-            # Groups of one length, wherever the rows came from: the same rows give the same bytes.
-            group, self._rows = self._rows[:_ROW_GROUP], self._rows[_ROW_GROUP:]
-            self._write_group(group)
-
-    def _write_group(self, rows: Sequence[Row]) -> None:
-        columns = zip(*rows, strict=True)
-        kinds = [field.type for field in self._schema]
-        arrays = [self._arrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        self._writer.write_batch(self._arrow.RecordBatch.from_arrays(arrays, schema=self._schema))
-
-    def close(self) -> None:
-        """Write what is held in memory, and the footer."""
-        if not self._file.closed:
-            with self._file:
-                rows, self._rows = self._rows, []  # taken out first: what fails is not tried again
-                if rows:
-                    self._write_group(rows)
-                self._writer.close()
+    required = ("path", "status", "model")
+    kinds = [(name, pa.float32() if name.startswith("prob") else pa.string()) for name in table_columns(form.top_k)]
+    schema = pa.schema([pa.field(name, kind, nullable=name not in required) for name, kind in kinds])
+    # The file is opened here, so that what cannot be written is an OSError with a number.
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for columns in groups:
+            failed = np.array([error is not None for error in columns.errors], bool)
+            likeliest: list[Any] = []
+            for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
+                likeliest += [pa.array(labels, pa.string()), pa.array(probabilities, pa.float32(), mask=failed)]
+            models = [columns.model] * len(columns.paths)
+            texts = (columns.paths, _statuses(columns), columns.errors, columns.sha256, models)
+            path_, status, error, sha256, model = (pa.array(column, pa.string()) for column in texts)
+            arrays = [path_, status, *likeliest, error, sha256, model]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def _read_csv(path: Path, form: TableFormat, part: bool) -> Iterator[list[str]]:
-    with path.open(encoding="utf-8" if part else "utf-8-sig", newline="") as file:
+def _prediction(values: Sequence[Any], top_k: int) -> Prediction:
+    """Return the row of values in the order of `table_columns`."""
+    path, status, *likeliest, error, sha256, model = values
+    if status not in ("ok", "error") or len(likeliest) != 2 * top_k:
+        raise ValueError(f"not a row of a table: {values!r}")
+    kind, _, message = (error or "").partition(": ")
+    labels = tuple(likeliest[::2]) if status == "ok" else ()
+    probabilities = tuple(map(float, likeliest[1::2])) if status == "ok" else ()
+    return Prediction(path, status, labels, probabilities, kind, message, sha256 or "", model)
+
+
+def _read_csv(path: Path, form: TableFormat) -> Iterator[list[str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
-        if not part:
-            _check_columns(next(rows, []), form)
+        _check_columns(next(rows, []), form)
         for row in rows:
-            yield [_undo_defuse(field) for field in row] if form.safe_csv else row
+            yield [field.removeprefix("'") for field in row] if form.safe_csv else row
 
 
-def _undo_defuse(text: str) -> str:
-    return text.removeprefix("'")
-
-
-def _read_json_lines(path: Path, form: TableFormat, _: bool) -> Iterator[list[Any]]:
+def _read_json_lines(path: Path, form: TableFormat) -> Iterator[list[Any]]:
     columns = table_columns(form.top_k)
     with path.open(encoding="utf-8", newline="") as file:
         for line in file:
@@ -312,21 +264,13 @@ def _read_json_lines(path: Path, form: TableFormat, _: bool) -> Iterator[list[An
             yield [row[column] for column in columns]
 
 
-def _read_parquet(path: Path, form: TableFormat, _: bool) -> Iterator[Row]:
-    for rows in _parquet_batches(path, form):
-        yield from rows
-
-
-def _parquet_batches(path: Path, form: TableFormat | None = None) -> Iterator[list[Row]]:
-    """Yield the rows of a Parquet file, some at a time; a probability with the digits of its float32."""
+def _read_parquet(path: Path, form: TableFormat) -> Iterator[Sequence[Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        if form is not None:
-            _check_columns(file.schema_arrow.names, form)
-        for batch in file.iter_batches(_ROW_GROUP):
-            columns = [column.to_pylist() for column in batch.columns]
-            yield [list(row) for row in zip(*columns, strict=True)]
+        _check_columns(file.schema_arrow.names, form)
+        for batch in file.iter_batches(_ROWS_READ):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def _check_columns(found: list[str], form: TableFormat) -> None:
@@ -334,12 +278,7 @@ def _check_columns(found: list[str], form: TableFormat) -> None:
         raise ValueError(f"its columns are {', '.join(found)[:100] or 'missing'}")
 
 
-_FORMATS: Final[dict[str, type[_Format]]] = {
-    ".csv": _CsvWriter,
-    ".jsonl": _JsonLinesWriter,
-    ".parquet": _ParquetWriter,
-}
-_READERS: Final[dict[str, Callable[[Path, TableFormat, bool], Iterator[Sequence[Any]]]]] = {
+_READERS: Final[dict[str, Callable[[Path, TableFormat], Iterator[Sequence[Any]]]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from cnnpipe.errors import DatasetError, StorageError, one_line
 from cnnpipe.files import display_path, user_path
-from cnnpipe.images.leftovers import OWN, SHARDS_SUFFIX, is_own_folder, name_leftover
+from cnnpipe.images.leftovers import OWN, UNFINISHED, is_own_folder, name_leftover
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -175,9 +175,8 @@ class _Walk:
         if is_root and not self.in_order:
             return names
         first = list(islice(names, _MAX_NAMES_IN_MEMORY))
-        if not is_root and is_own_folder(folder, chain(first, map(os.fsencode, skipped))):
-            if not folder.endswith(SHARDS_SUFFIX):  # often of the very job that asks
-                self.passed_over[OWN] += 1
+        if not is_root and is_own_folder(chain(first, map(os.fsencode, skipped))):
+            self.passed_over[OWN] += 1
             return iter(())
         if not self.in_order:
             return chain(first, names)
@@ -212,7 +211,8 @@ def _read_names(
             except OSError:
                 is_folder = False  # a link in a circle, or to where we may not look
             if leftover := name_leftover(folder, name, is_folder):
-                skipped[leftover] += 1
+                if leftover != UNFINISHED:  # often of the very job that asks
+                    skipped[leftover] += 1
             elif name > after:
                 yield name + _FOLDER_MARK if is_folder else name
 

@@ -17,32 +17,37 @@ from typing import Final
 from cnnpipe.files import display_path
 
 __all__ = [
+    "JOB_FILE",
     "OWN",
     "REPORT_MARK",
-    "SHARDS_SUFFIX",
     "SORTED_MARK",
-    "SUMMARY_FILE",
+    "SUMMARY_SUFFIX",
     "TABLE_SUFFIXES",
     "TELLING_NAMES",
+    "UNFINISHED",
     "describe_passed_over",
-    "described_table",
     "is_own_folder",
     "list_left_out",
     "name_leftover",
-    "summaries_of",
-    "summary_aside",
+    "summary_path",
 ]
 
 OWN: Final = "written by cnnpipe"
 """Name that `name_leftover` gives to everything that cnnpipe wrote."""
 
+UNFINISHED: Final = "unfinished table"
+"""Name that `name_leftover` gives to a `JOB_FILE`, which is not counted."""
+
 TABLE_SUFFIXES: Final = (".csv", ".jsonl", ".parquet")
 
-SUMMARY_FILE: Final = "summary.json"
-"""Written after the table: its presence means that the table is complete."""
+SUMMARY_SUFFIX: Final = ".summary.json"
+"""Ends the name of the file beside a table that is written after it: its presence means that the table is complete."""
 
-SHARDS_SUFFIX: Final = b".shards"
-"""Ends the name of a folder with the rows of a table that is not finished."""
+JOB_FILE: Final = re.compile(rb".+\.(csv|jsonl|parquet)\.job(-journal|-table)?", re.DOTALL)
+"""Names of the files of a classification that is under way (`cnnpipe.classify.job`), often of the very one that looks.
+
+They are told by their names alone, and never opened: closing a file ends the locks that this process has on it.
+"""
 
 SORTED_MARK: Final = ".cnnpipe-sorted"
 """File in a folder that `--sort-into` made: the images in it are second names of others."""
@@ -90,7 +95,7 @@ _STREAM: Final = b":Zone.Identifier"
 _ORDINARY: Final = (b".jpg", b".jpeg", b".png", b".JPG", b".JPEG", b".PNG")
 """Nearly all of millions of files end so, and need no look at the lists if they begin with a letter."""
 
-_TOLD_BY_CONTENT: Final = (*(suffix.encode() for suffix in TABLE_SUFFIXES), SUMMARY_FILE.encode(), b".html", b".htm")
+_TOLD_BY_CONTENT: Final = (*(suffix.encode() for suffix in TABLE_SUFFIXES), SUMMARY_SUFFIX.encode(), b".html", b".htm")
 
 _MARKS: Final = (
     frozenset({b"dataset.json", b"train_images.npy", b"train_labels.npy"}),  # prepared
@@ -100,7 +105,7 @@ _MARKS: Final = (
 )
 """Files that together are in no folder but one of cnnpipe's."""
 
-TELLING_NAMES: Final = frozenset({b"lock"}).union(*_MARKS)
+TELLING_NAMES: Final = frozenset[bytes]().union(*_MARKS)
 """All the names that `is_own_folder` looks for."""
 
 
@@ -117,6 +122,8 @@ def name_leftover(folder: bytes, name: bytes, is_folder: bool) -> str:
         return os.fsdecode(name[:2]) + "*" if match["system"] else OWN
     if is_folder:
         return _FOLDERS.get(name.lower(), "")
+    if JOB_FILE.fullmatch(name):
+        return UNFINISHED
     if name.endswith(_TOLD_BY_CONTENT):
         return OWN if _is_own_file(Path(os.fsdecode(folder), os.fsdecode(name))) else ""
     if name.endswith(_STREAM):
@@ -124,14 +131,14 @@ def name_leftover(folder: bytes, name: bytes, is_folder: bool) -> str:
     return _FILES.get(name.lower(), "")
 
 
-def is_own_folder(folder: bytes, names: Iterable[bytes]) -> bool:
-    """Return whether cnnpipe made a folder for itself: a run, a prepared dataset, unfinished rows, sorted images.
+def is_own_folder(names: Iterable[bytes]) -> bool:
+    """Return whether cnnpipe made a folder for itself: a run, a prepared dataset, sorted images.
 
     Args:
         names: of the files in it.
     """
     there = TELLING_NAMES.intersection(names)
-    return (b"lock" in there and folder.endswith(SHARDS_SUFFIX)) or any(marks <= there for marks in _MARKS)
+    return any(marks <= there for marks in _MARKS)
 
 
 def describe_passed_over(counts: Counter[str]) -> str:
@@ -152,9 +159,9 @@ def list_left_out(counts: Mapping[str, int]) -> str:
 def _is_own_file(path: Path) -> bool:
     """Return whether a file is a table with its summary, a summary, or a contact sheet."""
     if path.suffix in TABLE_SUFFIXES:
-        return bool(summaries_of(path))
-    if path.name.endswith(SUMMARY_FILE):
-        return described_table(path) is not None
+        return _is_own_summary(summary_path(path))
+    if path.name.endswith(SUMMARY_SUFFIX):
+        return _is_own_summary(path)
     try:
         if not path.is_file():  # a pipe would never end
             return False
@@ -164,31 +171,18 @@ def _is_own_file(path: Path) -> bool:
         return False
 
 
-def described_table(path: Path) -> str | None:
-    """Return the name of the table, in the same folder, that a `summary.json` of ours describes; None for any other.
+def summary_path(table: Path) -> Path:
+    """Return the path of a table's summary."""
+    return table.with_name(table.name + SUMMARY_SUFFIX)
 
-    A folder that was renamed or copied, or is mounted elsewhere, has the table beside the summary all the same.
-    """
+
+def _is_own_summary(path: Path) -> bool:
+    """Return whether a file is the summary of a table: JSON that names the table which the file is called after."""
     try:
         if not path.is_file():  # a pipe would never end
-            return None
-        described = Path(json.loads(path.read_bytes())["table"])
+            return False
+        table = Path(json.loads(path.read_bytes())["table"])
     except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
-        return None
-    folder = Path(display_path(str(path.parent.absolute())))
-    if described.suffix not in TABLE_SUFFIXES:
-        return None
-    own = os.path.realpath(described.parent) == os.path.realpath(folder) or path.with_name(described.name).is_file()
-    return described.name if own else None
-
-
-def summary_aside(folder: Path, table_name: str) -> Path:
-    """Return where a table's summary goes when a later table in the folder takes the name `summary.json`."""
-    return folder / f"{table_name}.{SUMMARY_FILE}"
-
-
-def summaries_of(table: Path) -> list[Path]:
-    """Return the files that hold the summary of an earlier table of this name, of which there is one at most."""
-    name = display_path(table.name)
-    places = (table.with_name(SUMMARY_FILE), summary_aside(table.parent, name))
-    return [path for path in places if described_table(path) == name]
+        return False
+    # By name only: a folder that was renamed or copied, or is mounted elsewhere, holds the same table.
+    return table.suffix in TABLE_SUFFIXES and table.name == display_path(path.name.removesuffix(SUMMARY_SUFFIX))

@@ -409,7 +409,7 @@ class _Listing:
             raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
         path, passed_over = self._root / folder, Counter[str]()
         with suppress(OSError):  # `find_files` reports it
-            if is_own_folder(os.fsencode(path), map(os.fsencode, os.listdir(path))):
+            if is_own_folder(map(os.fsencode, os.listdir(path))):
                 self._passed_over[OWN] += 1
                 return None
         files, all_wanted = [], True

@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_models import load_digits, write_digits
 
-from cnnpipe.classify.output import create_output_folder
-from cnnpipe.classify.run import classify_folder, predict_folder
+from cnnpipe.classify import run
+from cnnpipe.classify.run import classify_folder
 from cnnpipe.classify.summary import ClassificationSummary, check_failure_rate
 from cnnpipe.errors import ConfigError, DatasetError, FailureBudgetError, ModelError, PredictionsError, StorageError
 from cnnpipe.images.find import find_files
@@ -41,7 +40,9 @@ def images(tmp_path: Path) -> Path:
 
 def classify(folder: Path, model: Path, artifacts: Path, **changes: Any) -> ClassificationSummary:
     values = {"folder": str(folder), "model": str(model), "max_failure_rate": 0.2, "device": "cpu"}
-    return classify_folder(ClassifySettings.model_validate(values | changes), artifacts)
+    summary = classify_folder(ClassifySettings.model_validate(values | changes), artifacts)
+    check_failure_rate(summary)
+    return summary
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
@@ -64,7 +65,7 @@ def test_default_output_is_a_new_folder_below_artifacts(images: Path, model: Pat
     assert table.name == "predictions.csv"
     assert table.parent.parent == tmp_path / "artifacts" / "predictions"
     assert table.parent.name.startswith("images-2")
-    assert sorted(path.name for path in table.parent.iterdir()) == ["predictions.csv", "summary.json"]
+    assert sorted(path.name for path in table.parent.iterdir()) == ["predictions.csv", "predictions.csv.summary.json"]
 
 
 def test_summary_says_what_was_done(images: Path, model: Path, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_summary_says_what_was_done(images: Path, model: Path, tmp_path: Path) -
 
 def test_summary_file_is_the_summary(images: Path, model: Path, tmp_path: Path) -> None:
     summary = classify(images, model, tmp_path)
-    written = json.loads((Path(summary.table).parent / "summary.json").read_text())
+    written = json.loads(Path(f"{summary.table}.summary.json").read_text())
     assert written == json.loads(json.dumps(summary.to_json()))
     assert summary.lines()[-1] == summary.table
     assert "50 files: 40 classified, 10 failed (20.0%)" in summary.lines()
@@ -119,7 +120,7 @@ def test_too_many_failures_raise_after_everything_is_written(images: Path, model
     with pytest.raises(FailureBudgetError, match=r"10 of 50 files failed, 20\.0% .* 0\.txt \(not_an_image\).*t\.csv"):
         classify(images, model, tmp_path, output=str(table), max_failure_rate=0.19)
     assert len(read_csv(table)) == 50
-    assert json.loads((tmp_path / "summary.json").read_text())["error"] == 10
+    assert json.loads((tmp_path / "t.csv.summary.json").read_text())["error"] == 10
 
 
 def test_failure_rate_equal_to_the_limit_is_allowed(images: Path, model: Path, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_folder_where_all_fail_is_past_any_budget_below_one(model: Path, tmp_pat
 def test_existing_output_is_refused_before_any_work(images: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("precious")
-    with pytest.raises(PredictionsError, match="is there already"):
+    with pytest.raises(PredictionsError, match="exists; name another output"):
         classify(images, tmp_path / "no-such-model.onnx", tmp_path, output=str(table))
     assert table.read_text() == "precious"
 
@@ -150,41 +151,40 @@ def test_overwrite_replaces_the_table_and_its_summary(images: Path, model: Path,
     (images / "0.txt").unlink()
     classify(images, model, tmp_path, output=str(table), overwrite=True)
     assert len(read_csv(table)) == 49
-    assert json.loads((tmp_path / "summary.json").read_text())["found"] == 49
+    assert json.loads((tmp_path / "t.csv.summary.json").read_text())["found"] == 49
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_summary_file_of_the_users_own_is_never_replaced(
-    images: Path, model: Path, tmp_path: Path, overwrite: bool
-) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "summary.json").write_text('{"mine":1}')
-    with pytest.raises(PredictionsError, match=r"own/summary\.json is no summary of ours"):
-        classify(images, model, tmp_path, output=str(tmp_path / "own" / "a.csv"), overwrite=overwrite)
-    assert (tmp_path / "own" / "summary.json").read_text() == '{"mine":1}'
-    assert [path.name for path in (tmp_path / "own").iterdir()] == ["summary.json"]
+def test_summary_is_part_of_the_output(images: Path, model: Path, tmp_path: Path) -> None:
+    summary = tmp_path / "t.csv.summary.json"
+    summary.write_text('{"mine":1}')
+    with pytest.raises(PredictionsError, match=r"t\.csv\.summary\.json exists; .*--overwrite"):
+        classify(images, model, tmp_path, output=str(tmp_path / "t.csv"))
+    assert summary.read_text() == '{"mine":1}'
+    summary.unlink()
+    summary.mkdir()
+    with pytest.raises(PredictionsError, match=r"must be a file, received the folder .*t\.csv\.summary\.json"):
+        classify(images, model, tmp_path, output=str(tmp_path / "t.csv"), overwrite=True)
 
 
-def test_summary_of_an_earlier_table_in_the_folder_steps_aside(images: Path, model: Path, tmp_path: Path) -> None:
+def test_tables_of_one_folder_have_a_summary_each(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (out / "summary.json").parent.mkdir()
+    (out / "summary.json").write_text("mine")
     classify(images, model, tmp_path, output=str(out / "a.csv"))
-    first = (out / "summary.json").read_bytes()
-
+    first = (out / "a.csv.summary.json").read_bytes()
     classify(images, model, tmp_path, output=str(out / "a.jsonl"))
-
     assert (out / "a.csv.summary.json").read_bytes() == first
-    assert json.loads((out / "summary.json").read_text())["table"] == str(out / "a.jsonl")
-    names = ["a.csv", "a.csv.summary.json", "a.jsonl", "summary.json"]
+    assert json.loads((out / "a.jsonl.summary.json").read_text())["table"] == str(out / "a.jsonl")
+    names = ["a.csv", "a.csv.summary.json", "a.jsonl", "a.jsonl.summary.json", "summary.json"]
     assert sorted(path.name for path in out.iterdir()) == names
+    assert (out / "summary.json").read_text() == "mine"
 
-    with pytest.raises(PredictionsError, match="is there already"):
-        classify(images, model, tmp_path, output=str(out / "a.csv"))
-    (images / "0.txt").unlink()
-    classify(images, model, tmp_path, output=str(out / "a.csv"), overwrite=True)
 
-    assert json.loads((out / "summary.json").read_text())["found"] == 49
-    assert json.loads((out / "a.jsonl.summary.json").read_text())["found"] == 50
-    assert not (out / "a.csv.summary.json").exists()
+@pytest.mark.parametrize("output", ["t.xlsx", "folder.csv", "n" * 300 + ".csv"])
+def test_output_that_cannot_be_is_refused(images: Path, tmp_path: Path, output: str) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises((ValueError, PredictionsError, StorageError), match=r"must end in|must be a file|name too long"):
+        classify(images, tmp_path / "no-such-model.onnx", tmp_path, output=str(tmp_path / output))
 
 
 def test_own_summary_is_known_by_any_spelling_of_the_path(
@@ -202,7 +202,7 @@ def test_summary_is_beside_a_table_whose_name_is_not_utf8(images: Path, model: P
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     for overwrite in (False, True):
         classify(images, model, tmp_path, output=str(folder / "t.csv"), overwrite=overwrite)
-        assert sorted(path.name for path in folder.iterdir()) == ["summary.json", "t.csv"]
+        assert sorted(path.name for path in folder.iterdir()) == ["t.csv", "t.csv.summary.json"]
 
 
 def test_output_that_another_process_is_writing_is_refused(images: Path, model: Path, tmp_path: Path) -> None:
@@ -212,12 +212,12 @@ def test_output_that_another_process_is_writing_is_refused(images: Path, model: 
 
     def begin_another(*_: object) -> None:
         with pytest.raises(PredictionsError, match=r"another process is writing .*t\.csv; wait for it") as error:
-            predict_folder(settings, tmp_path)
+            classify_folder(settings, tmp_path)
         refused.append(str(error.value))
 
-    assert predict_folder(settings, tmp_path, progress=begin_another).found == 50
+    assert classify_folder(settings, tmp_path, progress=begin_another).found == 50
     assert refused
-    assert sorted(path.name for path in table.parent.iterdir()) == ["summary.json", "t.csv"]
+    assert sorted(path.name for path in table.parent.iterdir()) == ["t.csv", "t.csv.summary.json"]
 
 
 def test_table_that_came_meanwhile_stays_until_it_may_be_replaced(images: Path, model: Path, tmp_path: Path) -> None:
@@ -228,36 +228,24 @@ def test_table_that_came_meanwhile_stays_until_it_may_be_replaced(images: Path, 
         table.write_text("theirs")
 
     with pytest.raises(PredictionsError, match=r"t\.csv was written by another process meanwhile and stays"):
-        predict_folder(settings, tmp_path, progress=write_theirs)
+        classify_folder(settings, tmp_path, progress=write_theirs)
     assert table.read_text() == "theirs"
-    summary = predict_folder(settings.model_copy(update={"overwrite": True}), tmp_path)
+    summary = classify_folder(settings.model_copy(update={"overwrite": True}), tmp_path)
     assert summary.resumed == summary.found == len(read_csv(table)) == 50
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_summary_that_came_meanwhile_stays_and_the_table_is_kept(
-    images: Path, model: Path, tmp_path: Path, overwrite: bool
+def test_default_outputs_of_the_same_second_are_different_folders(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ClassifySettings(
-        folder=str(images), model=str(model), device="cpu", output=str(tmp_path / "b.csv"), overwrite=overwrite
-    )
-    theirs = tmp_path / "summary.json"
-
-    def write_theirs(*_: object) -> None:
-        theirs.write_text('{"table": "a.csv"}')
-
-    with pytest.raises(PredictionsError, match=r"b\.csv is complete, but .*summary\.json was written by another"):
-        predict_folder(settings, tmp_path, progress=write_theirs)
-    assert theirs.read_text() == '{"table": "a.csv"}'
-    assert len(read_csv(tmp_path / "b.csv")) == 50
+    monkeypatch.setattr(run, "datetime", SameSecond)
+    names = {Path(classify(images, model, tmp_path).table).parent.name for _ in range(3)}
+    assert names == {"images-20260102T030405Z", "images-20260102T030405Z-2", "images-20260102T030405Z-3"}
 
 
-def test_default_outputs_of_the_same_second_are_different_folders(tmp_path: Path) -> None:
-    started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    with ThreadPoolExecutor(4) as threads:
-        futures = [threads.submit(create_output_folder, tmp_path / "photos", tmp_path, started) for _ in range(8)]
-        names = {future.result().name for future in futures}
-    assert names == {"photos-20260102T030405Z", *(f"photos-20260102T030405Z-{number}" for number in range(2, 9))}
+class SameSecond(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> SameSecond:
+        return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
 
 
 @pytest.mark.parametrize("name", ["n" * 250, "ü" * 125])
@@ -276,7 +264,7 @@ def test_classification_that_is_stopped_leaves_no_default_output(
 
     settings = ClassifySettings(folder=str(images), model=str(model), device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        predict_folder(settings, tmp_path / "artifacts", progress=interrupt)
+        classify_folder(settings, tmp_path / "artifacts", progress=interrupt)
     assert list((tmp_path / "artifacts" / "predictions").iterdir()) == []
 
 
@@ -288,7 +276,7 @@ def test_error_of_the_progress_display_is_not_called_one_of_the_table(
 
     settings = ClassifySettings(folder=str(images), model=str(model), device="cpu")
     with pytest.raises(ConnectionResetError, match="the terminal is gone"):
-        predict_folder(settings, tmp_path, progress=fail)
+        classify_folder(settings, tmp_path, progress=fail)
 
 
 def test_own_output_in_the_folder_is_not_classified(images: Path, model: Path, tmp_path: Path) -> None:
@@ -327,7 +315,7 @@ def test_output_that_cannot_be_written_is_one_clear_error(images: Path, model: P
 def test_progress_counts_up_to_all_files(images: Path, model: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     settings = ClassifySettings(folder=str(images), model=str(model), device="cpu", max_failure_rate=0)
-    predict_folder(settings, tmp_path, progress=lambda *args: seen.append(args))
+    classify_folder(settings, tmp_path, progress=lambda *args: seen.append(args))
     assert seen[-1][:2] == ("classify: 10 failed", 50)
     assert {total for _, _, total in seen} <= {0, 50}  # unknown until they are counted
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)

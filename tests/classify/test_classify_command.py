@@ -48,7 +48,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def summary_beside(table: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((table.parent / "summary.json").read_text())
+    content: dict[str, Any] = json.loads(table.with_name(f"{table.name}.summary.json").read_text())
     return content
 
 
@@ -68,7 +68,7 @@ def test_patterns_that_leave_nothing_are_told(images: Path, model: Path, tmp_pat
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: no file is left of ")
     assert not (tmp_path / "t.csv").exists()
-    assert not (tmp_path / "t.csv.shards").exists()
+    assert not (tmp_path / "t.csv.job").exists()
 
 
 @pytest.mark.parametrize("separator", [b"\n", b"\0"], ids=["newline", "NUL"])
@@ -111,7 +111,7 @@ def test_a_list_of_which_nothing_exists_replaces_no_table(how: str, images: Path
     assert ended.returncode == 1
     assert "error: no path in the list of files from " in ended.stderr.splitlines()[-1]
     assert (table.read_bytes(), summary_beside(table)) == good
-    assert not (tmp_path / "t.csv.shards").exists()
+    assert not (tmp_path / "t.csv.job").exists()
 
 
 def test_missing_list_and_missing_folder_are_one_line(images: Path, model: Path, tmp_path: Path) -> None:
@@ -169,9 +169,10 @@ def test_report_is_one_page_that_names_every_class_and_error(images: Path, model
 def test_what_cnnpipe_wrote_into_the_folder_is_no_row_the_next_time(images: Path, model: Path) -> None:
     (images / "mine.csv").write_text("a,b\n")
     (images / "mine.html").write_text("<!DOCTYPE html>")
-    (images / "jobs.shards").mkdir()
-    (images / "jobs.shards" / "0.tar").write_text("mine too")
-    expected = {"mine.csv", "mine.html", "notes.txt", "jobs.shards/0.tar"}
+    (images / "summary.json").write_text("{}")
+    (images / "print.job").write_text("mine too")
+    (images / "other.csv.job").write_text("an unfinished table of another folder, say")
+    expected = {"mine.csv", "mine.html", "notes.txt", "summary.json", "print.job"}
     outputs = ("out/t.parquet", "a.jsonl", "b.csv", "b.csv")
     for number, output in enumerate(outputs):
         table = images / output
@@ -260,7 +261,6 @@ def test_failed_rows_are_tried_again_on_demand(images: Path, model: Path, tmp_pa
     assert {row["status"] for row in read_csv(table)} == {"ok"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_ended_in_the_middle_it_says_so_and_goes_on_when_run_again(
     model: Path, tmp_path: Path, ending: signal.Signals
@@ -275,9 +275,9 @@ def test_ended_in_the_middle_it_says_so_and_goes_on_when_run_again(
         command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    shards = tmp_path / "out" / "t.csv.shards"
+    job = tmp_path / "out" / "t.csv.job"
     end = time.monotonic() + 60
-    while len(list(shards.glob("*.json"))) < 5:
+    while not job.exists() or job.stat().st_size < 100_000:  # some shards
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     begun.send_signal(signal.SIGSTOP)
@@ -293,4 +293,4 @@ def test_ended_in_the_middle_it_says_so_and_goes_on_when_run_again(
     assert ended.returncode == 0, ended.stderr
     assert "resumed: " in ended.stdout
     assert len(read_csv(table)) == 6001
-    assert not shards.exists()
+    assert sorted(path.name for path in table.parent.iterdir()) == ["t.csv", "t.csv.summary.json"]

@@ -27,9 +27,9 @@ from cnnpipe.classify.contact_sheet import (
     thumbnail,
     write_report,
 )
-from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import SortedFiles
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import AlreadyThereError, ImageError, PredictionsError
 from cnnpipe.files import display_path
 

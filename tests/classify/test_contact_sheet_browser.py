@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from test_contact_sheet import summarize
 
 from cnnpipe.classify.contact_sheet import write_report
-from cnnpipe.classify.engine import Prediction
+from cnnpipe.classify.table import Prediction
 
 pytestmark = pytest.mark.browser
 

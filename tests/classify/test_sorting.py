@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cnnpipe.classify.engine import Prediction
 from cnnpipe.classify.sort_into import SortedFiles, check_target, label_folder, path_in_folder, sort_files
+from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import PredictionsError, StorageError
 from cnnpipe.files import display_path, source_path
 from cnnpipe.images.find import find_files

@@ -156,7 +156,7 @@ def test_too_many_failures_as_json_have_the_whole_summary(place: Workplace, phot
     assert result.returncode == 3
     summary = json.loads(result.stdout.splitlines()[0])
     assert (summary.pop("status"), summary.pop("ui")) == ("too_many_failures", _address(result.stderr))
-    assert summary == json.loads((tmp_path / "summary.json").read_bytes())
+    assert summary == json.loads((tmp_path / "table.csv.summary.json").read_bytes())
 
 
 def _hear(process: subprocess.Popen[str], text: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -21,18 +22,15 @@ import pytest
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.flow_engine import run_flow
-from prefect.states import AwaitingRetry
 from tiny_models import write_model
 
-from cnnpipe.classify.run import open_classification, predict_folder
-from cnnpipe.classify.running import run_planned_shard
-from cnnpipe.classify.shards import Job, ShardFolder
+from cnnpipe.classify.engine import Shard
+from cnnpipe.classify.run import Classification, classify_folder, open_classification
 from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
 from cnnpipe.settings import ClassifySettings
-from flows import cluster, dask_shards
-from flows.classify_flow import classify
-from flows.runners import check_runner
+from flows import dask
+from flows.classify_flow import classify, classify_shard
+from flows.dask import check_runner, run_shard
 
 ROOT: Final = Path(__file__).parents[2]
 NUM_FILES: Final = 75
@@ -57,7 +55,7 @@ def settings_for(images: Path, model: Path, output: Path, **changes: Any) -> Cla
 def table(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return the table of `images` as this process makes it."""
     folder = tmp_path_factory.mktemp("local")
-    predict_folder(settings_for(images, model, folder / "t.csv"), folder)
+    classify_folder(settings_for(images, model, folder / "t.csv"), folder)
     return (folder / "t.csv").read_bytes()
 
 
@@ -158,7 +156,7 @@ def test_the_table_has_the_bytes_of_one_made_without_dask(
     assert state.result()["found"] == NUM_FILES
     assert (tmp_path / "t.csv").read_bytes() == table
     assert shard_states(client, state) == {f"shard-{number}": ["Completed"] for number in range(5)}
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["summary.json", "t.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["t.csv", "t.csv.summary.json"]
 
 
 def test_a_worker_killed_in_the_middle_costs_no_row(
@@ -169,13 +167,13 @@ def test_a_worker_killed_in_the_middle_costs_no_row(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    predict_folder(settings_for(many_images, model, tmp_path / "local" / "t.csv", shard_size=1500), tmp_path)
+    classify_folder(settings_for(many_images, model, tmp_path / "local" / "t.csv", shard_size=1500), tmp_path)
     settings = settings_for(many_images, model, tmp_path / "dask" / "t.csv", shard_size=1500)
-    under_way = tmp_path / "dask" / "t.csv.shards"
+    job = tmp_path / "dask" / "t.csv.job"
     victim = two_workers.workers[0]
 
     def kill() -> None:
-        while len(list(under_way.glob("0*.json"))) < 2 or not list(under_way.glob(".0*.csv")):
+        while not has_rows(job, 1500):
             time.sleep(0.01)
         victim.send_signal(signal.SIGKILL)
 
@@ -190,45 +188,27 @@ def test_a_worker_killed_in_the_middle_costs_no_row(
     assert shard_states(client, state) == {f"shard-{number}": ["Completed"] for number in range(8)}
 
 
-def test_one_shard_that_fails_leaves_the_others_and_a_retry_does_only_that(
-    two_workers: Cluster,
-    client: SyncPrefectClient,
-    images: Path,
-    model: Path,
-    table: bytes,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_only_the_shard_that_is_missing_is_done(
+    two_workers: Cluster, client: SyncPrefectClient, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(dask_shards.classify_shard, "retry_delay_seconds", 0)
-    settings = settings_for(images, model, tmp_path / "t.csv")
-    folder = tmp_path / "t.csv.shards"
-    threading.Thread(target=stand_in_the_way_when_begun, args=(folder, 2), daemon=True).start()
+    folders = [Path(shutil.copytree(images / "0", tmp_path / "images" / f"{number}")) for number in range(3)]
+    settings = settings_for(tmp_path / "images", model, tmp_path / "t.csv", shard_size=len(list(folders[0].iterdir())))
+    settings = settings.model_copy(update={"max_failure_rate": 1.0})
+    with open_classification(settings, tmp_path) as classification:
+        shards = list(classification.plan())
+        for shard, digests in shards:
+            if shard.number != 1:
+                classification.add(shard, *do(classification, shard, digests))
+    assert len(shards) == 3
 
-    failed = run_on_dask(settings, tmp_path, two_workers.address)
+    state = run_on_dask(settings, tmp_path, two_workers.address)
 
-    with pytest.raises(
-        PredictionsError, match=r"1 of 5 shards failed, number 2 because: cannot write .*000002-.{8}\.csv"
-    ):
-        failed.result()
-    assert sorted(state for (state,) in shard_states(client, failed).values()) == 4 * ["Completed"] + ["Failed"]
-
-    [in_the_way] = folder.glob("000002-*.csv")
-    in_the_way.rmdir()
-    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
-    retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
-
-    assert isinstance(retried, State)
-    assert retried.result()["resumed"] == NUM_FILES - SHARD_SIZE
-    assert (tmp_path / "t.csv").read_bytes() == table
-    assert shard_states(client, retried)["shard-0"] == ["Completed"]
-    assert sorted(shard_states(client, retried)["shard-2"]) == ["Completed", "Failed"]
-
-
-def stand_in_the_way_when_begun(folder: Path, number: int) -> None:
-    """Put a folder in the way of a shard's rows, as soon as its job has begun."""
-    while (job := Job.read(folder)) is None:
-        time.sleep(0.001)
-    ShardFolder(folder, job).rows_path(number).mkdir()
+    assert state.result()["resumed"] == 2 * settings.shard_size
+    assert shard_states(client, state) == {"shard-1": ["Completed"]}
+    classify_folder(
+        settings_for(tmp_path / "images", model, tmp_path / "whole.csv", shard_size=settings.shard_size), tmp_path
+    )
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_incremental_and_retry_failed_work_as_without_dask(
@@ -236,7 +216,7 @@ def test_incremental_and_retry_failed_work_as_without_dask(
 ) -> None:
     own = Path(shutil.copytree(images, tmp_path / "images"))
     settings = settings_for(own, model, tmp_path / "t.csv")
-    predict_folder(settings, tmp_path)
+    classify_folder(settings, tmp_path)
     shutil.copy(own / "0" / "0000.png", own / "1" / "0001.png")
     shutil.copy(own / "0" / "0000.png", own / "2" / "notes.txt")
 
@@ -246,7 +226,7 @@ def test_incremental_and_retry_failed_work_as_without_dask(
     renewed = run_on_dask(settings.model_copy(update={"incremental": True}), tmp_path, two_workers.address)
     assert (renewed.result()["unchanged"], renewed.result()["error"]) == (NUM_FILES - 5, 4)
 
-    predict_folder(settings_for(own, model, tmp_path / "anew.csv"), tmp_path)
+    classify_folder(settings_for(own, model, tmp_path / "anew.csv"), tmp_path)
     assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "anew.csv").read_bytes()
 
 
@@ -260,6 +240,14 @@ def test_without_a_scheduler_a_cluster_is_started_on_this_machine_and_ended(
     assert state.result()["found"] == NUM_FILES
     assert (tmp_path / "t.csv").read_bytes() == table
     assert {*children()} <= before
+
+
+def has_rows(job: Path, number: int) -> bool:
+    """Return whether a job file is larger than the names of its files, and some rows, can make it.
+
+    It is locked, so it can only be looked at from outside.
+    """
+    return job.exists() and job.stat().st_size > 160 * NUM_FILES * 30 + number * 80
 
 
 def children() -> Iterator[str]:
@@ -281,16 +269,18 @@ def test_a_scheduler_that_is_lost_in_the_middle_ends_the_run_with_one_line(
     with Cluster(tmp_path_factory.mktemp("lost")).with_workers(1) as lost:
 
         def kill() -> None:
-            while not list((tmp_path / "t.csv.shards").glob("0*.json")):
+            while not has_rows(tmp_path / "t.csv.job", 1500):
                 time.sleep(0.01)
             lost.scheduler.kill()
 
         threading.Thread(target=kill, daemon=True).start()
         state = run_on_dask(settings, tmp_path, lost.address)
 
-    with pytest.raises(ServerError, match="the Dask scheduler was lost in the middle; what was finished is kept"):
+    with pytest.raises(
+        ServerError, match="the Dask scheduler was lost in the middle; the rows that are there are kept"
+    ):
         state.result()
-    summary = predict_folder(settings, tmp_path)
+    summary = classify_folder(settings, tmp_path)
     assert summary.resumed >= 1500
     assert summary.found == 160 * NUM_FILES
 
@@ -302,11 +292,11 @@ def test_a_scheduler_that_is_lost_before_a_result_has_come_is_told() -> None:
         raise CommClosedError("Connection reset by peer")
 
     with pytest.raises(ServerError, match="the Dask scheduler was lost in the middle"):
-        dask_shards._fetch_state(SimpleNamespace(result=result))
+        dask._fetch_state(SimpleNamespace(result=result))
 
 
 def test_an_address_where_no_scheduler_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_SECONDS_TO_CONNECT", 0.5)
+    monkeypatch.setattr(dask, "_SECONDS_TO_CONNECT", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
@@ -318,14 +308,14 @@ def test_an_address_where_no_scheduler_answers_is_told(monkeypatch: pytest.Monke
 
 
 def connect(address: str) -> None:
-    with cluster.cluster_task_runner(address):
+    with dask.cluster_task_runner(address, classify_shard):
         pytest.fail("nobody was there")
 
 
 def test_a_worker_that_lacks_the_package_is_told(prefect_server: None, tmp_path: Path) -> None:
     hidden = tmp_path / "flows.py"  # found before the package, in the folder that the worker runs in
     hidden.write_text("")
-    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.shards'.*; install the same cnnpipe"
+    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.classify'.*; install the same cnnpipe"
     with Cluster(tmp_path).with_workers(1, tmp_path) as other, pytest.raises(ServerError, match=told):
         connect(other.address)
 
@@ -333,7 +323,7 @@ def test_a_worker_that_lacks_the_package_is_told(prefect_server: None, tmp_path:
 def test_a_cluster_that_gets_no_workers_is_told(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_WITHOUT_WORKERS", 0.5)
+    monkeypatch.setattr(dask, "SECONDS_WITHOUT_WORKERS", 0.5)
     with Cluster(tmp_path) as idle, pytest.raises(ServerError, match=f"no workers .* `dask worker {idle.address}`"):
         connect(idle.address)
 
@@ -354,7 +344,7 @@ def test_a_scheduler_without_dask_is_a_usage_error() -> None:
 
 
 def test_the_flow_loads_no_dask_until_it_is_asked_for() -> None:
-    code = "import flows.classify_flow, sys; print({'dask', 'distributed', 'prefect_dask'} & {*sys.modules})"
+    code = "import flows.classify, sys; print({'dask', 'distributed', 'prefect_dask'} & {*sys.modules})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "set()"
 
@@ -366,9 +356,49 @@ def test_dask_that_is_not_installed_is_told_with_the_way_to_get_it(monkeypatch: 
         check_runner("dask", None)
 
 
-def test_a_worker_that_does_not_see_the_shards_says_so(tmp_path: Path) -> None:
-    with pytest.raises(PredictionsError, match=r"no classification in .* all workers must see the images, the model"):
-        run_planned_shard(tmp_path / "t.csv.shards", 0)
+def do(classification: Classification, shard: Shard, digests: list[str]) -> Any:
+    """Do a shard as a worker does it."""
+    files = b"".join(os.fsencode(path) + b"\0" for path in shard.paths)
+    return run_shard(classification.job.to_json(), shard.number, files, digests, 1)
+
+
+def test_shards_done_by_other_processes_in_any_order_make_the_same_table(
+    images: Path, model: Path, table: bytes, tmp_path: Path
+) -> None:
+    with open_classification(settings_for(images, model, tmp_path / "t.csv"), tmp_path) as classification:
+        shards = list(classification.plan())
+        for shard, digests in reversed(shards):
+            classification.add(shard, *do(classification, shard, digests))
+        summary = classification.finish()
+    assert [shard.number for shard, _ in shards] == list(range(5))
+    assert summary.found == NUM_FILES
+    assert (tmp_path / "t.csv").read_bytes() == table
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_shards_that_are_left_over_are_done_in_this_process(
+    images: Path, model: Path, table: bytes, tmp_path: Path, changed: bool
+) -> None:
+    own = Path(shutil.copytree(images, tmp_path / "images"))
+    settings = settings_for(own, model, tmp_path / "t.csv")
+    with open_classification(settings, tmp_path) as classification:
+        for shard, digests in classification.plan():
+            if shard.number in (1, 3):
+                classification.add(shard, *do(classification, shard, digests))
+    if changed:  # what comes after the list was made is not in the table
+        shutil.copy(own / "0" / "0000.png", own / "0" / "new.png")
+    summary = classify_folder(settings, tmp_path)
+    assert summary.resumed == 2 * SHARD_SIZE
+    assert (tmp_path / "t.csv").read_bytes() == table
+
+
+def test_a_worker_that_does_not_see_the_model_says_so(images: Path, model: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(model, tmp_path / "model.onnx"))
+    with open_classification(settings_for(images, own, tmp_path / "t.csv"), tmp_path) as classification:
+        shard, digests = next(classification.plan())
+        own.unlink()
+        with pytest.raises(PredictionsError, match=rf"there is no model {own} on .* all workers must see the images"):
+            do(classification, shard, digests)
 
 
 @pytest.mark.parametrize("mounted", [False, True])
@@ -377,24 +407,21 @@ def test_a_worker_that_does_not_see_the_images_says_so(
 ) -> None:
     own = Path(shutil.copytree(images, tmp_path / "images"))
     with open_classification(settings_for(own, model, tmp_path / "t.csv"), tmp_path) as classification:
-        next(classification.plan())
+        shard, digests = next(classification.plan())
         own.rename(tmp_path / "elsewhere")
         if mounted:
             own.mkdir()
         with pytest.raises(PredictionsError, match=f"images in {own} cannot be found on {socket.gethostname()}"):
-            run_planned_shard(classification.shards.path, 0)
-        assert not classification.shards.is_complete(0)
+            do(classification, shard, digests)
 
 
 def test_a_worker_with_other_versions_or_another_model_is_refused(images: Path, model: Path, tmp_path: Path) -> None:
     own = Path(shutil.copy(model, tmp_path / "model.onnx"))
     with open_classification(settings_for(images, own, tmp_path / "t.csv"), tmp_path) as classification:
-        next(classification.plan())
+        shard, digests = next(classification.plan())
         own.write_bytes(write_model(tmp_path / "other.onnx", scale=1 / 128).read_bytes())
         with pytest.raises(PredictionsError, match="is not the model that the classification was begun with"):
-            run_planned_shard(classification.shards.path, 0)
-        file = classification.shards.path / "job.json"
-        job = json.loads(file.read_bytes())
-        file.write_text(json.dumps({**job, "versions": {**job["versions"], "pillow": "1.0"}}))
+            do(classification, shard, digests)
+        job = replace(classification.job, versions={**classification.job.versions, "pillow": "1.0"})
         with pytest.raises(PredictionsError, match=r"has pillow .* where the classification was begun with 1\.0"):
-            run_planned_shard(classification.shards.path, 0)
+            run_shard(job.to_json(), 0, b"a.png\0", [""], 1)

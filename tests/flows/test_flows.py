@@ -32,7 +32,7 @@ from prefect.states import AwaitingRetry
 from tiny_models import write_digits, write_model
 
 import flows.classify_flow
-from cnnpipe.classify.run import predict_folder
+from cnnpipe.classify.run import classify_folder
 from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
@@ -262,7 +262,7 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     write_digits(tmp_path / "images", range(75))
     settings = ClassifySettings(folder=str(tmp_path / "images"), model=str(model), shard_size=16, workers=1)
     unbroken = settings.model_copy(update={"output": str(tmp_path / "unbroken.csv")})
-    predict_folder(unbroken, tmp_path)
+    classify_folder(unbroken, tmp_path)
     monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_UPDATES", 0.05)
     monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_LINES", 0.0)
 
@@ -311,6 +311,6 @@ def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
     with pytest.raises(FailureBudgetError, match="1 of 13 files failed") as caught:
         state.result()
     summary = pickle.loads(pickle.dumps(caught.value)).summary
-    assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "summary.json").read_bytes())
+    assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "table.csv.summary.json").read_bytes())
     assert (tmp_path / "table.csv").exists()
     assert "classification-summary" in artifacts_of(client, state)

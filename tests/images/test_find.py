@@ -273,7 +273,7 @@ def test_counting_agrees_with_finding_and_with_the_filter(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    for name in (".DS_Store", "@eaDir/1.jpg", "a/b/.Trash-7/2.jpg", "x.csv.shards/lock", "x.csv.shards/1.jpg"):
+    for name in (".DS_Store", "@eaDir/1.jpg", "a/b/.Trash-7/2.jpg", "x.csv.job", "x.csv.job-journal"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert count_files(tmp_path) == len(list(find_files(tmp_path))) == 6
