@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Final
 
 from cnnpipe.devices import ask_driver
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNormalization",
     "compiles_with_xla",
     "computing_in",
+    "count_lanes",
     "full_float32",
     "keras",
     "make_repeatable",
@@ -29,10 +31,11 @@ __all__ = [
     "replicated",
     "select_device",
     "select_precision",
+    "spread",
 ]
 
 LANES: Final = 2
-"""Parts of a batch that a CPU computes side by side, however many cores it has: see `cnnpipe.train.lanes`."""
+"""Parts of a batch that a CPU computes side by side, however many cores it has: see `spread`."""
 
 _CHATTER: Final = re.compile(r"I0000 |WARNING: All log messages before absl::|E0000 .* failed call to cuInit")
 """Lines of TensorFlow's C++, written whatever its log level: remarks, and that a machine without a GPU has none."""
@@ -262,3 +265,51 @@ def _use_only(gpus: list[Any]) -> None:
     except RuntimeError as error:
         reason = one_line(error)
         raise ProviderError(f"TensorFlow already uses another device: {reason}; start a new process") from error
+
+
+_MIN_LANE_IMAGES: Final = 16
+"""Images in a part: with fewer, convolutions are slow and the statistics of batch normalisation are poor."""
+
+
+def count_lanes(batch_size: int, device: str) -> int:
+    """Return how many parts batches are split into.
+
+    Args:
+        batch_size: images of the smallest batch.
+        device: what `backend.select_device` returned.
+    """
+    return LANES if device == "cpu" and batch_size >= LANES * _MIN_LANE_IMAGES else 1  # a GPU wants one large batch
+
+
+def spread(network: keras.Model, lanes: int) -> keras.layers.Layer:
+    """Return a layer that does what the network does, to each part of its batches; the weights are the same objects.
+
+    In training, batch normalisation sees the parts apart from each other.
+    """
+    return _Lanes(network, lanes) if lanes > 1 else network
+
+
+class _Lanes(keras.layers.Layer):  # type: ignore[misc]
+    """A network that takes its batch in parts that do not depend on each other, side by side."""
+
+    def __init__(self, network: keras.Model, number: int) -> None:
+        super().__init__(name="lanes")
+        self.network = network
+        self._number = number
+
+    def call(self, inputs: Sequence[keras.KerasTensor], training: bool = False) -> keras.KerasTensor:
+        """Return the network's output for the whole batch in its order, (N, classes).
+
+        Args:
+            inputs: what the network takes, each (N, …).
+        """
+        ops = keras.ops
+        length = ops.shape(inputs[0])[0]
+        edges = [index * length // self._number for index in range(self._number + 1)]
+        parts = [[each[start:end] for each in inputs] for start, end in pairwise(edges)]
+        given = [part if len(inputs) > 1 else part[0] for part in parts]  # as the network is called otherwise
+        return ops.concatenate([self.network(part, training=training) for part in given])
+
+    def compute_output_shape(self, input_shape: Sequence[tuple[int | None, ...]]) -> tuple[int | None, ...]:
+        """Return the shape of what comes out for the shapes that go in."""
+        return (input_shape[0][0], *self.network.output_shape[1:])

@@ -30,8 +30,8 @@ from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run, list_runs
 from cnnpipe.settings import RetrainSettings
 from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
-from cnnpipe.train.augmentation import RESIDENT_NAME
 from cnnpipe.train.backend import keras
+from cnnpipe.train.batches import RESIDENT_NAME
 
 __all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_state"]
 

@@ -46,7 +46,7 @@ class Recipe:
     average_flips: bool = False
     """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
     average_weights: bool = False
-    """Validate and keep the running average of the weights, see `cnnpipe.train.candidate`."""
+    """Validate and keep the running average of the weights, see `cnnpipe.train.fit.Candidate`."""
     calibrate: bool = False
     """Give the network that is kept the temperature that suits it, see `cnnpipe.train.calibrate`."""
     min_steps: int = 0

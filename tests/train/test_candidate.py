@@ -9,7 +9,7 @@ from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.settings import TrainSettings
 from cnnpipe.train.backend import keras
 from cnnpipe.train.batches import open_batches
-from cnnpipe.train.candidate import Candidate
+from cnnpipe.train.fit import Candidate
 from cnnpipe.train.networks import average_flips, build_network, measure_input
 from cnnpipe.train.presets import resolve_recipe
 

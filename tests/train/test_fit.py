@@ -27,8 +27,7 @@ from cnnpipe.registry import create_run
 from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings, load_toml
 from cnnpipe.train.backend import keras, pipeline, select_precision
 from cnnpipe.train.batches import Batches
-from cnnpipe.train.fit import _class_weights, train_model
-from cnnpipe.train.record import HISTORY_COLUMNS
+from cnnpipe.train.fit import HISTORY_COLUMNS, _class_weights, train_model
 from cnnpipe.train.schedule import Piece, plan_piece
 
 
@@ -40,7 +39,7 @@ def history_of(run: Path) -> list[dict[str, str]]:
 def count_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a second pass with every look at the clock: about one for each step."""
     clock = count(0.0)
-    monkeypatch.setattr("cnnpipe.train.record.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("cnnpipe.train.fit.time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
 
 def watch_pieces(monkeypatch: pytest.MonkeyPatch) -> list[Piece]:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.train.backend import keras
-from cnnpipe.train.lanes import count_lanes, spread
+from cnnpipe.train.backend import count_lanes, keras, spread
 from cnnpipe.train.networks import build_network, measure_input
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), dtype=np.uint8)

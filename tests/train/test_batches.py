@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.train.augmentation import Augmentation, ResidentImages, draw_views, shrink
 from cnnpipe.train.backend import keras
+from cnnpipe.train.batches import Augmentation, ResidentImages, draw_views, shrink
 from cnnpipe.train.checkpoints import training_state
 
 Images = npt.NDArray[np.uint8]
