@@ -16,20 +16,17 @@ import tensorflow as tf
 from benchmarks.tables import markdown_lines
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.settings import TrainSettings
-from cnnpipe.train import fit
-from cnnpipe.train.backend import computing_in, pipeline
-from cnnpipe.train.networks import measure_input
+from cnnpipe.train.backend import pipeline
+from cnnpipe.train.fit import build_models
 from cnnpipe.train.presets import PRESETS, resolve_recipe
 
 
 def count_step(dataset: PreparedDataset, preset: str) -> tuple[str, ...]:
-    """Return one row for each image size that a preset trains on."""
+    """Return the row of a preset."""
     recipe = resolve_recipe(TrainSettings.model_validate({"preset": preset}), dataset.num_images["train"], "cuda:0")
-    like = (recipe.network, dataset.image_size, len(dataset.class_names), measure_input(dataset.images("train")))
-    with computing_in("bfloat16"):
-        trained = fit._assemble(like, recipe, dataset, 0, "cuda:0", "bfloat16", 1)
-    ((size, model),) = trained.models.items()
-    batch = next(iter(pipeline(trained.batches)))
+    models = build_models(recipe, dataset, 0, "cuda:0", "bfloat16")
+    size, model = dataset.image_size, models.steps[False]
+    batch = next(iter(pipeline(models.batches)))
     step: Any = tf.function(model.train_step, jit_compile=True)
     graph = step.get_concrete_function(batch).graph.as_graph_def()
     nodes = len(graph.node) + sum(len(each.node_def) for each in graph.library.function)
