@@ -66,6 +66,8 @@ _CALIBRATION_IMAGES: Final = 2_000
 _MEASURED_FRACTION: Final = 0.02
 """Fraction of the time budget in which the pace is measured at each image size, compiling not counted."""
 
+_MAX_MEASURED_SECONDS: Final = 10.0
+
 _MEASURED_STEPS: Final = 2
 """Smallest number of steps that the pace is measured on."""
 
@@ -506,7 +508,7 @@ def _measure_pace(models: Models, recorder: _Recorder, budget: float) -> Pace:
     before = [keras.ops.convert_to_numpy(variable.value) for variable in state]
     seconds = {}
     for small, model in models.steps.items():
-        stopwatch = _Stopwatch(_MEASURED_FRACTION * budget)
+        stopwatch = _Stopwatch(min(_MEASURED_FRACTION * budget, _MAX_MEASURED_SECONDS))
         source = pipeline(models.batches).repeat()
         model.fit(source, steps_per_epoch=1_000_000, epochs=1, shuffle=False, verbose=0, callbacks=[stopwatch])
         seconds[small] = stopwatch.step_seconds
