@@ -206,14 +206,6 @@ class Augmentation(keras.layers.Layer):  # type: ignore[misc]
             views = ops.where((hidden[0][:, :, None] & hidden[1][:, None, :])[..., None], self._fill, views)
         return views
 
-    def build(self, input_shape: Any) -> None:
-        """Make no weights; Keras requires the method of a layer with several inputs."""
-
-    def compute_output_spec(self, inputs: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
-        """Return the shape and dtype of the views."""
-        _, rows, columns, *_ = inputs
-        return keras.KerasTensor((rows.shape[0], rows.shape[1], columns.shape[1], 3), dtype="uint8")
-
 
 def shrink(images: keras.KerasTensor, size: tuple[int, int]) -> keras.KerasTensor:  # uint8 (N, H, W, C) -> same
     """Return smaller images, as antialiased bilinear resizing makes them.

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +40,7 @@ from cnnpipe.train.checkpoints import Checkpoints, Epochs, training_state
 from cnnpipe.train.networks import average_flips, build_network, measure_input, set_temperature
 from cnnpipe.train.optimizers import Muon, TriangularRate
 from cnnpipe.train.presets import Recipe, resolve_recipe, small_size
-from cnnpipe.train.schedule import Pace, Schedule, full_schedule, shorten
+from cnnpipe.train.schedule import Pace, Schedule, shorten
 
 __all__ = ["HISTORY_COLUMNS", "NEW_FRACTION", "Models", "TrainingResult", "build_models", "train_model"]
 
@@ -118,8 +118,6 @@ class Models:
     """What is written to the run: that network, or the average of it and of its mirror image."""
     batches: Batches
     """Training batches."""
-    small_fraction: float
-    """Leading fraction of training that uses small images."""
     rate: TriangularRate | None
     """Learning rate that depends on the length of the training; None for a constant rate."""
 
@@ -169,7 +167,9 @@ def train_model(
     if done.rows:
         logger.info("epochs 1 to %d are done", len(done.rows))
         recorder.write_files()
-    schedule = _fit(models, recorder, train.max_minutes, _class_weights(dataset) if train.class_weights else None)
+    full = Schedule(recipe.epochs, recipe.epochs * models.batches.number, recipe.small_until(dataset.image_size))
+    class_weights = _class_weights(dataset) if train.class_weights else None
+    schedule = _fit(models, recorder, full, train.max_minutes, class_weights)
     epochs, passes = recorder.epochs, recorder.epochs.images / dataset.num_images["train"]
     stopped = recorder.reason_to_stop() if epochs.steps < schedule.steps else None
     if stopped is None and train.max_minutes is not None and passes < recipe.epochs - 0.1:
@@ -215,13 +215,12 @@ def build_models(recipe: Recipe, dataset: PreparedDataset, seed: int, device: st
         TrainingError: there are more devices than images in a batch.
     """
     size, images = dataset.image_size, dataset.images("train")
-    small_fraction = recipe.small_until(size)
     statistics = measure_input(images)
     network = build_network(recipe.network, size, len(dataset.class_names), statistics)
     with computing_in(precision), replicated() as replicas:
         resident = ResidentImages(images) if stay_on_device(images, device) else None
         batches = _training_batches(recipe, dataset, seed, device, replicas, resident=resident is not None)
-        any_size = small_fraction > 0.0
+        any_size = recipe.small_until(size) > 0.0
         trained = build_network(recipe.network, size, len(dataset.class_names), statistics, any_size=any_size)
         _draw_weights(trained, seed)
         rate = TriangularRate(recipe.learning_rate) if recipe.optimizer == "muon" else None
@@ -246,7 +245,7 @@ def build_models(recipe: Recipe, dataset: PreparedDataset, seed: int, device: st
     validated = keras.Model([whole], split_batch(trained, parts)([whole]))
     _compile(validated, recipe)
     saved = average_flips(network) if recipe.average_flips else network
-    return Models(trained, steps, validated, network, saved, batches, small_fraction, rate)
+    return Models(trained, steps, validated, network, saved, batches, rate)
 
 
 def _training_batches(
@@ -302,12 +301,21 @@ def _draw_weights(model: keras.Model, seed: int) -> None:
 
 
 def _fit(
-    models: Models, recorder: _Recorder, max_minutes: float | None, class_weights: dict[int, float] | None
+    models: Models,
+    recorder: _Recorder,
+    full: Schedule,
+    max_minutes: float | None,
+    class_weights: dict[int, float] | None,
 ) -> Schedule:
-    """Train the epochs that are left, or stop before for a reason, and return the schedule."""
-    batches, rate = models.batches, models.rate
-    schedule = full = full_schedule(recorder.recipe.epochs, batches.number, models.small_fraction)
+    """Train the epochs that are left until there is a reason to stop, and return the last schedule.
+
+    Args:
+        full: the schedule without a time budget.
+    """
+    batches, rate, schedule = models.batches, models.rate, full
     pace = None if max_minutes is None else _measure_pace(models, recorder, 60.0 * max_minutes)
+    if pace is not None and not pace.small_step:
+        full = replace(full, small_fraction=0.0)
     while (done := recorder.epochs).steps < schedule.steps and recorder.reason_to_stop() is None:
         epoch, began = len(done.rows), recorder.seconds
         if pace is not None and max_minutes is not None:
@@ -356,7 +364,7 @@ class _Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         checkpoints: Checkpoints | None,
     ) -> None:
         super().__init__()
-        self._models, self._run, self.recipe = models, run, recipe
+        self._models, self._run, self._average = models, run, recipe.average_weights
         self._settings, self._progress, self._checkpoints = settings, progress, checkpoints
         classes = len(dataset.class_names)
         batches = Batches(dataset.images("val"), dataset.labels("val"), classes, _VAL_BATCH_SIZE)
@@ -421,7 +429,7 @@ class _Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         """Give the saved model the weights after an epoch, or their average, and return the scores of these weights."""
         models = self._models
         weights = trained = models.trained.get_weights()
-        if self.recipe.average_weights and epoch > 0:
+        if self._average and epoch > 0:
             pairs = zip(trained, models.saved.get_weights(), strict=True)
             weights = [NEW_FRACTION * new + (1 - NEW_FRACTION) * average for new, average in pairs]
             models.trained.set_weights(weights)
@@ -506,8 +514,10 @@ def _measure_pace(models: Models, recorder: _Recorder, budget: float) -> Pace:
     """
     state = training_state(models.steps[False], models.saved)
     before = [keras.ops.convert_to_numpy(variable.value) for variable in state]
-    seconds = {}
-    for small, model in models.steps.items():
+    seconds: dict[bool, float] = {}
+    for small, model in sorted(models.steps.items()):  # whole images first
+        if seconds and recorder.seconds > budget / 3:
+            break  # compiling a second size would cost too much of the budget
         stopwatch = _Stopwatch(min(_MEASURED_FRACTION * budget, _MAX_MEASURED_SECONDS))
         source = pipeline(models.batches).repeat()
         model.fit(source, steps_per_epoch=1_000_000, epochs=1, shuffle=False, verbose=0, callbacks=[stopwatch])

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from dataclasses import astuple, dataclass
 from typing import Final, Self
 
-__all__ = ["Pace", "Schedule", "Segment", "full_schedule", "shorten"]
+__all__ = ["Pace", "Schedule", "Segment", "shorten"]
 
 _USED_FRACTION: Final = 0.96
 """Fraction of the remaining time that is planned; the rest is for a pace that changes."""
@@ -62,7 +62,7 @@ class Pace:
     """Measured seconds of the parts of a training."""
 
     small_step: float
-    """Seconds a step on small images."""
+    """Seconds a step on small images; 0 if none are trained."""
     step: float
     """Seconds a step on whole images."""
     epoch_end: float
@@ -77,11 +77,6 @@ class Pace:
         sizes = {segment.small: segment.last - segment.first for segment in segments}
         factor = seconds / self.seconds(sizes.get(True, 0), sizes.get(False, 0), 1)
         return type(self)(*(factor * each for each in astuple(self)))
-
-
-def full_schedule(epochs: int, batches: int, small_fraction: float) -> Schedule:
-    """Return the schedule without a time budget: all batches in every epoch."""
-    return Schedule(epochs, epochs * batches, small_fraction)
 
 
 def shorten(full: Schedule, done_epochs: int, done_steps: int, pace: Pace, seconds: float) -> Schedule:

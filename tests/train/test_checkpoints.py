@@ -134,7 +134,7 @@ def train(settings: RetrainSettings, digits: PreparedDataset, artifacts: Path) -
 
 
 @pytest.fixture(scope="module")
-def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+def uninterrupted(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A training in this process, beside a thread that draws from Python's and NumPy's generators."""
     ended = threading.Event()
 
@@ -146,7 +146,7 @@ def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) 
     thread = threading.Thread(target=draw)
     thread.start()
     try:
-        return train(SETTINGS, digits, tmp_path_factory.mktemp("unbroken"))
+        return train(SETTINGS, digits, tmp_path_factory.mktemp("uninterrupted"))
     finally:
         ended.set()
         thread.join()
@@ -155,25 +155,25 @@ def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) 
 # Before its first checkpoint; between a checkpoint and its weights; before the next one; after the last file.
 @pytest.mark.parametrize("moments", [[3.5, 11.5], pytest.param([4.0, 3.5, 5.0, 11.5], marks=pytest.mark.slow)])
 def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_weights(
-    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult, moments: list[float]
+    digits: PreparedDataset, tmp_path: Path, uninterrupted: TrainingResult, moments: list[float]
 ) -> None:
     values = train_in_attempts(SETTINGS, digits, tmp_path, [("rename", moment) for moment in moments])
 
     assert values["statuses"] == [*([-9] * len(moments)), 0]
     run = only_run(tmp_path)
-    assert_same_weights(run, unbroken.run)
+    assert_same_weights(run, uninterrupted.run)
     assert not (run / "training").exists()
     assert not list(run.glob(".*"))  # nor what was half written
-    assert unbroken.best_epoch == 4  # so that the weights compared are those of the end
+    assert uninterrupted.best_epoch == 4  # so that the weights compared are those of the end
 
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_same_weights(
-    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult
+    digits: PreparedDataset, tmp_path: Path, uninterrupted: TrainingResult
 ) -> None:
     train_in_attempts(SETTINGS, digits, tmp_path, [])
 
-    assert_same_weights(only_run(tmp_path), unbroken.run)
+    assert_same_weights(only_run(tmp_path), uninterrupted.run)
 
 
 @pytest.mark.slow
@@ -182,13 +182,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
     digits: PreparedDataset, tmp_path: Path, preset: str
 ) -> None:
     settings = RetrainSettings.model_validate({"train": {"preset": preset, "epochs": 8, "augment": True, "seed": 1}})
-    seconds = train_in_attempts(settings, digits, tmp_path / "unbroken", [])["seconds"]
+    seconds = train_in_attempts(settings, digits, tmp_path / "uninterrupted", [])["seconds"]
     moments = np.random.default_rng(5).uniform(0.0, 0.8 * seconds, 8)
     statuses = train_in_attempts(settings, digits, tmp_path / "killed", [("seconds", each) for each in moments])
 
     assert statuses["statuses"].count(-9) >= 3  # the others found it done, and began another
     first = list_runs(tmp_path / "killed", "digits")[0]
-    assert_same_weights(first, only_run(tmp_path / "unbroken"))
+    assert_same_weights(first, only_run(tmp_path / "uninterrupted"))
 
 
 def test_it_is_resumed_in_the_interrupted_run_and_logs_that(
@@ -203,6 +203,14 @@ def test_it_is_resumed_in_the_interrupted_run_and_logs_that(
     assert f"resuming {run}, which was interrupted; use --no-resume to start over" in caplog.text
     assert [row["epoch"] for row in history_of(run)] == ["1", "2"]
     assert result.seconds >= sum(float(line.split(",")[-1]) for line in (run / "history.csv").read_text().split()[1:])
+
+
+def test_a_training_with_a_time_budget_is_resumed(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=SHORT.train.model_copy(update={"max_minutes": 1.0}))
+    interrupt(settings, digits, tmp_path)
+    result = train(settings, digits, tmp_path)
+
+    assert (result.epochs, result.resumed_after, result.stopped) == (2, 1, None)
 
 
 def start_and_interrupt(artifacts: Path, job: TrainingJob, *, resume: bool = True) -> Path:

@@ -7,10 +7,14 @@ from itertools import pairwise
 
 import pytest
 
-from cnnpipe.train.schedule import Pace, Schedule, full_schedule, shorten
+from cnnpipe.train.schedule import Pace, Schedule, shorten
 
 BATCHES = 80
 PACE = Pace(small_step=0.3, step=0.5, epoch_end=4.0)
+
+
+def full_schedule(epochs: int, batches: int, small_fraction: float) -> Schedule:
+    return Schedule(epochs, epochs * batches, small_fraction)
 
 
 def train(full: Schedule, budget: float, speed: Callable[[float], float] = lambda _: 1.0) -> tuple[Schedule, float]:
