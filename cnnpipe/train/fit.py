@@ -6,7 +6,6 @@ import csv
 import io
 import logging
 import math
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -63,13 +62,10 @@ _VAL_BATCH_SIZE: Final = 256
 _CALIBRATION_IMAGES: Final = 2_000
 """Largest number of validation images, evenly spaced, that the temperature is fitted to: one number needs no more."""
 
-_MEASURED_FRACTION: Final = 0.02
+_MEASURED_FRACTION: Final = 0.01
 """Fraction of the time budget in which the pace is measured at each image size, compiling not counted."""
 
-_MAX_MEASURED_SECONDS: Final = 10.0
-
-_MEASURED_STEPS: Final = 2
-"""Smallest number of steps that the pace is measured on."""
+_MAX_MEASURED_SECONDS: Final = 5.0
 
 _FORWARD_FRACTION: Final = 1 / 3
 """Work of validation as a fraction of a training step's on the same images; gradients are the other two thirds."""
@@ -313,7 +309,7 @@ def _fit(
         full: the schedule without a time budget.
     """
     batches, rate, schedule = models.batches, models.rate, full
-    pace = None if max_minutes is None else _measure_pace(models, recorder, 60.0 * max_minutes)
+    pace = None if max_minutes is None else _measure_pace(models, recorder, 60.0 * max_minutes - recorder.seconds)
     if pace is not None and not pace.small_step:
         full = replace(full, small_fraction=0.0)
     while (done := recorder.epochs).steps < schedule.steps and recorder.reason_to_stop() is None:
@@ -503,35 +499,31 @@ class _Stopwatch(keras.callbacks.Callback):  # type: ignore[misc]
             return
         seconds = time.perf_counter() - self._began
         self.step_seconds = seconds / batch
-        self.model.stop_training = batch >= _MEASURED_STEPS and seconds >= self._seconds
+        self.model.stop_training = seconds >= self._seconds
 
 
 def _measure_pace(models: Models, recorder: _Recorder, budget: float) -> Pace:
-    """Measure steps, validation and saving on a training that is undone afterwards.
+    """Measure some steps, which are undone afterwards; everything is compiled then.
 
     Args:
-        budget: seconds of the whole training.
+        budget: seconds left for the training.
     """
     state = training_state(models.steps[False], models.saved)
     before = [keras.ops.convert_to_numpy(variable.value) for variable in state]
-    seconds: dict[bool, float] = {}
+    started, seconds = time.perf_counter(), dict[bool, float]()
     for small, model in sorted(models.steps.items()):  # whole images first
-        if seconds and recorder.seconds > budget / 3:
+        if seconds and time.perf_counter() - started > budget / 3:
             break  # compiling a second size would cost too much of the budget
         stopwatch = _Stopwatch(min(_MEASURED_FRACTION * budget, _MAX_MEASURED_SECONDS))
         source = pipeline(models.batches).repeat()
         model.fit(source, steps_per_epoch=1_000_000, epochs=1, shuffle=False, verbose=0, callbacks=[stopwatch])
         seconds[small] = stopwatch.step_seconds
     models.validated.evaluate(recorder.val_batches, steps=1, verbose=0)  # compiles
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        models.saved.save(Path(folder) / "model.keras")
-    saving = 2 * (time.perf_counter() - began)  # the checkpoint takes about as long
     for variable, value in zip(state, before, strict=True):
         variable.assign(value)
     image = seconds[False] / models.batches.smallest
     validation = _FORWARD_FRACTION * recorder.num_val_images * image
-    return Pace(seconds.get(True, 0.0), seconds[False], validation + saving)
+    return Pace(seconds.get(True, 0.0), seconds[False], validation)
 
 
 def _save(model: keras.Model, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 __all__ = ["Pace", "Schedule", "Segment", "shorten"]
 
-_USED_FRACTION: Final = 0.96
+_USED_FRACTION: Final = 0.97
 """Fraction of the remaining time that is planned; the rest is for a pace that changes."""
 
 
