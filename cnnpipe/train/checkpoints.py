@@ -1,11 +1,11 @@
-"""A training that is under way, beside what it has made so far: killed at any moment, it goes on from its last epoch.
+"""Checkpoints of a training in progress: killed at any moment, it is resumed after its last complete epoch.
 
-    <run folder>/training/      gone when the training is complete
-        job.json                what is trained here; written first
-        lock                    held by the process that does it
-        checkpoint.npz          all state after the last epoch; one file, so that it is never of two epochs
+    <run folder>/training/      removed when the training is complete
+        job.json                settings and versions of the training; written first
+        lock                    held by the process that trains
+        checkpoint.npz          all state after the last epoch; one file, so that it never mixes two epochs
 
-The manifest of a run takes no notice of it.
+The manifest of a run does not list this folder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run, list_runs
 from cnnpipe.settings import RetrainSettings
 from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
-from cnnpipe.train.augmentation import RESIDENT_NAME
 from cnnpipe.train.backend import keras
+from cnnpipe.train.batches import RESIDENT_NAME
 
 __all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_state"]
 
@@ -43,33 +43,34 @@ _LOCK_FILE: Final = "lock"
 _CHECKPOINT_FILE: Final = "checkpoint.npz"
 
 _HALF_WRITTEN: Final = re.compile(r"\.(model|history|config|environment|job|checkpoint)\.[0-9a-f]{16}\.[a-z]+")
-"""Temporary names of `cnnpipe.storage`, of the files that training writes."""
+"""Temporary names that `cnnpipe.storage` gives to the files of a training."""
 
 _PACKAGES: Final = ("tensorflow", "keras", "numpy")
-"""The distributions that decide over weights."""
+"""Distributions whose versions change the weights."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that decides over the weights; a training goes on only where the job is equal."""
+    """Everything that determines the weights; a training is resumed only by an equal job."""
 
     settings: dict[str, Any]
-    """The whole retraining's, because the run's later stages go by them; without `train.resume`."""
+    """Settings of the whole retraining, because later stages read them; without `train.resume`."""
     dataset: str
     """Fingerprint of the prepared dataset."""
     device: str
-    """`cpu`, `cuda:N` or `cuda:all`, as really used."""
+    """Device in use: `cpu`, `cuda:N` or `cuda:all`."""
     precision: str
-    """The one that is really used too."""
+    """Compute precision in use."""
     versions: dict[str, str]
+    """Versions of cnnpipe and of the packages that change the weights."""
 
     @classmethod
     def describe(cls, settings: RetrainSettings, dataset: PreparedDataset, device: str, precision: str) -> Self:
         """Return the job of a training in this process.
 
         Args:
-            device: what `backend.select_device` returned.
-            precision: what `backend.select_precision` returned.
+            device: result of `backend.select_device`.
+            precision: result of `backend.select_precision`.
         """
         values = settings.model_dump(mode="json")
         del values["train"]["resume"]
@@ -78,56 +79,48 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Epochs:
-    """The epochs that are done."""
+    """The complete epochs of a training."""
 
     rows: tuple[dict[str, float], ...] = ()
-    """Of `history.csv`."""
+    """Rows of `history.csv`."""
     seconds: float = 0.0
-    """Since the start of the training, in all processes that had a part in it."""
+    """Seconds spent on the training, in all processes that took part."""
+    steps: int = 0
+    """Number of optimizer steps."""
     images: int = 0
-    """That training saw, in all of them together."""
-    share: float = 0.0
-    """Of the training, 0-1; 1 where it is complete."""
-    seconds_per_image: float = 0.0
-    """Of training at last, for an image of the whole size."""
-    compile_seconds: float = 0.0
-    """Until the first batch of a piece was done, at most."""
-    validation_seconds: float = 0.0
-    """Of the last epoch."""
-    batches: int = 0
-    """Of the epoch that is under way, which no checkpoint is."""
+    """Number of training images, counted once in every epoch."""
 
     @property
     def best_epoch(self) -> int:
-        """The one of the highest validation accuracy, then of the lowest loss; 1 for the first, 0 if there is none."""
+        """Number of the epoch with the highest validation accuracy, then the lowest loss; 0 if there is none."""
         values = ([row[name] for row in self.rows] for name in ("val_accuracy", "val_loss"))
         return best_epoch(*values) + 1 if self.rows else 0
 
     @property
     def best_accuracy(self) -> float:
-        """The validation accuracy of the best epoch, 0-1; there must be one."""
+        """Validation accuracy of the best epoch, 0-1; there must be one."""
         return self.rows[self.best_epoch - 1]["val_accuracy"]
 
     @property
     def epochs_since_best(self) -> int:
-        """How many epochs have brought no improvement by now."""
+        """Number of epochs since the best one."""
         return len(self.rows) - self.best_epoch
 
 
 class Checkpoints:
     """The checkpoint of one training, in a run folder whose lock this process holds; made by `open_training`."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, job: TrainingJob) -> None:
+        self.run, self.job = run, job
         self._path = run / _FOLDER / _CHECKPOINT_FILE
 
     def save(self, state: Sequence[keras.Variable], epochs: Epochs) -> None:
-        """Write down all state after an epoch, whole or not at all.
+        """Write all state after an epoch, whole or not at all.
 
-        The order of the images needs none: it is made anew for each epoch, from the seed.
+        The order of images and their augmentation are not part of it: they follow from the seed and the epoch.
 
         Args:
-            state: of the training, from `training_state`.
+            state: variables from `training_state`.
         Raises:
             StorageError: it cannot be written.
         """
@@ -136,12 +129,12 @@ class Checkpoints:
             np.savez(file, allow_pickle=False, epochs=np.array(json.dumps(asdict(epochs))), **arrays)
 
     def restore(self, state: Sequence[keras.Variable]) -> Epochs:
-        """Assign what the checkpoint holds, if there is one, and return the epochs that it has behind it.
+        """Assign the values of the checkpoint, if there is one, and return its epochs.
 
         Args:
-            state: of a training that is freshly made and compiled.
+            state: variables from `training_state`, of models that are freshly built and compiled.
         Raises:
-            TrainingError: the checkpoint is damaged, or of another network.
+            TrainingError: the checkpoint is damaged, or belongs to another network.
         """
         if not self._path.exists():
             return Epochs()
@@ -152,46 +145,47 @@ class Checkpoints:
                 arrays = [file[name] for name in sorted(set(file.files) - {"epochs"})]
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise TrainingError(
-                f"{self._path} is damaged: {error}; it is given up: run again to train from the start"
+                f"{self._path} is damaged: {error}; it was removed, run again to train from the start"
             ) from error
         shapes = [(tuple(each.shape), each.dtype) for each in state]
         if [(array.shape, str(array.dtype)) for array in arrays] != shapes:
             raise TrainingError(
-                f"{self._path} is of another network; it is given up: run again to train from the start"
+                f"{self._path} belongs to another network; it was removed, run again to train from the start"
             )
         for variable, array in zip(state, arrays, strict=True):
             variable.assign(array)
         return epochs
 
 
-def training_state(model: keras.Model, candidate: keras.Model) -> list[keras.Variable]:
-    """Return all that a training goes on from.
+def training_state(model: keras.Model, saved: keras.Model) -> list[keras.Variable]:
+    """Return every variable that a training is resumed from.
 
-    That is the weights, the state of every `SeedGenerator`, that of the optimizer with its step, by which its rate
-    goes, and the weights that would be kept, which may be averages of earlier ones.
+    These are the weights, the state of every `SeedGenerator`, the state of the optimizer with its step, which sets the
+    rate, and the weights of the saved model, which may be averages of earlier epochs.
 
     Args:
-        model: compiled, as it is trained, its optimizer built.
+        model: the compiled model that is trained, its optimizer built.
+        saved: the model that is written to the run.
     """
     weights = [variable for variable in model.variables if variable.name != RESIDENT_NAME]
-    return [*weights, *model.optimizer.variables, *candidate.variables]
+    return [*weights, *model.optimizer.variables, *saved.variables]
 
 
 @contextmanager
 def open_training(artifacts: Path, name: str, job: TrainingJob, *, resume: bool) -> Iterator[Checkpoints]:
-    """Go on with the newest run of a job that was broken off, or create one; the lock ends with the process.
+    """Resume the newest interrupted run of a job, or create a run; its lock ends with the process.
 
-    A block that ends, or with a TrainingError, leaves nothing to go on with: it would come to the same end again.
+    The state is removed when the block ends, or fails with a TrainingError, which a resumed training would repeat.
 
     Args:
-        resume: False always creates one.
+        resume: whether to resume; False always creates a run.
     Raises:
         StorageError: the run folder cannot be written.
     """
-    run, lock = (_broken_off(artifacts, name, job) if resume else None) or _create(artifacts, name, job)
+    run, lock = (_find_interrupted(artifacts, name, job) if resume else None) or _create(artifacts, name, job)
     try:
         try:
-            yield Checkpoints(run)
+            yield Checkpoints(run, job)
         except TrainingError:
             _remove_training(run)
             raise
@@ -211,33 +205,33 @@ def _create(artifacts: Path, name: str, job: TrainingJob) -> tuple[Path, FileLoc
     return run, lock
 
 
-def _broken_off(artifacts: Path, name: str, job: TrainingJob) -> tuple[Path, FileLock] | None:
-    """Return the newest run of a job that is not complete and that nobody works at, and its lock."""
+def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Path, FileLock] | None:
+    """Return the newest incomplete run of a job that no other process trains, and its lock."""
     for run in reversed(list_runs(artifacts, name)):
-        if not _is_at(run, job):
+        if not _has_job(run, job):
             continue
         lock = FileLock(run / _FOLDER / _LOCK_FILE)
         with storage_errors(run):
             try:
                 lock.acquire(blocking=False)
             except Timeout:  # inside, because it is an OSError too
-                logger.info("%s is trained by another process; this one trains apart from it", run)
+                logger.info("another process trains %s; this one trains in a folder of its own", run)
                 continue
-        if _is_at(run, job):
+        if _has_job(run, job):
             _remove_half_written(run)
-            logger.info("going on with %s, which was broken off; --no-resume would start afresh", run)
+            logger.info("resuming %s, which was interrupted; use --no-resume to start over", run)
             return run, lock
         lock.release()  # completed meanwhile
     return None
 
 
-def _is_at(run: Path, job: TrainingJob) -> bool:
-    """Return whether a run is not complete and has this job."""
+def _has_job(run: Path, job: TrainingJob) -> bool:
+    """Return whether a run is incomplete and has this job."""
     try:
-        begun = json.loads((run / _FOLDER / _JOB_FILE).read_bytes())
-    except (OSError, ValueError):  # not there, or no JSON
+        found = json.loads((run / _FOLDER / _JOB_FILE).read_bytes())
+    except (OSError, ValueError):  # missing, or not JSON
         return False
-    return bool(begun == asdict(job)) and not (run / MANIFEST_FILE).exists()
+    return bool(found == asdict(job)) and not (run / MANIFEST_FILE).exists()
 
 
 def _remove_half_written(run: Path) -> None:
@@ -248,10 +242,10 @@ def _remove_half_written(run: Path) -> None:
 
 
 def _remove_training(run: Path) -> None:
-    """Remove what a training would go on with; what it is goes first, so that the rest is never taken for one."""
+    """Remove the state of a training; the job goes first, so that the rest is never resumed."""
     folder = run / _FOLDER
     with storage_errors(folder):
         for name in (_JOB_FILE, _CHECKPOINT_FILE, _LOCK_FILE):
             (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # somebody has put something into it, or has just tried its lock
+    with suppress(OSError):  # another process has just tried the lock, or somebody put a file there
         folder.rmdir()

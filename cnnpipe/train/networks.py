@@ -1,8 +1,8 @@
 """The networks: pixels in, probabilities out, preprocessing inside.
 
-Every network takes the decoder's bytes as they are, uint8 (batch, height, width, 3) RGB, and does its own scaling:
-so the saved model, the exported one and every client see the same preprocessing. Where the layers compute in less than
-float32, that and the probabilities stay float32.
+Every network takes decoded pixels as they are, uint8 (batch, height, width, 3) RGB, and scales them itself, so that the
+saved model, the exported one and every client share one preprocessing. Preprocessing and probabilities are float32 in
+every compute precision.
 """
 
 from __future__ import annotations
@@ -18,21 +18,29 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME
 from cnnpipe.train.backend import BatchNormalization, keras
 
-__all__ = ["WHITENING_NAME", "InputStatistics", "PartialIdentity", "average_flips", "build_network", "measure_input"]
+__all__ = [
+    "WHITENING_NAME",
+    "InputStatistics",
+    "PartialIdentity",
+    "average_flips",
+    "build_network",
+    "measure_input",
+    "set_temperature",
+]
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The three blocks of a network: what sets `fast`, `accurate` and `wide` apart."""
+    """The three blocks of convolutions, in which `fast`, `accurate` and `wide` differ."""
 
     convolutions: int
-    """Convolutions in each block."""
+    """Number of convolutions in each block."""
     residual: bool
-    """Whether all but the first of them add to what they get. Source: He et al. 2015, arXiv:1512.03385."""
+    """Whether all but the first add to their input. Source: He et al. 2015, arXiv:1512.03385."""
     widths: tuple[int, int, int] = (64, 128, 256)
-    """Channels of each block."""
+    """Number of channels of each block."""
 
 
 _BLOCKS: Final = {
@@ -43,44 +51,46 @@ _BLOCKS: Final = {
 }
 
 WHITENING_NAME: Final = "whitening"
-"""Of the layer that whitens, and part of its name in exported models."""
+"""Name of the whitening layer, also part of its name in exported models."""
 
 _PATCH: Final = 2
-"""Side of the patches that are whitened, pixels."""
+"""Side of the whitened patches, pixels."""
 
 _DIRECTIONS: Final = 8
-"""Of the 12 of such patches, those of most variance: the others are hardly more than the noise of colours."""
+"""Number of directions of a patch, of 12, that are kept: those of most variance; the others are mostly colour noise."""
 
 _WHITENED_PIXELS: Final = 5_000_000
-"""At most so many are looked at: 5,000 images of 32x32."""
+"""Largest number of pixels that are measured: 5,000 images of 32x32."""
 
 _WHITENING_FLOOR: Final = 5e-4
-"""Added to the variances, so that what hardly varies is not blown up; of pixels 0-1 by their standard deviation.
+"""Added to the variances of scaled pixels, so that directions that hardly vary are not amplified.
 
 Source: Jordan 2024, arXiv:2404.00498, section 3.
 """
 
 _LOGIT_SCALE: Final = 1 / 9
-"""Keeps the logits of a maximum over the picture small at the start; same source."""
+"""Factor of the logits, which keeps them small at the start; same source."""
+
+_LOGITS_NAME: Final = "logits"
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What `fast` and `accurate` scale and whiten their input by."""
+    """Statistics of the training images, with which `fast` and `accurate` scale and whiten their input."""
 
     mean: list[float]
-    """Of each channel, 0-255."""
+    """Mean of each channel, 0-255."""
     deviation: list[float]
-    """Its standard deviation, and 1 that keeps it from 0."""
+    """Standard deviation of each channel plus 1, which keeps it from 0."""
     filters: npt.NDArray[np.float32]
-    """(2, 2, 3, 16): turn patches of scaled pixels into uncorrelated values, and their negatives."""
+    """Filters (2, 2, 3, 16) that turn patches of scaled pixels into uncorrelated values and their negatives."""
 
 
 def measure_input(images: Images) -> InputStatistics:
-    """Return the statistics of images for training, from some of them, evenly spread.
+    """Return the statistics of training images, measured on an evenly spaced sample.
 
     Args:
-        images: (N, H, W, 3), read where they are needed.
+        images: (N, H, W, 3); only the sample is read.
     """
     size = images.shape[1:3]
     number = max(1, min(len(images), _WHITENED_PIXELS // math.prod(size)))
@@ -96,17 +106,15 @@ def build_network(
     statistics: InputStatistics,
     *,
     any_size: bool = False,
-    temperature: float = 1.0,
 ) -> keras.Model:
     """Build a network with fresh weights.
 
     Args:
-        network: `baseline`, `fast`, `accurate` or `wide`, as a `cnnpipe.train.presets.Recipe` names it.
+        network: `baseline`, `fast`, `accurate` or `wide`, see `presets.Recipe`.
         image_size: (height, width) in pixels.
         num_classes: length of the output.
-        statistics: of the images for training; `baseline` needs none of them.
-        any_size: leave the size of the input open, so that it takes smaller images too; not for `baseline`.
-        temperature: logits are divided by it, see `cnnpipe.train.calibrate`; not for `baseline`.
+        statistics: result of `measure_input`; not used by `baseline`.
+        any_size: leave the input size open, so that the network takes smaller images too; not used by `baseline`.
     Returns:
         A model from `images` uint8 (batch, height, width, 3) to `probabilities` float32 (batch, num_classes).
     Raises:
@@ -116,11 +124,16 @@ def build_network(
         raise TrainingError(f"the images must be at least 8x8 pixels, received image_size {image_size}; enlarge it")
     if network == "baseline":
         return _build_baseline(image_size, num_classes)
-    return _build_fast(network, image_size, num_classes, statistics, any_size=any_size, temperature=temperature)
+    return _build_fast(network, image_size, num_classes, statistics, any_size=any_size)
+
+
+def set_temperature(network: keras.Model, temperature: float) -> None:
+    """Divide the logits of a network, in the model that is saved next, by a temperature; not for `baseline`."""
+    network.get_layer(_LOGITS_NAME).scale = _LOGIT_SCALE / temperature
 
 
 def average_flips(network: keras.Model) -> keras.Model:
-    """Return a model that gives the mean of a network's probabilities for each image and for its mirror image."""
+    """Return a model that averages a network's probabilities for each image and its mirror image."""
     ops = keras.ops
     pixels = keras.Input(network.input_shape[1:], dtype="uint8", name=INPUT_NAME)
     mirrored = ops.take(pixels, np.arange(network.input_shape[2])[::-1], axis=2)
@@ -129,7 +142,7 @@ def average_flips(network: keras.Model) -> keras.Model:
 
 
 def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Model:
-    """The tutorial's CNN: 319,178 parameters at 32x32 pixels and 10 classes."""
+    """Build the tutorial's CNN: 319,178 parameters at 32x32 pixels and 10 classes."""
     layers = keras.layers
     return keras.Sequential(
         [
@@ -155,14 +168,13 @@ def _build_fast(
     statistics: InputStatistics,
     *,
     any_size: bool,
-    temperature: float,
 ) -> keras.Model:
-    """A small network that learns in few epochs: a whitened first layer, then blocks of convolutions.
+    """Build a small network that learns in few epochs: a whitened first layer, then blocks of convolutions.
 
-    Larger images are brought to 32-63 pixels by averages first, so that every size costs about the same.
+    Larger images are averaged down to 32-63 pixels first, so that every size costs about the same.
 
-    Source: Jordan 2024, arXiv:2404.00498, with other widths, fewer filters in the first layer, and ReLU, which on a CPU
-    costs less than GELU.
+    Source: Jordan 2024, arXiv:2404.00498, with other widths, fewer filters in the first layer, and ReLU, which is
+    cheaper than GELU on a CPU.
     """
     layers = keras.layers
     scale = [1 / deviation for deviation in statistics.deviation]
@@ -175,7 +187,7 @@ def _build_fast(
         x = layers.AveragePooling2D(reduction)(x)
     x = layers.ReLU()(whitening(x))
     side = min(image_size) // reduction - _PATCH + 1
-    # Colours that no image has are whitened to nothing, which batch normalisation would blow up: the first one mixes.
+    # Not a partial identity: channels of colours that no image has would be amplified by batch normalisation.
     initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
     blocks = _BLOCKS[network]
     for width in blocks.widths:
@@ -189,19 +201,19 @@ def _build_fast(
             x = layers.Add()([x, y]) if blocks.residual else y
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
-    x = layers.Rescaling(_LOGIT_SCALE / temperature)(x)
+    x = layers.Rescaling(_LOGIT_SCALE, name=_LOGITS_NAME)(x)
     model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=network)
     whitening.set_weights([statistics.filters])
     return model
 
 
 def _reduction(image_size: tuple[int, int]) -> int:
-    """Return the side of the squares of which `fast` and `accurate` take the average first, pixels."""
+    """Return the side in pixels of the squares that `fast` and `accurate` average first."""
     return max(1, min(image_size) // 32)
 
 
 def _averaged(images: Images, side: int) -> npt.NDArray[np.float32]:  # (N, H, W, 3) -> (N, H // side, W // side, 3)
-    """Return the averages of squares, those that the edge cuts left out."""
+    """Return the averages of squares; incomplete squares at the edge are left out."""
     height, width = (length // side for length in images.shape[1:3])
     squares = images[:, : height * side, : width * side].reshape(len(images), height, side, width, side, 3)
     averages: npt.NDArray[np.float32] = squares.mean(axis=(2, 4), dtype=np.float32)
@@ -213,17 +225,17 @@ def _convolution(width: int, initializer: keras.initializers.Initializer) -> ker
 
 
 def _normalization() -> keras.layers.Layer:
-    """Batch normalisation whose averages follow within few steps, as there are few; what ReLU gets needs no scale."""
+    """Return batch normalisation with a low momentum, because trainings have few steps."""
     return BatchNormalization(momentum=0.6)
 
 
 def _whitening_filters(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return filters that turn patches into uncorrelated values of variance 1, and their negatives.
+    """Return filters that turn patches into uncorrelated values of variance 1 and their negatives.
 
     Args:
         images: (N, H, W, 3), scaled.
     Returns:
-        (2, 2, 3, 16), the directions of most variance first.
+        (2, 2, 3, 16), directions of most variance first.
     """
     windows: Any = np.lib.stride_tricks.sliding_window_view(images, (_PATCH, _PATCH), axis=(1, 2))
     patches = windows[:, ::2, ::2].transpose(0, 1, 2, 4, 5, 3).reshape(-1, _PATCH * _PATCH * 3)
@@ -235,9 +247,9 @@ def _whitening_filters(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
 
 @keras.saving.register_keras_serializable("cnnpipe")
 class PartialIdentity(keras.initializers.Initializer):  # type: ignore[misc]
-    """Kernels whose first channels pass on what comes in, and whose others are drawn as by `he_normal`.
+    """Kernels whose first output channels copy the input, and whose others are drawn as by `he_normal`.
 
-    So every layer starts with all that the earlier ones saw. Source: Jordan 2024, arXiv:2404.00498, section 3.2.
+    Source: Jordan 2024, arXiv:2404.00498, section 3.2.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -252,5 +264,5 @@ class PartialIdentity(keras.initializers.Initializer):  # type: ignore[misc]
         return keras.ops.convert_to_tensor(kernel)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make it again."""
+        """Return the arguments of the constructor."""
         return {"seed": self.seed}

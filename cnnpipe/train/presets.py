@@ -1,4 +1,4 @@
-"""How each preset is trained: epochs, batches, optimizer and its rate, loss, augmentation."""
+"""The presets: epochs, batches, optimizer and its rate, loss and augmentation of each."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from cnnpipe.settings import TrainSettings
-from cnnpipe.train.backend import keras
-from cnnpipe.train.optimizers import Muon, TriangularRate
 
-__all__ = ["ON_A_GPU", "PRESETS", "Recipe", "compile_model", "make_optimizer", "resolve_recipe", "small_size"]
+__all__ = ["ON_A_GPU", "PRESETS", "Recipe", "resolve_recipe", "small_size"]
 
 _MIN_SHRUNK: Final = 16
-"""Side of the smallest images that are shrunk at first, pixels."""
-
-_MOMENTUM: Final = 0.8
+"""Side in pixels of the smallest images that are trained at a smaller size first."""
 
 _MIN_BATCH_SIZE: Final = 32
 _MIN_STEPS_PER_EPOCH: Final = 16
@@ -23,46 +19,46 @@ _MIN_STEPS_PER_EPOCH: Final = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: the preset's values, overridden by the user's."""
+    """How a network is trained: values of the preset, overridden by the user's."""
 
     epochs: int
     batch_size: int
     learning_rate: float
-    """The highest, where it changes."""
+    """Highest rate, if it changes."""
     augment: bool
     network: str = "baseline"
-    """One of `cnnpipe.train.networks.build_network`."""
+    """Network that `networks.build_network` builds."""
     max_shift: float = 1 / 16
     """Largest random shift of an image, as a fraction of each side; only with `augment`."""
     cutout: float = 0.0
-    """Side of the square that hides a random part of each image, as a fraction of its sides; only with `augment`."""
+    """Side of the hidden square of each image, as a fraction of each side; only with `augment`."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """`adam` at a constant rate; `muon` at a triangular one."""
+    """`adam` has a constant rate, `muon` a triangular one."""
     weight_decay: float = 0.0
-    """Of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
+    """Decay of dense layers, for each unit of the rate; Muon sets the scale of convolutions itself."""
     label_smoothing: float = 0.0
-    small_share: float = 0.0
-    """Of the training, the first of it: its images have three quarters of the side."""
+    small_fraction: float = 0.0
+    """Leading fraction of training that uses images at 3/4 resolution."""
     average_flips: bool = False
-    """The model gives the mean of its probabilities for an image and for its mirror image; only with `augment`."""
+    """Whether the saved model averages its probabilities for an image and its mirror image; only with `augment`."""
     average_weights: bool = False
-    """Validate and keep the running average of the weights, see `cnnpipe.train.candidate`."""
+    """Whether the running average of the weights is validated and saved, see `fit.NEW_FRACTION`."""
     calibrate: bool = False
-    """Give the network that is kept the temperature that suits it, see `cnnpipe.train.calibrate`."""
+    """Whether the saved model gets a temperature that calibrates it, see `cnnpipe.train.calibrate`."""
     min_steps: int = 0
-    """Of the optimizer in all: a small dataset gets smaller batches at a smaller rate, and more epochs."""
+    """Smallest number of optimizer steps: a small dataset gets smaller batches at a lower rate, and more epochs."""
 
     def small_until(self, image_size: tuple[int, int]) -> float:
-        """Return up to which share of the training its images are of `small_size`, 0 where they are always whole.
+        """Return the leading fraction of training that uses images of `small_size`, 0 for a dataset of tiny images.
 
         Args:
             image_size: (height, width) of the dataset.
         """
-        return self.small_share if min(image_size) >= _MIN_SHRUNK else 0.0
+        return self.small_fraction if min(image_size) >= _MIN_SHRUNK else 0.0
 
 
 def small_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the (height, width) of the small images that belong to whole ones."""
+    """Return the (height, width) at 3/4 resolution."""
     height, width = image_size
     return height * 3 // 4, width * 3 // 4
 
@@ -76,7 +72,7 @@ _FAST: Final = Recipe(
     optimizer="muon",
     weight_decay=5e-3,
     label_smoothing=0.1,
-    small_share=2 / 3,
+    small_fraction=2 / 3,
     average_flips=True,
     calibrate=True,
     min_steps=300,
@@ -87,7 +83,7 @@ PRESETS: Final = {
     "fast": _FAST,
     "accurate": replace(_FAST, epochs=36, network="accurate", min_steps=600),
 }
-"""The settings of each preset on a CPU.
+"""Recipe of each preset on a CPU.
 
 `baseline` is the classic CIFAR-10 tutorial's, with Adam at its default rate. Source:
 https://www.tensorflow.org/tutorials/images/cnn; here with "same" padding, softmax and one-hot labels.
@@ -101,27 +97,27 @@ ON_A_GPU: Final[dict[str, dict[str, Any]]] = {
     "fast": {"epochs": 12},
     "accurate": {"network": "wide", "max_shift": 1 / 8, "cutout": 3 / 8},
 }
-"""Changes to the presets on a GPU, which does an epoch in less than a second or two.
+"""Changes to the presets on a GPU, which trains an epoch in one or two seconds.
 
-Small images first are left away: compiling for a second size takes tens of seconds, and would save one. Widths, shifts
+A GPU always trains on whole images: compiling a second size takes tens of seconds, and would save one. Widths, shifts
 of 4 pixels in 32 and cutout of 12 (DeVries & Taylor 2017, arXiv:1708.04552) are those of airbench96,
 github.com/KellerJordan/cifar10-airbench.
 """
 
 _CHOSEN: Final = ("epochs", "batch_size", "learning_rate", "augment", "label_smoothing", "average_weights")
-"""Fields of a recipe that a user may set."""
+"""Fields of a recipe that the user's settings override."""
 
 
 def resolve_recipe(settings: TrainSettings, num_images: int, device: str = "cpu") -> Recipe:
-    """Return the preset's recipe for a dataset and a device, with what the user set in its place.
+    """Return the preset's recipe for a dataset and a device, overridden by the user's settings.
 
     Args:
         num_images: number of images to train on.
-        device: what `backend.select_device` returned.
+        device: result of `backend.select_device`.
     """
     recipe = PRESETS[settings.preset]
     if device != "cpu":
-        recipe = replace(recipe, small_share=0.0, **ON_A_GPU.get(settings.preset, {}))
+        recipe = replace(recipe, small_fraction=0.0, **ON_A_GPU.get(settings.preset, {}))
     recipe = _fit_to(recipe, num_images)
     chosen = {name: getattr(settings, name) for name in _CHOSEN}
     recipe = replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
@@ -130,7 +126,7 @@ def resolve_recipe(settings: TrainSettings, num_images: int, device: str = "cpu"
 
 
 def _fit_to(recipe: Recipe, num_images: int) -> Recipe:
-    """Return the recipe with enough steps for so many images."""
+    """Return the recipe with at least `min_steps` steps on a dataset of this size."""
     if recipe.min_steps <= recipe.epochs * math.ceil(num_images / recipe.batch_size):
         return recipe
     batch_size = recipe.batch_size
@@ -139,28 +135,3 @@ def _fit_to(recipe: Recipe, num_images: int) -> Recipe:
     epochs = math.ceil(recipe.min_steps / math.ceil(num_images / batch_size))
     rate = recipe.learning_rate * batch_size / recipe.batch_size
     return replace(recipe, batch_size=batch_size, learning_rate=rate, epochs=max(recipe.epochs, epochs))
-
-
-def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
-    """Make the optimizer of a recipe, with its rate; `muon` must be told the course of that."""
-    if recipe.optimizer == "adam":
-        return keras.optimizers.Adam(recipe.learning_rate)
-    return Muon(TriangularRate(recipe.learning_rate), _MOMENTUM, weight_decay=recipe.weight_decay)
-
-
-def compile_model(
-    model: keras.Model, recipe: Recipe, optimizer: keras.optimizers.Optimizer | None = None, *, xla: bool = False
-) -> None:
-    """Compile a network with the loss of a recipe and the metric `accuracy`.
-
-    Args:
-        optimizer: None compiles for validation alone.
-        xla: whether XLA compiles the steps; Keras would decide by itself.
-    """
-    model.compile(
-        optimizer=optimizer,
-        loss=keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
-        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-        auto_scale_loss=False,  # the optimizer is one that does, where it must
-        jit_compile=xla,
-    )

@@ -1,4 +1,4 @@
-"""A training that is broken off: what it goes on from, what it comes to, and when it begins afresh."""
+"""An interrupted training: what it is resumed from, its result, and when it starts over."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cnnpipe.train.checkpoints import Epochs, TrainingJob, open_training
 from cnnpipe.train.fit import TrainingResult
 from cnnpipe.train.run import train_run
 
-# All that a training has of state: two sizes of images, averages, augmentation, a rate that changes.
+# Every kind of state: two image sizes, averaged weights, augmentation, a rate that changes.
 SETTINGS = RetrainSettings(train=TrainSettings(preset="fast", epochs=4, seed=3, average_weights=True))
 SHORT = RetrainSettings(train=TrainSettings(epochs=2, batch_size=256, seed=3))
 
@@ -116,7 +116,7 @@ class InterruptedForTestError(Exception):
 
 
 def interrupt(settings: RetrainSettings, digits: PreparedDataset, artifacts: Path, epoch: int = 2) -> Path:
-    """Break a training off in an epoch; return its run."""
+    """Interrupt a training in an epoch; return its run."""
 
     def stop(what: str, done: int, total: int) -> None:
         if f"epoch {epoch}/" in what:
@@ -134,7 +134,7 @@ def train(settings: RetrainSettings, digits: PreparedDataset, artifacts: Path) -
 
 
 @pytest.fixture(scope="module")
-def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+def uninterrupted(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A training in this process, beside a thread that draws from Python's and NumPy's generators."""
     ended = threading.Event()
 
@@ -146,7 +146,7 @@ def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) 
     thread = threading.Thread(target=draw)
     thread.start()
     try:
-        return train(SETTINGS, digits, tmp_path_factory.mktemp("unbroken"))
+        return train(SETTINGS, digits, tmp_path_factory.mktemp("uninterrupted"))
     finally:
         ended.set()
         thread.join()
@@ -155,25 +155,25 @@ def unbroken(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) 
 # Before its first checkpoint; between a checkpoint and its weights; before the next one; after the last file.
 @pytest.mark.parametrize("moments", [[3.5, 11.5], pytest.param([4.0, 3.5, 5.0, 11.5], marks=pytest.mark.slow)])
 def test_killed_at_moments_between_start_and_end_it_ends_with_the_same_weights(
-    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult, moments: list[float]
+    digits: PreparedDataset, tmp_path: Path, uninterrupted: TrainingResult, moments: list[float]
 ) -> None:
     values = train_in_attempts(SETTINGS, digits, tmp_path, [("rename", moment) for moment in moments])
 
     assert values["statuses"] == [*([-9] * len(moments)), 0]
     run = only_run(tmp_path)
-    assert_same_weights(run, unbroken.run)
+    assert_same_weights(run, uninterrupted.run)
     assert not (run / "training").exists()
     assert not list(run.glob(".*"))  # nor what was half written
-    assert unbroken.best_epoch == 4  # so that the weights compared are those of the end
+    assert uninterrupted.best_epoch == 4  # so that the weights compared are those of the end
 
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_same_weights(
-    digits: PreparedDataset, tmp_path: Path, unbroken: TrainingResult
+    digits: PreparedDataset, tmp_path: Path, uninterrupted: TrainingResult
 ) -> None:
     train_in_attempts(SETTINGS, digits, tmp_path, [])
 
-    assert_same_weights(only_run(tmp_path), unbroken.run)
+    assert_same_weights(only_run(tmp_path), uninterrupted.run)
 
 
 @pytest.mark.slow
@@ -182,16 +182,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
     digits: PreparedDataset, tmp_path: Path, preset: str
 ) -> None:
     settings = RetrainSettings.model_validate({"train": {"preset": preset, "epochs": 8, "augment": True, "seed": 1}})
-    seconds = train_in_attempts(settings, digits, tmp_path / "unbroken", [])["seconds"]
+    seconds = train_in_attempts(settings, digits, tmp_path / "uninterrupted", [])["seconds"]
     moments = np.random.default_rng(5).uniform(0.0, 0.8 * seconds, 8)
     statuses = train_in_attempts(settings, digits, tmp_path / "killed", [("seconds", each) for each in moments])
 
     assert statuses["statuses"].count(-9) >= 3  # the others found it done, and began another
     first = list_runs(tmp_path / "killed", "digits")[0]
-    assert_same_weights(first, only_run(tmp_path / "unbroken"))
+    assert_same_weights(first, only_run(tmp_path / "uninterrupted"))
 
 
-def test_it_goes_on_in_the_run_that_was_broken_off_and_says_so(
+def test_it_is_resumed_in_the_interrupted_run_and_logs_that(
     digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = interrupt(SHORT, digits, tmp_path)
@@ -200,13 +200,21 @@ def test_it_goes_on_in_the_run_that_was_broken_off_and_says_so(
     result = train(SHORT, digits, tmp_path)
 
     assert (result.run, result.epochs, result.resumed_after) == (run, 2, 1)
-    assert f"going on with {run}, which was broken off; --no-resume would start afresh" in caplog.text
+    assert f"resuming {run}, which was interrupted; use --no-resume to start over" in caplog.text
     assert [row["epoch"] for row in history_of(run)] == ["1", "2"]
     assert result.seconds >= sum(float(line.split(",")[-1]) for line in (run / "history.csv").read_text().split()[1:])
 
 
-def break_off(artifacts: Path, job: TrainingJob, *, resume: bool = True) -> Path:
-    """Begin a training or go on with one, do nothing and break it off; return its run."""
+def test_a_training_with_a_time_budget_is_resumed(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=SHORT.train.model_copy(update={"max_minutes": 1.0}))
+    interrupt(settings, digits, tmp_path)
+    result = train(settings, digits, tmp_path)
+
+    assert (result.epochs, result.resumed_after, result.stopped) == (2, 1, None)
+
+
+def start_and_interrupt(artifacts: Path, job: TrainingJob, *, resume: bool = True) -> Path:
+    """Start or resume a training, do nothing and interrupt it; return its run."""
     with pytest.raises(InterruptedForTestError), open_training(artifacts, "digits", job, resume=resume) as checkpoints:
         raise InterruptedForTestError
     return checkpoints.run
@@ -217,8 +225,8 @@ def job(digits: PreparedDataset) -> TrainingJob:
     return TrainingJob.describe(SHORT, digits, "cpu", "float32")
 
 
-def test_only_the_same_training_is_gone_on_with(digits: PreparedDataset, tmp_path: Path, job: TrainingJob) -> None:
-    run = break_off(tmp_path, job)
+def test_only_the_same_training_is_resumed(digits: PreparedDataset, tmp_path: Path, job: TrainingJob) -> None:
+    run = start_and_interrupt(tmp_path, job)
     settings = SHORT.model_copy(update={"promote": PromoteSettings(min_accuracy=0.9)})
     others = [
         TrainingJob.describe(settings, digits, "cpu", "float32"),
@@ -227,9 +235,9 @@ def test_only_the_same_training_is_gone_on_with(digits: PreparedDataset, tmp_pat
         replace(job, versions={**job.versions, "keras": "0.1"}),
     ]
 
-    assert len({run, *(break_off(tmp_path, other) for other in others)}) == 5
-    assert break_off(tmp_path, job) == run
-    assert break_off(tmp_path, job, resume=False) != run
+    assert len({run, *(start_and_interrupt(tmp_path, other) for other in others)}) == 5
+    assert start_and_interrupt(tmp_path, job) == run
+    assert start_and_interrupt(tmp_path, job, resume=False) != run
 
 
 def test_the_choice_to_resume_makes_no_other_training(digits: PreparedDataset, job: TrainingJob) -> None:
@@ -238,45 +246,45 @@ def test_the_choice_to_resume_makes_no_other_training(digits: PreparedDataset, j
     assert TrainingJob.describe(settings, digits, "cpu", "float32") == job
 
 
-def test_the_newest_of_the_runs_that_were_broken_off_is_gone_on_with(tmp_path: Path, job: TrainingJob) -> None:
-    break_off(tmp_path, job)
-    newest = break_off(tmp_path, job, resume=False)
+def test_the_newest_interrupted_run_is_resumed(tmp_path: Path, job: TrainingJob) -> None:
+    start_and_interrupt(tmp_path, job)
+    newest = start_and_interrupt(tmp_path, job, resume=False)
 
-    assert break_off(tmp_path, job) == newest
+    assert start_and_interrupt(tmp_path, job) == newest
 
 
-def test_a_training_that_ended_is_not_gone_on_with(tmp_path: Path, job: TrainingJob) -> None:
+def test_a_training_that_ended_is_not_resumed(tmp_path: Path, job: TrainingJob) -> None:
     with open_training(tmp_path, "digits", job, resume=True) as checkpoints:
         assert (checkpoints.run / "training" / "job.json").exists()
 
     assert list(checkpoints.run.iterdir()) == []
-    assert break_off(tmp_path, job) != checkpoints.run
+    assert start_and_interrupt(tmp_path, job) != checkpoints.run
 
 
 def test_a_complete_run_is_never_changed(tmp_path: Path, job: TrainingJob) -> None:
-    run = break_off(tmp_path, job)
+    run = start_and_interrupt(tmp_path, job)
     (run / "manifest.json").write_text("{}")
 
-    assert break_off(tmp_path, job) != run
+    assert start_and_interrupt(tmp_path, job) != run
 
 
 def test_two_processes_never_train_one_run(tmp_path: Path, job: TrainingJob) -> None:
     with open_training(tmp_path, "digits", job, resume=True) as checkpoints:
-        assert break_off(tmp_path, job) != checkpoints.run
+        assert start_and_interrupt(tmp_path, job) != checkpoints.run
 
 
-def test_what_was_half_written_is_removed_and_nothing_else(tmp_path: Path, job: TrainingJob) -> None:
-    run = break_off(tmp_path, job)
+def test_half_written_files_are_removed_and_nothing_else(tmp_path: Path, job: TrainingJob) -> None:
+    run = start_and_interrupt(tmp_path, job)
     kept = {".notes", "model.keras", ".metrics.0123456789abcdef.json"}
     for name in (*kept, ".model.0123456789abcdef.keras", "training/.checkpoint.0123456789abcdef.npz"):
         (run / name).touch()
-    break_off(tmp_path, job)
+    start_and_interrupt(tmp_path, job)
 
     assert {file.name for file in run.iterdir()} == {*kept, "training"}
     assert {file.name for file in (run / "training").iterdir()} == {"job.json", "lock"}
 
 
-def test_a_training_that_diverged_begins_afresh(digits: PreparedDataset, tmp_path: Path) -> None:
+def test_a_training_that_diverged_starts_over(digits: PreparedDataset, tmp_path: Path) -> None:
     settings = RetrainSettings(train=TrainSettings(epochs=3, learning_rate=1e30))
 
     for _ in range(2):
@@ -286,7 +294,7 @@ def test_a_training_that_diverged_begins_afresh(digits: PreparedDataset, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other network"])
-def test_a_checkpoint_that_does_not_fit_is_given_up_with_one_line(
+def test_a_checkpoint_that_does_not_fit_is_removed_with_one_line(
     digits: PreparedDataset, tmp_path: Path, damage: str
 ) -> None:
     checkpoint = interrupt(SHORT, digits, tmp_path) / "training" / "checkpoint.npz"
@@ -299,8 +307,8 @@ def test_a_checkpoint_that_does_not_fit_is_given_up_with_one_line(
             arrays = dict(file)
         np.savez(checkpoint, **{**arrays, "0000": np.zeros((3, 3), np.float32)})
 
-    message = "of another network" if damage == "other network" else "damaged"
-    with pytest.raises(TrainingError, match=rf"checkpoint\.npz is {message}.*run again to train from the start"):
+    message = "belongs to another network" if damage == "other network" else "is damaged"
+    with pytest.raises(TrainingError, match=rf"checkpoint\.npz {message}.*run again to train from the start"):
         train(SHORT, digits, tmp_path)
     assert not checkpoint.parent.exists()
 

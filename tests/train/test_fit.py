@@ -1,4 +1,4 @@
-"""Training: what it writes, what it keeps, where it stops."""
+"""Training: what it writes, which weights it saves, when it stops."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from itertools import count
+from dataclasses import astuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from typer.testing import CliRunner
 
@@ -22,37 +22,17 @@ from cnnpipe.cli import app
 from cnnpipe.errors import ProviderError, TrainingError
 from cnnpipe.evaluate.predict import predict_keras
 from cnnpipe.machine import Processor
-from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
+from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run
-from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings, load_toml
-from cnnpipe.train.backend import keras, pipeline, select_precision
-from cnnpipe.train.batches import Batches
-from cnnpipe.train.fit import _class_weights, train_model
-from cnnpipe.train.record import HISTORY_COLUMNS
-from cnnpipe.train.schedule import Piece, plan_piece
+from cnnpipe.settings import RetrainSettings, TrainSettings, load_toml
+from cnnpipe.train.backend import keras, select_precision
+from cnnpipe.train.fit import HISTORY_COLUMNS, train_model
+from cnnpipe.train.schedule import Pace, Schedule
 
 
 def history_of(run: Path) -> list[dict[str, str]]:
     with (run / "history.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def count_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a second pass with every look at the clock: about one for each step."""
-    clock = count(0.0)
-    monkeypatch.setattr("cnnpipe.train.record.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-
-
-def watch_pieces(monkeypatch: pytest.MonkeyPatch) -> list[Piece]:
-    """Return the list to which every piece of a training will be added."""
-    pieces: list[Piece] = []
-
-    def plan(*given: Any) -> Piece:
-        pieces.append(plan_piece(*given))
-        return pieces[-1]
-
-    monkeypatch.setattr("cnnpipe.train.fit.plan_piece", plan)
-    return pieces
 
 
 def test_history_has_a_row_for_every_epoch(finished_run: Path) -> None:
@@ -64,14 +44,16 @@ def test_history_has_a_row_for_every_epoch(finished_run: Path) -> None:
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
 
 
-def test_the_kept_model_is_the_one_of_the_best_validation_accuracy(digits: PreparedDataset, tmp_path: Path) -> None:
-    settings = RetrainSettings(train=TrainSettings(epochs=3, seed=1, precision="float32"))
+def test_the_saved_model_has_the_accuracy_and_loss_of_the_best_epoch(digits: PreparedDataset, tmp_path: Path) -> None:
+    settings = RetrainSettings(train=TrainSettings(epochs=3, seed=1, precision="float32", label_smoothing=0.1))
     run = train_model(settings, digits, create_run(tmp_path, "digits")).run
     model = keras.saving.load_model(run / "model.keras")
-    predicted = predict_keras(model, digits.images("val")).argmax(axis=1)
+    probabilities, labels = predict_keras(model, digits.images("val")), np.asarray(digits.labels("val"))
 
-    best = max(float(row["val_accuracy"]) for row in history_of(run))
-    assert np.mean(predicted == digits.labels("val")) == pytest.approx(best, abs=1e-6)
+    best = max(history_of(run), key=lambda row: float(row["val_accuracy"]))
+    assert np.mean(probabilities.argmax(axis=1) == labels) == pytest.approx(float(best["val_accuracy"]), abs=1e-6)
+    smooth = 0.9 * np.eye(10)[labels] + 0.01
+    assert -np.mean(np.sum(smooth * np.log(probabilities), axis=1)) == pytest.approx(float(best["val_loss"]), rel=1e-4)
 
 
 def test_settings_and_environment_are_written_to_the_run(finished_run: Path, digits: PreparedDataset) -> None:
@@ -82,6 +64,7 @@ def test_settings_and_environment_are_written_to_the_run(finished_run: Path, dig
     assert environment["device"] == "cpu"
     assert environment["dataset"] == str(digits.path)
     assert environment["source"] == "digits"
+    assert environment["backend"] == "tensorflow"
     assert environment["versions"]["keras"] == keras.__version__
 
 
@@ -112,64 +95,7 @@ def test_images_that_stay_on_the_device_give_the_same_weights(
         np.testing.assert_array_equal(sent, stayed)
 
 
-def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch() -> None:
-    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
-    orders = []
-    for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0)):
-        batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=seed)
-        batches.shuffle(epoch)
-        orders.append(np.concatenate([batches[index][0][0].ravel() for index in range(len(batches))]).tolist())
-
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert orders[0] == orders[3]
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]
-
-
-def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
-    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(2, axis=2)
-    batches = Batches(images, np.zeros((100, 2), np.float32), batch_size=30, seed=5, augment=(0.0, 0.0))
-    mirrored = []
-    for epoch in (0, 1, 2, 0):
-        batches.shuffle(epoch)
-        seen = [batches[index][0] for index in range(len(batches))]
-        given, columns = (np.concatenate([each[part] for each in seen]) for part in (0, 2))
-        assert sorted(given[:, 0, 0, 0].tolist()) == list(range(100))
-        mirrored.append(set(given[columns[:, 0] > columns[:, 1], 0, 0, 0].tolist()))
-
-    assert mirrored[0] | mirrored[1] == set(range(100))
-    assert not mirrored[0] & mirrored[1]
-    assert 30 < len(mirrored[0]) < 70
-    assert mirrored[0] == mirrored[2] == mirrored[3]
-
-
-def test_equal_batches_leave_out_other_images_in_every_epoch() -> None:
-    images = np.arange(99, dtype=np.uint8).reshape(99, 1, 1, 1)
-    batches = Batches(images, np.zeros((99, 2), np.float32), batch_size=50, seed=5, equal=True)
-    left_out = set()
-    for epoch in range(2):
-        batches.shuffle(epoch)
-        seen = [batches[index][0][0].ravel() for index in range(len(batches))]
-        assert [len(each) for each in seen] == [49, 49]
-        left_out |= set(range(99)) - set(np.concatenate(seen).tolist())
-    assert len(left_out) == 2
-
-
-def test_what_is_read_ahead_of_one_epoch_does_not_get_into_the_next() -> None:
-    images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
-    batches = Batches(images, np.zeros((200, 2), np.float32), batch_size=10, seed=5)
-    source = pipeline(batches)
-    orders = []
-    for epoch in range(3):
-        next(iter(source))  # Keras does so too, and drops the rest
-        batches.shuffle(epoch)
-        orders.append(np.concatenate([np.array(part).ravel() for (part,), _ in source]).tolist())
-
-    assert orders == [np.random.default_rng([5, epoch]).permutation(200).tolist() for epoch in range(3)]
-    assert not source.options().autotune.enabled  # it would hold up the end
-
-
-def test_patience_stops_after_so_many_epochs_without_improvement(
+def test_patience_stops_after_that_many_epochs_without_improvement(
     digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cnnpipe")
@@ -183,70 +109,58 @@ def test_patience_stops_after_so_many_epochs_without_improvement(
     assert f"stopped after epoch 3: {result.stopped}" in caplog.text
 
 
-def test_where_time_is_limited_fewer_epochs_are_planned_and_the_rate_falls_to_zero_in_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = prepare_dataset(PrepareSettings(image_size=(12, 12)), tmp_path)
-    count_seconds(monkeypatch)
-    train = TrainSettings(preset="fast", epochs=20, batch_size=128, augment=False, max_minutes=1.0)
-    result = train_model(RetrainSettings(train=train), dataset, create_run(tmp_path, "digits"))
-    rows = history_of(result.run)
-
-    assert 3 <= len(rows) == result.epochs < 10
-    assert 45 < result.seconds <= 60
-    rates = [float(row["learning_rate"]) for row in rows]
-    assert rates[-1] == pytest.approx(0.0, abs=1e-6)
-    assert rates == sorted(rates, reverse=True)
-    assert result.stopped is not None
-    assert re.fullmatch(r"1 minutes were enough for \d\.\d epochs of 20", result.stopped)
-
-
-def test_an_epoch_in_pieces_has_every_image_once_and_one_row(
+def test_with_a_time_budget_fewer_epochs_are_trained_and_the_rate_falls_to_zero(
     digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = watch_pieces(monkeypatch)
+    paces: list[Pace] = []
+
+    def plan(full: Schedule, epochs: int, steps: int, pace: Pace, seconds: float) -> Schedule:
+        paces.append(pace)
+        return Schedule(2, 13, full.small_fraction)  # whatever the speed of this machine
+
+    monkeypatch.setattr("cnnpipe.train.fit.shorten", plan)
     shown: list[tuple[int, int]] = []
-    train = TrainSettings(preset="fast", epochs=1, batch_size=128, augment=False)
+    train = TrainSettings(preset="fast", epochs=20, batch_size=128, augment=False, max_minutes=0.5)
     run = create_run(tmp_path, "digits")
     result = train_model(RetrainSettings(train=train), digits, run, lambda _, done, total: shown.append((done, total)))
 
-    assert [(piece.image_size, piece.first, piece.last) for piece in pieces] == [((24, 24), 0, 6), ((32, 32), 6, 9)]
-    assert len(history_of(run)) == result.epochs == 1
+    assert all(each > 0.0 for pace in paces for each in astuple(pace))
+    assert [float(row["learning_rate"]) for row in history_of(run)][1] == pytest.approx(0.0, abs=1e-6)
+    assert (len(paces), result.epochs) == (2, 2)
+    assert result.stopped == "0.5 minutes were enough for 1.4 epochs of 20"
+    assert shown == sorted(shown)
+    assert shown[-1][0] == shown[-1][1] == round(result.images_per_second * result.seconds)
+
+
+def test_measuring_the_pace_leaves_the_training_as_it_is(digits: PreparedDataset, tmp_path: Path) -> None:
+    histories = []
+    for max_minutes in (None, 1.0):
+        train = TrainSettings(preset="fast", epochs=1, batch_size=128, max_minutes=max_minutes)
+        run = create_run(tmp_path, "digits")
+        result = train_model(RetrainSettings(train=train), digits, run)
+        histories.append([{**row, "seconds": ""} for row in history_of(run)])
+        assert result.stopped is None
+    assert histories[0] == histories[1]
+
+
+def test_figures_of_an_epoch_of_two_image_sizes_are_over_all_its_images(
+    digits: PreparedDataset, tmp_path: Path
+) -> None:
+    shown: list[tuple[int, int]] = []
+    train = TrainSettings(preset="fast", epochs=1, batch_size=128, augment=False, learning_rate=1e-30)
+    run = create_run(tmp_path, "digits")
+    result = train_model(RetrainSettings(train=train), digits, run, lambda _, done, total: shown.append((done, total)))
+    (row,) = history_of(run)
+
+    assert result.epochs == 1
     assert round(result.images_per_second * result.seconds) == digits.num_images["train"]
     assert shown == sorted(shown)
     assert {total for _, total in shown} == {shown[-1][0]} == {digits.num_images["train"]}
+    assert 0.0 < float(row["accuracy"]) < 0.5  # not the sum of two means
+    assert 0.0 < float(row["loss"]) < 3.0
 
 
-def test_figures_of_an_epoch_are_over_all_its_images_however_it_was_cut(
-    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count_seconds(monkeypatch)
-    pieces = watch_pieces(monkeypatch)
-    rows = []
-    for max_minutes in (None, 1.0):  # at this rate no weight moves
-        train = TrainSettings(epochs=1, batch_size=128, learning_rate=1e-30, max_minutes=max_minutes)
-        run = create_run(tmp_path, "digits")
-        train_model(RetrainSettings(train=train), digits, run)
-        rows.append([float(history_of(run)[0][key]) for key in ("accuracy", "loss")])
-
-    assert [(piece.first, piece.last) for piece in pieces] == [(0, 9), (0, 9), (5, 9)]
-    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
-
-
-def test_time_is_planned_too_where_an_epoch_is_one_batch(
-    digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count_seconds(monkeypatch)
-    train = TrainSettings(epochs=1000, batch_size=4096, max_minutes=1.0)
-    result = train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits"))
-
-    assert 5 < result.epochs < 60
-    assert 45 < result.seconds <= 60
-    assert result.stopped is not None
-    assert re.fullmatch(r"1 minutes were enough for \d+\.0 epochs of 1000", result.stopped)
-
-
-def test_where_time_is_too_short_for_one_epoch_it_is_cut(digits: PreparedDataset, tmp_path: Path) -> None:
+def test_a_budget_shorter_than_one_epoch_shortens_that_epoch(digits: PreparedDataset, tmp_path: Path) -> None:
     settings = RetrainSettings(train=TrainSettings(epochs=30, batch_size=16, max_minutes=0.0001))
     result = train_model(settings, digits, create_run(tmp_path, "digits"))
 
@@ -257,17 +171,9 @@ def test_where_time_is_too_short_for_one_epoch_it_is_cut(digits: PreparedDataset
 
 
 def test_a_training_that_reached_its_last_epoch_was_not_stopped(digits: PreparedDataset, tmp_path: Path) -> None:
-    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=256, max_minutes=10))
+    settings = RetrainSettings(train=TrainSettings(epochs=1, batch_size=256, max_minutes=1.0))
 
     assert train_model(settings, digits, create_run(tmp_path, "digits")).stopped is None
-
-
-def test_class_weights_let_every_class_weigh_the_same() -> None:
-    labels = np.array([2, 0, 0, 2, 0, 1, 0, 0])
-    weights = _class_weights(labels)
-
-    assert [weights[label] * np.sum(labels == label) for label in range(3)] == pytest.approx([8 / 3] * 3)
-    assert sum(weights[label] for label in labels.tolist()) == pytest.approx(len(labels))
 
 
 def test_class_weights_change_the_loss_that_is_trained_and_not_the_one_of_validation(
@@ -327,7 +233,7 @@ def test_a_diverging_loss_stops_with_one_line(digits: PreparedDataset, tmp_path:
 def test_cuda_without_a_gpu_is_refused(digits: PreparedDataset, tmp_path: Path) -> None:
     if keras.distribution.list_devices("gpu"):
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ProviderError, match="'cuda' was asked for, but TensorFlow sees 0 GPUs"):
+    with pytest.raises(ProviderError, match="'cuda' was requested, but TensorFlow finds 0 GPUs"):
         train_model(RetrainSettings(train=TrainSettings(device="cuda")), digits, create_run(tmp_path, "digits"))
 
 
@@ -421,13 +327,30 @@ def test_a_cpu_computes_in_what_it_is_faster_in_unless_told_otherwise(
     ]
 
 
-def test_averages_leave_the_training_as_it_is(digits: PreparedDataset, tmp_path: Path) -> None:
-    runs = []
+def test_averages_of_weights_halve_the_part_of_each_earlier_epoch_and_leave_the_training_as_it_is(
+    digits: PreparedDataset, tmp_path: Path
+) -> None:
+    histories, saved = [], []
     for average in (False, True):
-        train = TrainSettings(epochs=3, batch_size=256, average_weights=average)
-        runs.append(train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits")).run)
-    last, averaged = (history_of(run) for run in runs)
+        train = TrainSettings(epochs=3, batch_size=128, learning_rate=3e-4, average_weights=average)
+        run = create_run(tmp_path, "digits")
+        weights: dict[str, list[npt.NDArray[np.float32]]] = {}
 
+        def read(what: str, *_: int, run: Path = run, weights: dict[str, Any] = weights) -> None:
+            label = what.split(",")[0]
+            if label not in weights and (run / "model.keras").exists():
+                weights[label] = keras.saving.load_model(run / "model.keras").get_weights()
+
+        result = train_model(RetrainSettings(train=train), digits, run, read)
+        assert result.best_epoch == 3  # every epoch is saved
+        saved.append([*weights.values(), keras.saving.load_model(run / "model.keras").get_weights()])
+        histories.append(history_of(run))
+
+    (first, second, third), (_, _, averages) = saved
+    for index, average in enumerate(averages):
+        expected = first[index] / 4 + second[index] / 4 + third[index] / 2
+        np.testing.assert_allclose(average, expected, atol=1e-6)
+    last, averaged = histories
     assert [row["loss"] for row in last] == [row["loss"] for row in averaged]
     assert last[0]["val_loss"] == averaged[0]["val_loss"]
     assert last[2]["val_loss"] != averaged[2]["val_loss"]

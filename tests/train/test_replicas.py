@@ -57,8 +57,8 @@ def test_two_devices_learn_what_one_learns(digits: PreparedDataset, tmp_path: Pa
 
     assert (one["replicas"], two["replicas"]) == (1, 2)
     first, second = (np.load(tmp_path / name / "weights.npy") for name in ("one", "two"))
-    # Of 1,151 images one is left out where two devices share them, and parts of batches are summed in another order.
-    # Adam makes much of that where gradients are small, so the mean counts, beside 12 steps of near 1e-3.
+    # Two devices leave out one of 1,151 images and sum in another order, which Adam amplifies for small gradients:
+    # so the mean is compared, to 12 steps of about 1e-3.
     assert np.abs(first - second).mean() < 5e-4
     assert two["kept"] == pytest.approx(two["accuracy"], abs=1e-6)
 
@@ -71,7 +71,7 @@ def test_devices_share_batches_of_fast(digits: PreparedDataset, tmp_path: Path) 
     assert result["kept"] == pytest.approx(result["accuracy"], abs=1e-6)
 
 
-BROKEN_OFF = """
+INTERRUPTED = """
 import json, sys
 from pathlib import Path
 import numpy as np
@@ -84,19 +84,19 @@ from cnnpipe.train.backend import keras
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 settings = RetrainSettings(train=TrainSettings(preset="fast", epochs=3, batch_size=64, seed=3))
 
-class BrokenOffError(Exception):
+class InterruptedForTestError(Exception):
     pass
 
-def break_off(what, done, total):
+def interrupt(what, done, total):
     if "epoch 3/" in what:
-        raise BrokenOffError
+        raise InterruptedForTestError
 
 results = []
-for name, broken in (("unbroken", False), ("broken", True)):
-    if broken:
+for name, interrupted in (("uninterrupted", False), ("interrupted", True)):
+    if interrupted:
         try:
-            train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name, break_off)
-        except BrokenOffError:
+            train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name, interrupt)
+        except InterruptedForTestError:
             pass
     results.append(train_run(settings, Path(sys.argv[1]), Path(sys.argv[2]) / name))
 weights = [keras.saving.load_model(result.run / "model.keras").get_weights() for result in results]
@@ -106,8 +106,8 @@ print(json.dumps({"resumed_after": [result.resumed_after for result in results],
 
 
 @pytest.mark.slow
-def test_what_two_devices_train_goes_on_to_the_same_weights(digits: PreparedDataset, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", BROKEN_OFF, str(digits.path), str(tmp_path)]
+def test_interrupted_on_two_devices_it_ends_with_the_same_weights(digits: PreparedDataset, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(digits.path), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout.splitlines()[-1])

@@ -59,7 +59,7 @@ for name, values in cases.items():
     except Exception as error:
         outcomes[name] = f"{type(error).__name__}: {error}"
 
-from cnnpipe.train.augmentation import shrink
+from cnnpipe.train.batches import shrink
 from cnnpipe.train.backend import keras
 import tensorflow as tf
 

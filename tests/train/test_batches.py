@@ -1,4 +1,4 @@
-"""Changes to training images: mirror images, shifts, cutout and smaller sizes."""
+"""Batches of a split, and changes to training images: mirror images, shifts, cutout and smaller sizes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.train.augmentation import Augmentation, ResidentImages, draw_views, shrink
-from cnnpipe.train.backend import keras
+from cnnpipe.train.backend import keras, pipeline
+from cnnpipe.train.batches import Augmentation, Batches, ResidentImages, draw_views, shrink
 from cnnpipe.train.checkpoints import training_state
 
 Images = npt.NDArray[np.uint8]
@@ -43,14 +43,14 @@ def test_augmentation_gives_each_image_its_own_change_and_repeats_by_seed(digits
     assert not np.array_equal(first, other)
 
 
-def test_cutout_hides_a_square_of_each_image_at_a_place_of_its_own() -> None:
+def test_cutout_hides_one_rectangle_at_a_random_position_in_each_image() -> None:
     images = np.full((40, 16, 24, 3), 200, np.uint8)
     drawn = draw_views((16, 24), np.zeros(40, np.bool_), np.random.default_rng(2), cutout=3 / 8)
     hidden = np.asarray(Augmentation(fill=(1.4, 2.0, 3.0))([images, *drawn])) != 200
 
     np.testing.assert_array_equal(hidden.sum(axis=(1, 2, 3)), 6 * 9 * 3)
-    places = {tuple(np.argwhere(each)[0]) for each in hidden}
-    assert len(places) > 20
+    positions = {tuple(np.argwhere(each)[0]) for each in hidden}
+    assert len(positions) > 20
     for each in hidden:
         top, left, _ = np.argwhere(each)[0]
         assert each[top : top + 6, left : left + 9].all()
@@ -75,7 +75,7 @@ def test_resident_images_are_fetched_by_index_and_augmented_as_those_of_a_batch(
     )
 
 
-def test_resident_images_are_not_part_of_what_a_training_goes_on_from(digits: PreparedDataset) -> None:
+def test_resident_images_are_not_part_of_the_state_of_a_training(digits: PreparedDataset) -> None:
     indices = keras.Input((), dtype="int32")
     resident = ResidentImages(digits.images("val"))
     model = keras.Model(indices, keras.layers.Dense(2)(keras.layers.Flatten()(resident(indices))))
@@ -99,3 +99,69 @@ def test_shrink_leaves_one_colour_as_it_is() -> None:
     images = np.full((2, 16, 16, 3), (0, 128, 255), np.uint8)
     smaller = keras.ops.convert_to_numpy(shrink(keras.ops.convert_to_tensor(images), (12, 12)))
     assert np.unique(smaller).tolist() == [0, 128, 255]
+
+
+def test_labels_are_class_indices_that_each_batch_has_one_hot() -> None:
+    labels = np.array([2, 0, 1, 2, 2], np.int64)
+    batches = Batches(np.zeros((5, 2, 2, 3), np.uint8), labels, num_classes=4, batch_size=3)
+    one_hot = [batches[index][1] for index in range(len(batches))]
+    assert [each.shape for each in one_hot] == [(2, 4), (3, 4)]
+    assert one_hot[0].dtype == np.float32
+    np.testing.assert_array_equal(np.concatenate(one_hot), np.eye(4)[labels])
+
+
+def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch() -> None:
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    orders = []
+    for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0)):
+        batches = Batches(images, np.zeros(100, np.int64), 2, batch_size=30, seed=seed)
+        batches.select(epoch)
+        orders.append(np.concatenate([batches[index][0][0].ravel() for index in range(len(batches))]).tolist())
+
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert orders[0] == orders[3]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(2, axis=2)
+    batches = Batches(images, np.zeros(100, np.int64), 2, batch_size=30, seed=5, augment=(0.0, 0.0))
+    mirrored = []
+    for epoch in (0, 1, 2, 0):
+        batches.select(epoch)
+        seen = [batches[index][0] for index in range(len(batches))]
+        images_seen, columns = (np.concatenate([each[part] for each in seen]) for part in (0, 2))
+        assert sorted(images_seen[:, 0, 0, 0].tolist()) == list(range(100))
+        mirrored.append(set(images_seen[columns[:, 0] > columns[:, 1], 0, 0, 0].tolist()))
+
+    assert mirrored[0] | mirrored[1] == set(range(100))
+    assert not mirrored[0] & mirrored[1]
+    assert 30 < len(mirrored[0]) < 70
+    assert mirrored[0] == mirrored[2] == mirrored[3]
+
+
+def test_equal_batches_leave_out_other_images_in_every_epoch() -> None:
+    images = np.arange(99, dtype=np.uint8).reshape(99, 1, 1, 1)
+    batches = Batches(images, np.zeros(99, np.int64), 2, batch_size=50, seed=5, equal=True)
+    left_out = set()
+    for epoch in range(2):
+        batches.select(epoch)
+        seen = [batches[index][0][0].ravel() for index in range(len(batches))]
+        assert [len(each) for each in seen] == [49, 49]
+        left_out |= set(range(99)) - set(np.concatenate(seen).tolist())
+    assert len(left_out) == 2
+
+
+def test_batches_read_ahead_in_one_epoch_do_not_get_into_the_next() -> None:
+    images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
+    batches = Batches(images, np.zeros(200, np.int64), 2, batch_size=10, seed=5)
+    source = pipeline(batches)
+    orders = []
+    for epoch in range(3):
+        next(iter(source))  # Keras does so too, and drops the rest
+        batches.select(epoch)
+        orders.append(np.concatenate([np.array(part).ravel() for (part,), _ in source]).tolist())
+
+    assert orders == [np.random.default_rng([5, epoch]).permutation(200).tolist() for epoch in range(3)]
+    assert not source.options().autotune.enabled  # it would hold up the end

@@ -8,8 +8,8 @@ import pytest
 
 from cnnpipe.errors import TrainingError
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.train.augmentation import shrink
 from cnnpipe.train.backend import BatchNormalization, keras
+from cnnpipe.train.batches import shrink
 from cnnpipe.train.networks import PartialIdentity, average_flips, build_network, measure_input
 
 
