@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cnnpipe.errors import CnnpipeError, UsageError, one_line
-from cnnpipe.files import user_path
 from cnnpipe.machine import package_versions
+from cnnpipe.paths import expand_path
 from cnnpipe.settings import set_signature
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run_app(app: typer.Typer) -> None:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Run a command with its log on stderr, and turn an error into one line and an exit status.
 
-    Adds the option `--debug`, and expands options that are paths with `user_path`. A command with `JsonOption` must
+    Adds the option `--debug`, and expands options that are paths with `expand_path`. A command with `JsonOption` must
     call that parameter `as_json`.
     """
 
@@ -130,7 +130,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _resolve_path(name: str, value: Any) -> Any:
     try:
-        return user_path(value) if isinstance(value, Path) else value
+        return expand_path(value) if isinstance(value, Path) else value
     except UsageError as error:
         raise UsageError(f"--{name}: {error}") from error
 

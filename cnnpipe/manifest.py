@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cnnpipe.errors import ModelError, RegistryError, one_line
-from cnnpipe.files import user_path
+from cnnpipe.paths import expand_path
 from cnnpipe.settings import RetrainSettings, dataset_location, load_toml
 from cnnpipe.storage import sha256_file, write_text
 
@@ -204,7 +204,7 @@ def read_origin(run: Path) -> Origin:
         location = prepared = None
     if location is None:
         location = dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
-    return Origin(location, user_path(prepared) if prepared else None)
+    return Origin(location, expand_path(prepared) if prepared else None)
 
 
 def read_history(run: Path) -> dict[str, list[float]]:

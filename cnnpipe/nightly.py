@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from filelock import FileLock, Timeout
 
 from cnnpipe.errors import ServerError
-from cnnpipe.files import user_path
+from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_json
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Nightly:
 def prefect_home(artifacts: Path) -> Path:
     """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
     configured = os.environ.get("PREFECT_HOME")
-    return (user_path(configured) if configured else artifacts / ".prefect").resolve()
+    return (expand_path(configured) if configured else artifacts / ".prefect").resolve()
 
 
 def server_pidfile(home: Path) -> PidFile:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
-from cnnpipe.files import user_path
 from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
+from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
 CHAMPION_FILE: Final = "champion"
@@ -319,7 +319,7 @@ def find_model(model: str, artifacts: Path) -> Path:
         ModelError: there is no such model.
         RegistryError: the alias names a run that is not complete.
     """
-    path = user_path(model)
+    path = expand_path(model)
     if path.is_file() and path.name != CHAMPION_FILE:
         if path.suffix not in (".onnx", ".keras"):
             raise ModelError(f"{path} is not a model: a model file ends in .onnx or .keras")
@@ -336,7 +336,7 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         ModelError: there is no such run.
         RegistryError: the alias names a run that is not complete.
     """
-    path = user_path(model)
+    path = expand_path(model)
     if path.name == CHAMPION_FILE and path.is_file():
         return _read_alias(path)
     if path.is_dir():

@@ -34,7 +34,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cnnpipe.errors import ConfigError, UsageError, one_line
-from cnnpipe.files import NO_URL, display_path, user_path
+from cnnpipe.paths import NO_URL, escape_path, expand_path
 
 BUILT_IN_DATASETS: Final = ("digits", "cifar10")
 
@@ -55,9 +55,9 @@ def _check_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """Accept a path with bytes that are not text, which pydantic refuses in a string, but not a URL."""
     if not isinstance(value, str):
         return check(value)
-    check(display_path(value))
+    check(escape_path(value))
     try:
-        user_path(value)
+        expand_path(value)
     except UsageError as error:
         raise PydanticCustomError("path", NO_URL) from error
     return value
@@ -75,8 +75,8 @@ def _parse_image_size(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=_DEVICE)]
-UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(display_path, when_used="json")]
-"""Text that `user_path` makes a path of. In JSON and TOML, bytes that are not text become `\\xNN`."""
+UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(escape_path, when_used="json")]
+"""Text that `expand_path` makes a path of. In JSON and TOML, bytes that are not text become `\\xNN`."""
 _Pixels = Annotated[int, Field(ge=8, le=1024)]
 ImageSize = Annotated[tuple[_Pixels, _Pixels], BeforeValidator(_parse_image_size)]
 """(height, width) in pixels, also written as the text `32x32`."""
@@ -141,14 +141,14 @@ def dataset_name(dataset: str) -> str:
     """Return the default name of a dataset; empty if its folder's name has no ASCII letter or digit."""
     if dataset in BUILT_IN_DATASETS:
         return dataset
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", user_path(dataset).resolve().name).strip("-._")[:64]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", expand_path(dataset).resolve().name).strip("-._")[:64]
 
 
 def dataset_location(dataset: str) -> str:
     """Return where a dataset comes from: a folder's absolute path, symbolic links kept, or a built-in one's name."""
     if dataset in BUILT_IN_DATASETS:
         return dataset
-    return display_path(os.path.abspath(user_path(dataset)))  # noqa: PTH100  a link may name another folder every night
+    return escape_path(os.path.abspath(expand_path(dataset)))  # noqa: PTH100  a link may name another folder every night
 
 
 class TrainSettings(Settings):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from cnnpipe.files import display_path
 from cnnpipe.manifest import best_epoch, read_history, read_parity
+from cnnpipe.paths import escape_path
 from cnnpipe.settings import RetrainSettings, load_toml
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _text(value: object) -> str:
 
 def _code(value: object) -> str:
     """Return markdown that shows a text as code, on one line."""
-    text = " ".join(display_path(str(value)).split())
+    text = " ".join(escape_path(str(value)).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""  # between the backticks of the text and the fence; not shown
     return f"{fence}{space}{text}{space}{fence}"

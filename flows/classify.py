@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 from cnnpipe.settings import ClassifySettings, takes_settings
 from flows.commands import run_command, run_flow
 from flows.dask import Runner, check_runner
@@ -48,7 +48,7 @@ def _classify(
 
         with tags("classify"):
             state: State[Any] = classify(
-                settings, artifacts=display_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
+                settings, artifacts=escape_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
             )
         return state
 

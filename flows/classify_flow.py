@@ -13,7 +13,7 @@ from cnnpipe.classify.engine import Rows, StageSeconds
 from cnnpipe.classify.run import open_classification
 from cnnpipe.classify.summary import check_failure_rate
 from cnnpipe.errors import FailureBudgetError, StorageError
-from cnnpipe.files import display_path, user_path
+from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import ClassifySettings
 from flows.artifacts import publish_classification
 from flows.dask import Runner, check_runner, classify_on_dask, run_shard
@@ -43,7 +43,7 @@ class TooManyFailuresError(FailureBudgetError):
 def _run_name() -> str:
     """Name a run by its folder and its scheduled time, such as photos-2026-11-22-0200."""
     settings = ClassifySettings.model_validate(runtime.flow_run.parameters["settings"])
-    folder = display_path(user_path(settings.folder).resolve().name) or "root"
+    folder = escape_path(expand_path(settings.folder).resolve().name) or "root"
     return f"{folder}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
 
 
@@ -78,7 +78,7 @@ def classify_images(
     """Run the engine over the folder, here or in a task for each shard, and show the summary in the UI."""
     with (
         progress_artifact("classification-progress") as progress,
-        open_classification(settings, user_path(artifacts)) as classification,
+        open_classification(settings, expand_path(artifacts)) as classification,
     ):
         if runner == "dask":
             classify_on_dask(classification, classify_shard, scheduler, progress)

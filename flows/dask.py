@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from cnnpipe.classify.engine import EngineOptions, Rows, Shard, StageSeconds, classify_shards
 from cnnpipe.classify.job import Job
 from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
-from cnnpipe.files import display_path
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import package_versions, usable_cores
+from cnnpipe.paths import escape_path
 from cnnpipe.progress import ProgressCallback
 
 if TYPE_CHECKING:  # Dask is an extra, and all of these are slow to import
@@ -157,7 +157,7 @@ def _check_images(root: Path) -> None:
         reason = error.strerror or str(error)
     if reason:
         raise PredictionsError(
-            f"the images in {display_path(str(root))} cannot be found on {socket.gethostname()}: {reason}; "
+            f"the images in {escape_path(str(root))} cannot be found on {socket.gethostname()}: {reason}; "
             "all workers must see them under the same path, such as on a network file system"
         )
 
@@ -204,7 +204,7 @@ def _open_tools(job: Job, cores: int, stack: ExitStack) -> tuple[ClassifierSessi
     pool.start(cores)
     if not Path(job.model_path).exists():
         raise PredictionsError(
-            f"there is no model {display_path(job.model_path)} on {socket.gethostname()}; all workers must see the "
+            f"there is no model {escape_path(job.model_path)} on {socket.gethostname()}; all workers must see the "
             "images and the model under the same paths, such as on a network file system"
         )
     session = open_session(Path(job.model_path), job.device, threads=1)

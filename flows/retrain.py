@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnpipe.console import ArtifactsOption, DataOption, JsonOption, command
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 from cnnpipe.settings import RetrainSettings, takes_settings
 from flows.commands import run_command, run_flow
 
@@ -34,7 +34,7 @@ def _retrain(
         sections = {name: getattr(settings, name) for name in _SECTIONS}
         with tags("retrain", settings.prepare.resolved_name):
             state: State[Any] = retrain(
-                **sections, data=display_path(str(data)), artifacts=display_path(str(artifacts)), return_state=True
+                **sections, data=escape_path(str(data)), artifacts=escape_path(str(artifacts)), return_state=True
             )
         return state
 

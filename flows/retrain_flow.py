@@ -15,7 +15,7 @@ from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from cnnpipe.files import display_path, user_path
+from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -71,7 +71,7 @@ def retrain(
     export_model(run)
     decision = promote_model(run)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": display_path(run), **decision})
+    return Completed(name=name, message=decision["reason"], data={"run": escape_path(run), **decision})
 
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
@@ -80,7 +80,7 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     from cnnpipe.prepare import dataset
 
     with progress_artifact("prepare-progress") as progress:
-        prepared = dataset.prepare_dataset(prepare, user_path(data), progress=progress, publish=publish_dataset)
+        prepared = dataset.prepare_dataset(prepare, expand_path(data), progress=progress, publish=publish_dataset)
     return str(prepared.path)
 
 
@@ -90,7 +90,7 @@ def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str
     from cnnpipe.train.run import train_run
 
     with progress_artifact("training-progress") as progress:
-        result = train_run(settings, Path(prepared), user_path(artifacts), progress)
+        result = train_run(settings, Path(prepared), expand_path(artifacts), progress)
     return str(result.run)
 
 

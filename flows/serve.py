@@ -24,8 +24,8 @@ from tzlocal import get_localzone_name
 import cnnpipe
 from cnnpipe.console import ArtifactsOption, DataOption, command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
-from cnnpipe.files import display_path, user_path
 from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
+from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, takes_settings
 from cnnpipe.storage import make_folder
 from flows.commands import run_command
@@ -139,7 +139,7 @@ def build_deployments(
     nightly = retrain.to_deployment(
         "nightly",
         schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
-        parameters={**settings.model_dump(mode="json"), "data": display_path(str(data)), **folders},
+        parameters={**settings.model_dump(mode="json"), "data": escape_path(str(data)), **folders},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         tags=["retrain", settings.prepare.resolved_name],
         version=cnnpipe.__version__,
@@ -196,7 +196,7 @@ def _with_absolute_dataset(settings: RetrainSettings) -> RetrainSettings:
     """
     if settings.prepare.dataset in BUILT_IN_DATASETS:
         return settings
-    folder = user_path(settings.prepare.dataset).resolve()
+    folder = expand_path(settings.prepare.dataset).resolve()
     if not folder.is_dir():
         raise DatasetError(f"no folder of images at {folder}; check the path, or name a built-in dataset")
     prepare = settings.prepare.model_copy(update={"dataset": str(folder)})

@@ -32,8 +32,8 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError, one_line
-from cnnpipe.files import display_path
 from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfile, server_log, server_pidfile
+from cnnpipe.paths import escape_path
 from cnnpipe.storage import make_folder, storage_errors
 
 __all__ = ["Server", "app", "configured_api_url", "ensure_server", "prepare_environment", "running_server",
@@ -126,7 +126,7 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
         StorageError: `home` cannot be written.
     """
     home = home.resolve()
-    if (shown := display_path(str(home))) != str(home):
+    if (shown := escape_path(str(home))) != str(home):
         raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
     prepare_environment(home)
     configured = configured_api_url()

@@ -11,7 +11,7 @@ from pydantic import Field
 from typer.testing import CliRunner, Result
 
 from cnnpipe.console import ArtifactsOption, command
-from cnnpipe.files import user_path
+from cnnpipe.paths import expand_path
 from cnnpipe.settings import ClassifySettings, ImageSize, Settings, UserPath, dump_toml, load_toml, takes_settings
 
 
@@ -97,7 +97,7 @@ class _Places(Settings):
 @command
 @takes_settings(_Places, "folder")
 def _show_places(settings: _Places, artifacts: ArtifactsOption = Path("artifacts")) -> None:
-    for path in (user_path(settings.folder), user_path(settings.output or "none"), artifacts):
+    for path in (expand_path(settings.folder), expand_path(settings.output or "none"), artifacts):
         typer.echo(os.fsencode(path))
 
 
@@ -157,8 +157,8 @@ def test_settings_with_bytes_that_are_not_text_come_back_from_toml_and_json(tmp_
     for read in (load_toml(ClassifySettings, tmp_path / "c.toml"), type(settings).model_validate_json(
         settings.model_dump_json()
     )):  # fmt: skip
-        assert user_path(read.folder) == folder
-        assert user_path(str(read.output)) == folder / "new.csv"
+        assert expand_path(read.folder) == folder
+        assert expand_path(str(read.output)) == folder / "new.csv"
 
 
 def test_a_path_is_text_in_the_form_of_prefect() -> None:

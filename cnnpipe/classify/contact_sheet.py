@@ -28,10 +28,10 @@ from cnnpipe.classify.sort_into import uncertainty_test
 from cnnpipe.classify.summary import ClassificationSummary, FailedFile
 from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import ImageError, PredictionsError
-from cnnpipe.files import display_path, source_path
 from cnnpipe.images.decode import ERROR_KINDS, RGBImage, decode_image, upright_size
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import usable_cores
+from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import storage_errors, write_text
 
 __all__ = ["THUMBNAIL_PIXELS", "check_report", "compact", "percent", "round_ticks", "shorten", "thumbnail",
@@ -62,7 +62,7 @@ def check_report(path: Path, overwrite: bool) -> None:
         PredictionsError: the path does not end in .html, is a folder, or exists already.
         StorageError: the file system allows no such name.
     """
-    shown = display_path(str(path))
+    shown = escape_path(str(path))
     if path.suffix.lower() not in (".html", ".htm"):
         raise PredictionsError(f"the report must end in .html, received {shown}")
     with storage_errors(path):  # such as a name that is too long
@@ -229,7 +229,7 @@ class _Survey:
 
 def _load_thumbnails(pictures: Sequence[_Picture], root: Path, workers: int) -> None:
     """Decode the pictures again, small; in processes of their own, because the files are a stranger's."""
-    paths = (str(source_path(root, picture.path)) for picture in pictures)
+    paths = (str(unescape_path(root, picture.path)) for picture in pictures)
     remaining = iter(pictures)
     with DecoderPool(workers, thumbnail) as pool:
         for chunk in pool.decode(Path(), paths, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)):

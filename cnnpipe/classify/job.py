@@ -28,7 +28,7 @@ from cnnpipe.classify.engine import Rows, Shard, ShardRows
 from cnnpipe.classify.summary import FailedFile, read_summary
 from cnnpipe.classify.table import Columns, Prediction, TableFormat, read_table
 from cnnpipe.errors import PredictionsError, StorageError, one_line
-from cnnpipe.files import display_path, source_path
+from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import make_folder, storage_errors
 
 __all__ = ["BegunJob", "Counts", "Job", "JobFile", "PreviousTable", "job_path", "open_job", "read_job"]
@@ -181,10 +181,10 @@ class PreviousTable:
 
     def __init__(self, path: Path) -> None:
         summary = read_summary(path)
-        shown = display_path(str(path))
+        shown = escape_path(str(path))
         if summary is None:
             raise PredictionsError(
-                f"{shown} has no {display_path(path.name)}.summary.json beside it that says how it was made; "
+                f"{shown} has no {escape_path(path.name)}.summary.json beside it that says how it was made; "
                 "classify again with --overwrite"
             )
         self.path = path
@@ -270,7 +270,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         StorageError: it cannot be opened.
     """
     if path.is_dir():
-        raise PredictionsError(f"{display_path(str(path))} is a folder, not a job file; rename or remove it")
+        raise PredictionsError(f"{escape_path(str(path))} is a folder, not a job file; rename or remove it")
     while True:
         try:
             database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -284,13 +284,13 @@ def _connect(path: Path) -> sqlite3.Connection:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # without its extension
                 raise PredictionsError(
-                    f"another process is writing {display_path(str(path.with_suffix('')))}; wait for it, or name "
+                    f"another process is writing {escape_path(str(path.with_suffix('')))}; wait for it, or name "
                     "another --output"
                 ) from error
             raise _storage_error(path, error) from error
         except sqlite3.DatabaseError as error:
             raise PredictionsError(
-                f"{display_path(str(path))} is not a job file of cnnpipe ({error}); rename or remove it"
+                f"{escape_path(str(path))} is not a job file of cnnpipe ({error}); rename or remove it"
             ) from error
         if path.exists():
             return database
@@ -303,7 +303,7 @@ def _read(database: sqlite3.Connection, path: Path) -> BegunJob | None:
     Raises:
         PredictionsError: it is not a job file, or is one of another version.
     """
-    shown = display_path(str(path))
+    shown = escape_path(str(path))
     try:
         (application,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -341,7 +341,7 @@ def _read_to_resume(
     if different:
         name = different[0]
         raise PredictionsError(
-            f"{display_path(str(path))} holds a classification that was interrupted, with {name} "
+            f"{escape_path(str(path))} holds a classification that was interrupted, with {name} "
             f"{getattr(begun.job, name)!r}; now it is {getattr(job, name)!r}, and a table cannot mix rows of two "
             "settings; run it again as it was, or start over with --overwrite"
         )
@@ -361,7 +361,7 @@ def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
         if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"
         else "check the folder, its permissions and the disk"
     )
-    return StorageError(f"cannot write {display_path(str(path))}: {one_line(error)}; {remedy}")
+    return StorageError(f"cannot write {escape_path(str(path))}: {one_line(error)}; {remedy}")
 
 
 class JobFile:
@@ -435,7 +435,7 @@ class JobFile:
             for index in rows.unchanged:
                 query = "SELECT label, probability, other_ranks FROM previous WHERE path = ?"
                 [(labels[index], probabilities[index], ranks[index])] = self._fetch(
-                    query, display_path(rows.paths[index])
+                    query, escape_path(rows.paths[index])
                 )
                 optional["unchanged"][index] = 1
         with self._transaction(commit=part.complete):
@@ -450,7 +450,7 @@ class JobFile:
 
     def previous_digest(self, path: str) -> str:
         """Return the SHA-256 that a file had when its previous row was made; empty if there is no row to keep."""
-        found = self._fetch("SELECT sha256 FROM previous WHERE path = ?", display_path(path))
+        found = self._fetch("SELECT sha256 FROM previous WHERE path = ?", escape_path(path))
         return str(found[0][0]) if found else ""
 
     def progress(self) -> tuple[int, int, int]:
@@ -555,7 +555,7 @@ class JobFile:
                 continue
             if unknown := set(row.labels) - indices.keys():
                 raise PredictionsError(
-                    f"{display_path(str(previous.path))} has the label {min(unknown)!r}, which is not a class of the "
+                    f"{escape_path(str(previous.path))} has the label {min(unknown)!r}, which is not a class of the "
                     "model; classify again with --overwrite"
                 )
             values = (ordinal, *_stored([row.path]), row.sha256, *_indexed(row, indices), None)
@@ -623,13 +623,13 @@ def _name(stored: str | bytes) -> str:
 
 
 def _shown(stored: str | bytes) -> str:
-    """Return a path as `display_path` shows it."""
+    """Return a path as `escape_path` shows it."""
     return stored if isinstance(stored, str) else stored.decode("utf-8", "backslashreplace")
 
 
 def _name_in(root: Path, shown: str) -> str:
     """Return the path, relative to the folder, of a file as a table shows it."""
-    return str(source_path(root, shown)).removeprefix(f"{root}/") if "\\x" in shown else shown
+    return str(unescape_path(root, shown)).removeprefix(f"{root}/") if "\\x" in shown else shown
 
 
 def _indexed(row: Prediction, indices: dict[str, int]) -> tuple[int, float, bytes | None]:

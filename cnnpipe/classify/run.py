@@ -21,11 +21,11 @@ from cnnpipe.classify.sort_into import SortedFiles, check_target, mark_target, s
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport, write_summary
 from cnnpipe.classify.table import read_table, write_table
 from cnnpipe.errors import AlreadyThereError, DatasetError, PredictionsError
-from cnnpipe.files import display_path, user_path
 from cnnpipe.images.find import FileFilter, check_file_list, find_files, has_files, no_listed_file, read_file_list
 from cnnpipe.images.leftovers import TABLE_SUFFIXES, describe_passed_over, summary_path
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import package_versions, usable_cores
+from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.progress import FilesShown, ProgressCallback
 from cnnpipe.registry import resolve_model
 from cnnpipe.settings import ClassifySettings
@@ -82,17 +82,17 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         StorageError: the output cannot be written.
     """
     clock = _Clock(datetime.now(UTC), time.perf_counter())
-    root = user_path(settings.folder)
+    root = expand_path(settings.folder)
     if not has_files(root) and not settings.files:
-        raise DatasetError(f"no files in {display_path(str(root))}; name a folder that has images in or below it")
+        raise DatasetError(f"no files in {escape_path(str(root))}; name a folder that has images in or below it")
     if settings.files is not None:
         check_file_list(settings.files, root)
-    table = user_path(settings.output).absolute() if settings.output else None
+    table = expand_path(settings.output).absolute() if settings.output else None
     begun = read_job(job_path(table)) if table else None
     if table is not None:
         _check_output(table, settings, begun)
     if settings.sort_into is not None:
-        check_target(root, user_path(settings.sort_into))
+        check_target(root, expand_path(settings.sort_into))
     model = resolve_model(settings.model, artifacts, settings.precision)
     with ExitStack() as stack:
         pool = DecoderPool(settings.workers or usable_cores(), seconds_per_file=settings.file_timeout)
@@ -110,7 +110,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
 
             # An attempt that came as far as its table may have written the report too.
             overwrite = settings.replaces_output or (begun is not None and begun.table_sha256 != "")
-            check_report(user_path(settings.report), overwrite)
+            check_report(expand_path(settings.report), overwrite)
         # Without its rows, trying failed files again would leave a table of nothing else.
         needed = settings.retry_failed and previous is None
         file = open_job(
@@ -179,7 +179,7 @@ def _previous_table(
 
 def _difference(previous: PreviousTable, session: ClassifierSession, settings: ClassifySettings) -> str:
     """Return in what a table was made otherwise than its new rows would be, or an empty string."""
-    folder, old, new = display_path(str(user_path(settings.folder).absolute())), previous.model_sha256, ""
+    folder, old, new = escape_path(str(expand_path(settings.folder).absolute())), previous.model_sha256, ""
     if settings.retry_failed and previous.folder != folder:
         return f"the folder {previous.folder} (now {folder})"
     if old != (new := session.model_sha256):
@@ -250,7 +250,7 @@ def _default_table(
             then, now = getattr(begun.job, different[0]), getattr(job, different[0])
             _logger.info(
                 "%s holds a classification of this folder that was interrupted, with %s %r, now %r; it stays as it is",
-                *(display_path(str(path)), different[0], then, now),
+                *(escape_path(str(path)), different[0], then, now),
             )
     folder = _create_output_folder(root, artifacts, started)
     try:
@@ -262,7 +262,7 @@ def _default_table(
 
 def _create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
     """Create the folder for a table without a name, called after the input and the time."""
-    name = display_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
+    name = escape_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
     predictions = make_folder(artifacts / "predictions")
     wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
     folder, number = predictions / wanted, 1
@@ -308,7 +308,7 @@ class Classification:
         self._session = session
         self._pool = pool
         self._file = file
-        self._report = user_path(settings.report).absolute() if settings.report else None
+        self._report = expand_path(settings.report).absolute() if settings.report else None
         self._seconds = StageSeconds()
         self._passed_over: Counter[str] = Counter()
         self._clock = clock
@@ -317,7 +317,7 @@ class Classification:
         if self._resumed and file.begun is not None:
             _logger.info(
                 "resuming %s: %d files are done, begun %s; --no-resume starts over",
-                *(display_path(str(file.path)), self._resumed, f"{file.begun.astimezone():%Y-%m-%d %H:%M}"),
+                *(escape_path(str(file.path)), self._resumed, f"{file.begun.astimezone():%Y-%m-%d %H:%M}"),
             )
 
     def run(self, progress: ProgressCallback | None = None) -> None:
@@ -408,7 +408,7 @@ class Classification:
     def _check_found(self, counts: Counts) -> None:
         """Refuse to make a table of nothing."""
         settings, job, kinds = self._settings, self.job, counts.error_kinds
-        described = f"the list {settings.files}" if settings.files else display_path(settings.folder)
+        described = f"the list {settings.files}" if settings.files else escape_path(settings.folder)
         if not counts.found and not settings.retry_failed:
             raise DatasetError(f"no file is left of {described}; check the patterns and the list")
         # Paths that come through a pipe are known only now.
@@ -430,7 +430,7 @@ class Classification:
             move_file(unfinished, table, replace=replaces)
         except AlreadyThereError as error:
             raise PredictionsError(
-                f"{display_path(str(table))} was written by another process meanwhile and stays; "
+                f"{escape_path(str(table))} was written by another process meanwhile and stays; "
                 "run again with --overwrite to replace it: nothing has to be classified again"
             ) from error
 
@@ -438,7 +438,7 @@ class Classification:
         settings, job = self._settings, self.job
         if settings.sort_into is None:
             return None
-        rows, target = read_table(Path(job.table), job.form), user_path(settings.sort_into)
+        rows, target = read_table(Path(job.table), job.form), expand_path(settings.sort_into)
         mark_target(target)
         return sort_files(rows, Path(job.root), target, settings.min_probability)
 
@@ -485,8 +485,8 @@ class Classification:
         elapsed = {stage: spent / parallel.get(stage, 1) for stage, spent in seconds.items()}
         info = session.info
         return ClassificationSummary(
-            table=display_path(job.table),
-            folder=display_path(job.root),
+            table=escape_path(job.table),
+            folder=escape_path(job.root),
             found=counts.found,
             ok=counts.ok,
             error=counts.error,
@@ -514,8 +514,8 @@ class Classification:
             top_k=job.top_k,
             safe_csv=job.safe_csv,
             sorted_files=sorted_files,
-            report=display_path(str(self._report)) if self._report else None,
-            model=ModelUsed(info.name, info.run_id, display_path(job.model_path), session.model_sha256),
+            report=escape_path(str(self._report)) if self._report else None,
+            model=ModelUsed(info.name, info.run_id, escape_path(job.model_path), session.model_sha256),
             versions=package_versions(_VERSIONS),
             started=self._clock.started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,8 +28,8 @@ import numpy as np
 
 from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
-from cnnpipe.files import display_path, source_path
 from cnnpipe.images.leftovers import SORTED_MARK
+from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import make_folder, storage_errors, write_file
 
 __all__ = ["UNCERTAIN_FOLDER", "SortedFiles", "check_target", "label_folder", "mark_target", "path_in_folder",
@@ -78,13 +78,13 @@ def check_target(root: Path, target: Path) -> None:
     Raises:
         PredictionsError: the target is a file, or one of the two folders is in the other.
     """
-    shown = display_path(str(target))
+    shown = escape_path(str(target))
     if os.path.lexists(target) and not target.is_dir():
         raise PredictionsError(f"cannot sort into {shown}: it is not a folder; name another")
     real_root, real_target = Path(os.path.realpath(root)), Path(os.path.realpath(target))
     if real_target.is_relative_to(real_root) or real_root.is_relative_to(real_target):
         raise PredictionsError(
-            f"cannot sort {display_path(str(root))} into {shown}: one is in the other, and the sorted files would be "
+            f"cannot sort {escape_path(str(root))} into {shown}: one is in the other, and the sorted files would be "
             "classified next time; name a folder beside it"
         )
 
@@ -188,7 +188,7 @@ def _find_source(root: Path, shown: str) -> _Source:
     try:
         path = os.path.join(root, shown)
         if not os.path.lexists(path):
-            path = str(source_path(root, shown))
+            path = str(unescape_path(root, shown))
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
             path = os.path.realpath(path)  # a hard link to a symbolic link would break with what that points to
@@ -211,7 +211,7 @@ def _make_class_folder(target: str, path: str) -> None:
             folder.mkdir()
         except FileExistsError:
             if folder.is_symlink() or not folder.is_dir():
-                shown = display_path(str(folder))
+                shown = escape_path(str(folder))
                 raise StorageError(
                     f"cannot sort into {shown}: it is not a folder; remove it, or sort into another folder"
                 ) from None
@@ -234,7 +234,7 @@ def _sort_file(source: _Source, name: str, target: str, make_class_folder: Calla
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise _UnsortableFileError("its name is too long for the target") from error
-        with storage_errors(Path(display_path(f"{target}/{name}"))):
+        with storage_errors(Path(escape_path(f"{target}/{name}"))):
             raise
 
 

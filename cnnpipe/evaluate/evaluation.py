@@ -17,9 +17,9 @@ from cnnpipe.evaluate.metrics import (
     write_evaluation,
 )
 from cnnpipe.evaluate.predict import OpenModel, Probabilities, open_model
-from cnnpipe.files import user_path
 from cnnpipe.machine import usable_cores
 from cnnpipe.manifest import MANIFEST_FILE, choose_model_file, read_manifest, read_origin, require_unfinished
+from cnnpipe.paths import expand_path
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     PreparedDataset,
@@ -142,12 +142,12 @@ def evaluate_any(
     opened = open_model(file)
     if dataset is None:
         prepared = load_run(file.parent).dataset
-    elif (user_path(dataset) / DATASET_FILE).is_file():
-        prepared = load_prepared(user_path(dataset))
+    elif (expand_path(dataset) / DATASET_FILE).is_file():
+        prepared = load_prepared(expand_path(dataset))
     elif dataset in BUILT_IN_DATASETS or _is_source_of(file.parent, dataset):
         prepared = _prepare_for(dataset, opened, data, progress)
     else:
-        return file, _evaluate_folder(opened, user_path(dataset), settings, data, progress)
+        return file, _evaluate_folder(opened, expand_path(dataset), settings, data, progress)
     logger.info("scoring %s on the %d test images of %s", file, prepared.num_images["test"], prepared.name)
     return file, evaluate_split(opened, prepared, settings)
 

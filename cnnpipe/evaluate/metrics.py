@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError, one_line
 from cnnpipe.evaluate.predict import Probabilities
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 from cnnpipe.settings import EvaluateSettings
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
 
@@ -187,7 +187,7 @@ def write_evaluation(
         raise DatasetError(f"{len(labels)} images have {len(paths)} names; prepare the dataset again")
     names, predicted, confidence = evaluation.class_names, probabilities.argmax(axis=1), probabilities.max(axis=1)
     predictions = [
-        (display_path(path), names[actual], names[guess], f"{probability:.6f}", int(actual == guess))
+        (escape_path(path), names[actual], names[guess], f"{probability:.6f}", int(actual == guess))
         for path, actual, guess, probability in zip(paths, labels, predicted, confidence, strict=True)
     ]
     counts = confusion_matrix(labels, predicted, labels=range(len(names)))  # rows actual, columns predicted

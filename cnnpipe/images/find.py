@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from cnnpipe.errors import DatasetError, StorageError, one_line
-from cnnpipe.files import display_path, user_path
 from cnnpipe.images.leftovers import OWN, UNFINISHED, is_own_folder, name_leftover
+from cnnpipe.paths import escape_path, expand_path
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -136,7 +136,7 @@ class _Walk:
 
     def start(self, after: list[bytes]) -> list[_Folder]:
         """Return the folders that are being walked when the walk has just passed the path with the parts `after`."""
-        shown = display_path(os.fsdecode(self.root))
+        shown = escape_path(os.fsdecode(self.root))
         if problem := _folder_problem(self.root):
             raise DatasetError(f"need a folder of images, received {shown}: {problem}; check the path")
         try:
@@ -297,10 +297,10 @@ def check_file_list(source: str, root: Path) -> None:
     """
     if source == "-":
         return
-    path = user_path(source)
+    path = expand_path(source)
     if path.is_dir() or not os.access(path, os.R_OK):
         reason = "it is a folder" if path.is_dir() else "permission denied" if path.exists() else "no such file"
-        raise DatasetError(f"cannot read the list of files from {display_path(source)}: {reason}; check the path")
+        raise DatasetError(f"cannot read the list of files from {escape_path(source)}: {reason}; check the path")
     if path.is_file():
         names = read_file_list(source)
         first = next(names, None)
@@ -311,13 +311,13 @@ def check_file_list(source: str, root: Path) -> None:
 def no_listed_file(source: str, root: Path, first: str) -> DatasetError:
     """Return the error for a list of which no path is a file; `first` is one of them."""
     return DatasetError(
-        f"no path in the list of files from {_shown(source)} is a file in {display_path(str(root))}; one is "
-        f"{one_line(repr(display_path(first)))}; check the folder, and save the list as UTF-8"
+        f"no path in the list of files from {_shown(source)} is a file in {escape_path(str(root))}; one is "
+        f"{one_line(repr(escape_path(first)))}; check the folder, and save the list as UTF-8"
     )
 
 
 def _shown(source: str) -> str:
-    return "standard input" if source == "-" else display_path(source)
+    return "standard input" if source == "-" else escape_path(source)
 
 
 def _may_be_file(root: Path, name: str) -> bool:
@@ -341,7 +341,7 @@ def read_file_list(source: str) -> Iterator[str]:
     """
     try:
         if source != "-":
-            with user_path(source).open("rb") as file:
+            with expand_path(source).open("rb") as file:
                 yield from _read_records(file, _shown(source))
         else:
             yield from _read_records(cast("BufferedReader", sys.stdin.buffer), _shown(source))

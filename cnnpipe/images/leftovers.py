@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 
 __all__ = [
     "JOB_FILE",
@@ -152,7 +152,7 @@ def describe_passed_over(counts: Counter[str]) -> str:
 def list_left_out(counts: Mapping[str, int]) -> str:
     """Return counts of what was left out as text, such as `.json (48), .csv (1)`."""
     largest = Counter(counts).most_common(_COUNTS_SHOWN)
-    shown = ", ".join(f"{display_path(name.strip())} ({count:,})" for name, count in largest)
+    shown = ", ".join(f"{escape_path(name.strip())} ({count:,})" for name, count in largest)
     return shown + (", …" if len(counts) > _COUNTS_SHOWN else "")
 
 
@@ -185,4 +185,4 @@ def _is_own_summary(path: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
         return False
     # By name only: a folder that was renamed or copied, or is mounted elsewhere, holds the same table.
-    return table.suffix in TABLE_SUFFIXES and table.name == display_path(path.name.removesuffix(SUMMARY_SUFFIX))
+    return table.suffix in TABLE_SUFFIXES and table.name == escape_path(path.name.removesuffix(SUMMARY_SUFFIX))

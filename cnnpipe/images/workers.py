@@ -39,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import CnnpipeError, ImageError
-from cnnpipe.files import display_path
 from cnnpipe.images.decode import RGBImage, decode_image, read_file
+from cnnpipe.paths import escape_path
 
 __all__ = ["MAX_WORKER_BYTES", "DecodedChunk", "DecodedFile", "Decoder", "DecoderPool", "decode_files", "run_worker"]
 
@@ -159,7 +159,7 @@ def decode_files(
         except MemoryError:
             others[index] = DecodedFile(path, sha256, "too_large", "not enough memory to read and decode it")
         except Exception as error:
-            raise RuntimeError(f"the decoder failed on {display_path(path)}: {error!r}") from error
+            raise RuntimeError(f"the decoder failed on {escape_path(path)}: {error!r}") from error
         digests.append(sha256)
         if time.perf_counter() - began > max_seconds:
             break
@@ -451,7 +451,7 @@ class DecoderPool:
             kind, verb, detail = "timeout", "took too long", f"more than {self._seconds_per_file:g} seconds"
         except _WorkerDiedError as error:
             kind, verb, detail = "crashed", "crashed", str(error)
-        _logger.warning("the decoder %s on %s: %s", verb, display_path(request.paths[0]), detail)
+        _logger.warning("the decoder %s on %s: %s", verb, escape_path(request.paths[0]), detail)
         sha256 = ""
         with suppress(_WorkerDiedError):  # even reading takes too long; in this process it would hold up the whole job
             (sha256,) = self._decode_once(replace(request, decoder=_hash_only)).sha256

@@ -31,9 +31,9 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from cnnpipe.errors import DatasetError
-from cnnpipe.files import user_path
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.paths import expand_path
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
 from cnnpipe.prepare.report import (
     DataReport,
@@ -144,7 +144,7 @@ def prepare_dataset(
         publish(dataset)
     details, train = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
     check_limits(dataset.report, settings, details)
-    root = user_path(settings.dataset)
+    root = expand_path(settings.dataset)
     files = [root / path for path in dataset.paths(train)] if dataset.source == "folder" else []
     check_contrast(dataset.images(train), dataset.statistics, files, details)
     return dataset

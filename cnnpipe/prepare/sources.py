@@ -27,12 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError, ImageError
-from cnnpipe.files import display_path, user_path
 from cnnpipe.images.decode import read_file
 from cnnpipe.images.find import FileFilter, find_files
 from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out, name_leftover
 from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
 from cnnpipe.machine import usable_cores
+from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.prepare.cifar10 import Archive, fetch_archive, read_cifar10
 from cnnpipe.prepare.report import Unreadable, first_few
 from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
@@ -129,7 +129,7 @@ def open_source(
         return _DigitsSource()
     if name == "cifar10":
         return _Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(user_path(name), FileFilter(settings.include, settings.exclude))
+    folder = list_image_folder(expand_path(name), FileFilter(settings.include, settings.exclude))
     return FolderSource(folder, workers or usable_cores(), progress)
 
 
@@ -233,19 +233,19 @@ class FolderSource:
         if not readable.any():
             raise DatasetError(
                 f"none of the {len(files):,} files in {self._folder.root} can be read as an image; "
-                f"the first, {display_path(files[0].path)}: {files[0].error}"
+                f"the first, {escape_path(files[0].path)}: {files[0].error}"
             )
         return SourceImages(
             content=_hash_folder(self._folder.paths, [file.sha256 or file.error_kind for file in files]),
             class_names=self._folder.class_names,
             pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
             labels=self._folder.labels[readable],
-            paths=[display_path(file.path) for file in files if not file.error_kind],
+            paths=[escape_path(file.path) for file in files if not file.error_kind],
             digests=[file.sha256 for file in files if not file.error_kind],
             given_split=self._folder.given_split[readable],
             given_splits=self._folder.given_splits,
             unreadable=tuple(
-                Unreadable(display_path(file.path), file.error_kind, display_path(file.error))
+                Unreadable(escape_path(file.path), file.error_kind, escape_path(file.error))
                 for file in files
                 if file.error_kind
             ),
@@ -325,7 +325,7 @@ def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFold
     splits = _find_splits(root, folders)
     if not splits:
         listing.add_split(TRAIN, "", folders)
-    elif others := [display_path(name) for name in folders if name not in splits.values()]:
+    elif others := [escape_path(name) for name in folders if name not in splits.values()]:
         listing.warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
     for split, folder in splits.items():
         listing.add_split(split, folder, listing.class_folders(folder))
@@ -370,7 +370,7 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
 
 
 def _show(names: Iterable[str]) -> str:
-    return first_few([display_path(name) for name in names], 5)
+    return first_few([escape_path(name) for name in names], 5)
 
 
 class _Listing:
@@ -389,7 +389,7 @@ class _Listing:
         """Return the names of the folders in a folder; warn of the files that lie beside them."""
         folders, files = _list_names(self._root / folder, self._passed_over)
         if files:
-            where, shown = display_path(str(self._root / folder)), first_few([display_path(name) for name in files])
+            where, shown = escape_path(str(self._root / folder)), first_few([escape_path(name) for name in files])
             self.warnings.append(f"{len(files)} files in {where} are in no class folder and were left out: {shown}")
         return folders
 
@@ -405,7 +405,7 @@ class _Listing:
         try:
             folder.encode()
         except UnicodeEncodeError as error:
-            name = display_path(PurePosixPath(folder).name)
+            name = escape_path(PurePosixPath(folder).name)
             raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
         path, passed_over = self._root / folder, Counter[str]()
         with suppress(OSError):  # `find_files` reports it
@@ -454,7 +454,7 @@ def _list_names(folder: Path, passed_over: Counter[str] | None = None) -> tuple[
     """Return the names of the folders and of the other entries in a folder, each sorted bytewise."""
     folders: list[str] = []
     files: list[str] = []
-    shown = display_path(str(folder))
+    shown = escape_path(str(folder))
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

@@ -15,8 +15,8 @@ import numpy as np
 
 from cnnpipe.errors import TrainingError
 from cnnpipe.evaluate.predict import predict_keras
-from cnnpipe.files import display_path
 from cnnpipe.machine import describe_environment
+from cnnpipe.paths import escape_path
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import RetrainSettings, TrainSettings, dataset_location, dump_toml
@@ -195,7 +195,7 @@ def _write_settings(
         "backend": keras.config.backend(),
         "device": device,
         "precision": precision,
-        "dataset": display_path(str(dataset.path.resolve())),
+        "dataset": escape_path(str(dataset.path.resolve())),
         "source": dataset_location(settings.prepare.dataset),
     }
     write_json(run / "environment.json", {**describe_environment(), **environment})

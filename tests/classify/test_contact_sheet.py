@@ -31,7 +31,7 @@ from cnnpipe.classify.sort_into import SortedFiles
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport
 from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import AlreadyThereError, ImageError, PredictionsError
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 
 ROOT = Path(__file__).parents[2]
 SQUARE = (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)
@@ -266,7 +266,7 @@ def test_a_file_whose_name_is_no_text_has_its_picture(digits: Path, tmp_path: Pa
     folder.mkdir()
     (folder / name).write_bytes(next(digits.rglob("*.png")).read_bytes())
 
-    page = PageReader(report([ok(display_path(name))], folder, tmp_path))
+    page = PageReader(report([ok(escape_path(name))], folder, tmp_path))
 
     assert len(page.all("img")) == 1
     assert r"caf\xe9.png" in page.text

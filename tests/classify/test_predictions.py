@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from cnnpipe.classify.table import Columns, Prediction, TableFormat, read_table, table_columns, write_table
 from cnnpipe.errors import PredictionsError
-from cnnpipe.files import display_path
+from cnnpipe.paths import escape_path
 
 MODEL = "tiny/20260101T000000Z"
 ODD_NAMES = (
@@ -51,7 +51,7 @@ def columns(rows: Sequence[Prediction], top_k: int) -> Columns:
     probabilities = [[row.probabilities[rank] if row.labels else -1 for row in rows] for rank in range(top_k)]
     errors = [f"{row.error_kind}: {row.error}" if row.error_kind else None for row in rows]
     return Columns(
-        [display_path(row.path) for row in rows],
+        [escape_path(row.path) for row in rows],
         labels,
         np.array(probabilities, np.float32).reshape(top_k, len(rows)),
         errors,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cnnpipe.classify.sort_into import SortedFiles, check_target, label_folder, path_in_folder, sort_files
 from cnnpipe.classify.table import Prediction
 from cnnpipe.errors import PredictionsError, StorageError
-from cnnpipe.files import display_path, source_path
 from cnnpipe.images.find import find_files
+from cnnpipe.paths import escape_path, unescape_path
 
 HOSTILE_LABELS = ("../../out", "..", ".", "", "/etc", "a/b", "a\\b", "nul\0", ".hidden", "_uncertain", "_Uncertain",
                   "end.", "a_b", "100%", "\ud800", "猫", "قطة", "x" * 300, "猫" * 200)  # fmt: skip
@@ -288,8 +288,8 @@ def test_undecodable_names_are_found_by_what_the_table_shows(tmp_path: Path) -> 
     (root / name).parent.mkdir(parents=True)
     (root / name).write_text("bytes")
 
-    assert source_path(root, display_path(name)) == root / name
-    assert sort([ok(display_path(name))], root, tmp_path / "sorted").linked == 1
+    assert unescape_path(root, escape_path(name)) == root / name
+    assert sort([ok(escape_path(name))], root, tmp_path / "sorted").linked == 1
     assert content(tmp_path / "sorted") == {r"cat/caf\xe9/\xff.jpg": "bytes"}
 
 
@@ -298,7 +298,7 @@ def test_a_name_of_255_undecodable_bytes_is_sorted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / name).write_text("long")
 
-    assert sort([ok(display_path(name))], tmp_path / "photos", tmp_path / "sorted").linked == 1
+    assert sort([ok(escape_path(name))], tmp_path / "photos", tmp_path / "sorted").linked == 1
     (path,) = content(tmp_path / "sorted")
     assert path.endswith(".jpg")
 
@@ -309,9 +309,9 @@ def test_a_name_in_letters_is_preferred_to_the_bytes_that_it_may_stand_for(tmp_p
     (folder / r"\xe9.jpg").write_text("letters")
     (folder / os.fsdecode(b"\xe8.jpg")).write_text("bytes")
 
-    assert source_path(tmp_path, r"\xe9/\xe9.jpg").read_text() == "letters"
-    assert source_path(tmp_path, r"\xe9/\xe8.jpg").read_text() == "bytes"
-    assert source_path(tmp_path, r"\xe9/gone\xe8.jpg") == tmp_path / r"\xe9/gone\xe8.jpg"
+    assert unescape_path(tmp_path, r"\xe9/\xe9.jpg").read_text() == "letters"
+    assert unescape_path(tmp_path, r"\xe9/\xe8.jpg").read_text() == "bytes"
+    assert unescape_path(tmp_path, r"\xe9/gone\xe8.jpg") == tmp_path / r"\xe9/gone\xe8.jpg"
 
 
 @pytest.mark.parametrize("target", ["photos", "photos/sorted", ".", "link/sorted"])

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnpipe.errors import DatasetError, ImageError, StorageError
-from cnnpipe.files import display_path
 from cnnpipe.images.decode import read_file
 from cnnpipe.images.find import FileFilter, count_files, find_files, has_files, read_file_list
+from cnnpipe.paths import escape_path
 
 
 def test_files_come_depth_first_and_bytewise_sorted(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_names_that_are_not_utf8_are_found_opened_and_shown(tmp_path: Path) -> N
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))).write_bytes(b"content")
     (path,) = find_files(tmp_path)
     assert read_file(tmp_path / path) == b"content"
-    assert display_path(path) == "caf\\xe9.png"
+    assert escape_path(path) == "caf\\xe9.png"
 
 
 @pytest.mark.parametrize(

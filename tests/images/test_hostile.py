@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from cnnpipe.files import display_path
 from cnnpipe.images.decode import RGBImage, decode_image, upright_size
 from cnnpipe.images.find import find_files
 from cnnpipe.images.workers import DecodedFile, Decoder, DecoderPool
+from cnnpipe.paths import escape_path
 
 pytestmark = pytest.mark.timeout(120)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, or has names other systems refuse")
@@ -393,7 +393,7 @@ def test_every_name_that_the_system_allows_is_decoded(tmp_path: Path) -> None:
     rows, pixels = decode_all(tmp_path)
     assert {os.fsencode(path) for path in pixels} == {*names, deep}
     for path in rows:
-        display_path(path).encode()  # what the table shows is UTF-8, whatever the name is
+        escape_path(path).encode()  # what the table shows is UTF-8, whatever the name is
 
 
 def test_decoder_that_crashes_or_eats_memory_costs_its_row_only(tmp_path: Path) -> None:

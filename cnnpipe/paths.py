@@ -9,7 +9,7 @@ from typing import Final
 
 from cnnpipe.errors import UsageError
 
-__all__ = ["NO_URL", "display_path", "source_path", "user_path"]
+__all__ = ["NO_URL", "escape_path", "expand_path", "unescape_path"]
 
 NO_URL: Final = "must be a path on this machine, not a URL"
 
@@ -18,15 +18,15 @@ _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash, as pat
 _ESCAPED_BYTE: Final = re.compile(r"\\x([89a-f][0-9a-f])")
 
 
-def display_path(path: str) -> str:
+def escape_path(path: str) -> str:
     """Return a path as text that any UTF-8 file can hold: undecodable bytes become `\\xNN`."""
     if path.isascii():  # nearly all of millions
         return path
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def source_path(root: Path, shown: str) -> Path:
-    """Return the path of a file from its text in a table, as `display_path` writes it.
+def unescape_path(root: Path, shown: str) -> Path:
+    """Return the path of a file from its text in a table, as `escape_path` writes it.
 
     A file whose name really has the characters `\\xNN` is preferred to one that has the byte.
 
@@ -46,18 +46,18 @@ def source_path(root: Path, shown: str) -> Path:
     return found if os.path.lexists(found) else literal
 
 
-def user_path(text: str | Path) -> Path:
+def expand_path(text: str | Path) -> Path:
     r"""Return the path that a user means, in an argument, an option, a settings file or the environment.
 
-    `~` is the home folder, `~somebody` that of a user or else a plain name. `\xNN` is the byte that `display_path`
+    `~` is the home folder, `~somebody` that of a user or else a plain name. `\xNN` is the byte that `escape_path`
     writes so, unless there is such a name: parameters of a flow run and TOML hold nothing but text.
 
     Raises:
         UsageError: it is a URL.
     """
     if _URL.match(str(text)):
-        raise UsageError(f"{NO_URL}, received {display_path(str(text))!r}")
+        raise UsageError(f"{NO_URL}, received {escape_path(str(text))!r}")
     path = Path(os.path.expanduser(text))  # noqa: PTH111  pathlib raises RuntimeError if there is no such user
     if "\\x" not in str(path):
         return path
-    return source_path(source_path(Path(), str(path.parent)), path.name)  # an output may not exist yet
+    return unescape_path(unescape_path(Path(), str(path.parent)), path.name)  # an output may not exist yet
