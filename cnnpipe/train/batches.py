@@ -1,7 +1,7 @@
 """Batches of training and validation images, and every random change to training images: mirror, shift, crop, cutout.
 
-`Batches` draws on the host what is random; `Augmentation` and `shrink` apply it on the device. Only the mirror images
-that a saved model averages at prediction are elsewhere, in `networks.average_flips`.
+`Batches` draws on the host what is random; `Augmentation` and `shrink` apply it on the device. The views that a
+saved model averages at prediction are in `networks.prediction_views`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.train.backend import keras
+from cnnpipe.train.networks import reflect
 
 __all__ = ["RESIDENT_NAME", "Augmentation", "Batches", "ResidentImages", "draw_views", "shrink", "stay_on_device"]
 
@@ -47,7 +48,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         seed: decides the order and the augmentation; None keeps the order of the file.
         multiple: make the size of every batch a multiple of this number, so that as many devices share it equally.
         equal: give all batches the same size, because each size would be compiled separately.
-        augment: (max_shift, cutout) of `draw_views`, whose `Views` come with the images; None leaves images unchanged.
+        augment: (max_shift, cutout, reflected) of `draw_views`, whose `Views` come with the images; None changes nothing.
         resident: give indices of images instead of pixels, for `ResidentImages`.
     """
 
@@ -61,7 +62,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         *,
         multiple: int = 1,
         equal: bool = False,
-        augment: tuple[float, float] | None = None,
+        augment: tuple[float, float, bool] | None = None,
         resident: bool = False,
     ) -> None:
         super().__init__(workers=1)
@@ -122,23 +123,24 @@ def draw_views(
     generator: np.random.Generator,
     max_shift: float = 1 / 16,
     cutout: float = 0.0,
+    reflected: bool = False,
 ) -> Views:
     """Draw a random view of each image: shifted in both directions, mirrored if asked for, partly hidden.
-
-    The uncovered edge is filled with the nearest pixels.
 
     Args:
         image_size: (height, width), pixels.
         mirrored: (N,), whether an image becomes its mirror image.
         max_shift: largest shift, as a fraction of each side.
         cutout: side of the hidden rectangle, as a fraction of each side; 0 hides nothing.
+        reflected: fill the uncovered edge with reflected pixels instead of the nearest ones.
     """
     number = (len(mirrored), 1)
     indices, hidden = [], []
     for length in image_size:
         index = np.arange(length, dtype=np.int32)
         reach, hole = round(max_shift * length), round(cutout * length)
-        indices.append(np.clip(index + generator.integers(-reach, reach + 1, number, np.int32), 0, length - 1))
+        shifted = index + generator.integers(-reach, reach + 1, number, np.int32)
+        indices.append(reflect(shifted, length) if reflected else np.clip(shifted, 0, length - 1))
         if cutout:
             start = generator.integers(0, length - hole + 1, number)
             hidden.append((index >= start) & (index < start + hole))

@@ -24,7 +24,9 @@ _TINY: Final = 1e-30
 Labels = npt.NDArray[np.int64]  # (N,)
 
 
-def fit_temperature(views: npt.NDArray[np.float32], labels: Labels) -> float:
+def fit_temperature(
+    views: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float64] | None = None
+) -> float:
     """Return the temperature that makes the labels most likely.
 
     Targets are slightly below 1, and closer to it the more images there are: otherwise the probabilities of a network
@@ -34,6 +36,7 @@ def fit_temperature(views: npt.NDArray[np.float32], labels: Labels) -> float:
     Args:
         views: (V, N, classes), probabilities for each of V views of the images, whose mean is the prediction.
         labels: (N,), index of the actual class.
+        weights: (V,), of the views in the mean; None weighs them alike.
     Returns:
         Divisor of the logits, 0.05-20; below 1 it makes probabilities more certain.
     """
@@ -43,21 +46,24 @@ def fit_temperature(views: npt.NDArray[np.float32], labels: Labels) -> float:
     targets[np.arange(num_images), labels] += 1.0 - doubt
 
     def loss(log_temperature: float) -> float:
-        probabilities = apply_temperature(views, math.exp(log_temperature))
+        probabilities = apply_temperature(views, math.exp(log_temperature), weights)
         return float(-(targets * np.log(probabilities + _TINY)).sum() / num_images)
 
     found = minimize_scalar(loss, bounds=np.log(_BOUNDS), method="bounded")
     return math.exp(found.x)
 
 
-def apply_temperature(views: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:
+def apply_temperature(
+    views: npt.NDArray[np.float32], temperature: float, weights: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
     """Return the mean over views of the probabilities at a temperature.
 
     Args:
         views: (V, N, classes), probabilities at temperature 1.
+        weights: (V,), of the views in the mean; None weighs them alike.
     Returns:
         (N, classes), each row of sum 1.
     """
     logits = np.log(views.astype(np.float64) + _TINY) / temperature  # up to a constant in each row
-    mean: npt.NDArray[np.float64] = softmax(logits, axis=-1).mean(axis=0)
+    mean: npt.NDArray[np.float64] = np.average(softmax(logits, axis=-1), axis=0, weights=weights)
     return mean

@@ -36,7 +36,7 @@ from cnnpipe.train.backend import (
 from cnnpipe.train.batches import Augmentation, Batches, ResidentImages, shrink, stay_on_device
 from cnnpipe.train.calibrate import apply_temperature, fit_temperature
 from cnnpipe.train.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.train.networks import average_flips, build_network, measure_input, set_temperature
+from cnnpipe.train.networks import average_views, build_network, measure_input, prediction_views, set_temperature
 from cnnpipe.train.optimizers import Muon, TriangularRate
 from cnnpipe.train.presets import Recipe, resolve_recipe, small_size
 from cnnpipe.train.schedule import Pace, Schedule, shorten
@@ -240,7 +240,8 @@ def build_models(recipe: Recipe, dataset: PreparedDataset, seed: int, device: st
     parts = count_parts(min(_VAL_BATCH_SIZE, dataset.num_images["val"]), device)
     validated = keras.Model([whole], split_batch(trained, parts)([whole]))
     _compile(validated, recipe)
-    saved = average_flips(network) if recipe.average_flips else network
+    views = prediction_views(size, flips=recipe.average_flips, shifts=recipe.average_shifts)
+    saved = average_views(network, views) if len(views) > 1 else network
     return Models(trained, steps, validated, network, saved, batches, rate)
 
 
@@ -255,7 +256,7 @@ def _training_batches(
         seed,
         multiple=replicas,
         equal=compiles_with_xla(device),
-        augment=(recipe.max_shift, recipe.cutout) if recipe.augment else None,
+        augment=(recipe.max_shift, recipe.cutout, recipe.reflected) if recipe.augment else None,
         resident=resident,
     )
     if batches.smallest < replicas:
@@ -536,15 +537,18 @@ def _calibrate(models: Models, run: Path, recipe: Recipe, dataset: PreparedDatas
     models.saved.load_weights(run / "model.keras")
     step = math.ceil(dataset.num_images["val"] / _CALIBRATION_IMAGES)
     images, labels = dataset.images("val")[::step], dataset.labels("val")[::step]
-    sides = [images, images[:, :, ::-1]] if recipe.average_flips else [images]
-    views = np.stack([predict_keras(models.network, side, _VAL_BATCH_SIZE) for side in sides])
-    temperature = fit_temperature(views, labels)
+    views = prediction_views(dataset.image_size, flips=recipe.average_flips, shifts=recipe.average_shifts)
+    shown = (images[:, view.rows][:, :, view.columns] for view in views)
+    probabilities = np.stack([predict_keras(models.network, each, _VAL_BATCH_SIZE) for each in shown])
+    weights = np.array([view.weight for view in views])
+    temperature = fit_temperature(probabilities, labels, weights)
     set_temperature(models.network, temperature)
     _save(models.saved, run / "model.keras")
-    before, after = (float(apply_temperature(views, each).max(axis=1).mean()) for each in (1.0, temperature))
+    before, after = (apply_temperature(probabilities, each, weights) for each in (1.0, temperature))
     logger.info(
         "temperature %.3f by %d validation images: mean confidence %.3f, not %.3f, at accuracy %.3f",
-        *(temperature, len(labels), after, before, np.mean(views.mean(axis=0).argmax(axis=1) == labels)),
+        *(temperature, len(labels), after.max(axis=1).mean(), before.max(axis=1).mean()),
+        np.mean(before.argmax(axis=1) == labels),
     )
 
 

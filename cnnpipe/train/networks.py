@@ -8,6 +8,7 @@ every compute precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,9 +23,11 @@ __all__ = [
     "WHITENING_NAME",
     "InputStatistics",
     "PartialIdentity",
-    "average_flips",
+    "View",
+    "average_views",
     "build_network",
     "measure_input",
+    "prediction_views",
     "set_temperature",
 ]
 
@@ -41,13 +44,15 @@ class _Blocks:
     """Whether all but the first add to their input. Source: He et al. 2015, arXiv:1512.03385."""
     widths: tuple[int, int, int] = (64, 128, 256)
     """Number of channels of each block."""
+    smooth: bool = False
+    """Whether activations are `gelu`, which costs a CPU more than it gains, instead of ReLU."""
 
 
 _BLOCKS: Final = {
     "fast": _Blocks(2, residual=False),
     "accurate": _Blocks(3, residual=True),
-    # The widths of airbench96, github.com/KellerJordan/cifar10-airbench: seven times the arithmetic of `accurate`.
-    "wide": _Blocks(3, residual=True, widths=(128, 384, 512)),
+    # Widths and GELU of airbench96, github.com/KellerJordan/cifar10-airbench: seven times the arithmetic of `accurate`.
+    "wide": _Blocks(3, residual=True, widths=(128, 384, 512), smooth=True),
 }
 
 WHITENING_NAME: Final = "whitening"
@@ -132,13 +137,57 @@ def set_temperature(network: keras.Model, temperature: float) -> None:
     network.get_layer(_LOGITS_NAME).scale = _LOGIT_SCALE / temperature
 
 
-def average_flips(network: keras.Model) -> keras.Model:
-    """Return a model that averages a network's probabilities for each image and its mirror image."""
+@dataclass(frozen=True)
+class View:
+    """One view of an image at prediction."""
+
+    rows: npt.NDArray[np.int32]
+    """(H,): index of the row that each row shows."""
+    columns: npt.NDArray[np.int32]
+    """(W,): likewise."""
+    weight: float
+    """Weight of its probabilities; those of all views sum to 1."""
+
+
+def prediction_views(image_size: tuple[int, int], *, flips: bool, shifts: bool) -> list[View]:
+    """Return the views whose probabilities a saved model averages; the first is the image itself.
+
+    Args:
+        image_size: (height, width), pixels.
+        flips: add the mirror image of every view.
+        shifts: add two diagonal shifts by a pixel in 32, each at half the weight of the image, with reflected edges.
+
+    Source: Jordan 2024, arXiv:2404.00498, section 3.5, "multi-crop evaluation".
+    """
+    reach = max(1, min(image_size) // 32)
+    views = []
+    for offset, weight in ((0, 0.5), (-reach, 0.25), (reach, 0.25)) if shifts else ((0, 1.0),):
+        rows, columns = (reflect(np.arange(length, dtype=np.int32) + offset, length) for length in image_size)
+        both = (columns, columns[::-1]) if flips else (columns,)
+        views += [View(rows, each, weight / len(both)) for each in both]
+    return views
+
+
+def reflect(indices: npt.NDArray[np.int32], length: int) -> npt.NDArray[np.int32]:
+    """Return indices below `length`: those outside are reflected at the edge, which is not repeated."""
+    indices = np.abs(indices)
+    return np.where(indices < length, indices, 2 * length - 2 - indices)
+
+
+def average_views(network: keras.Model, views: Sequence[View]) -> keras.Model:
+    """Return a model that averages a network's probabilities over views of each image."""
     ops = keras.ops
     pixels = keras.Input(network.input_shape[1:], dtype="uint8", name=INPUT_NAME)
-    mirrored = ops.take(pixels, np.arange(network.input_shape[2])[::-1], axis=2)
-    both = ops.reshape(network(ops.concatenate([pixels, mirrored])), (2, -1, network.output_shape[-1]))
-    return keras.Model(pixels, keras.layers.Identity(name=OUTPUT_NAME)(ops.mean(both, axis=0)), name=network.name)
+    shown = []
+    for view in views:
+        x = pixels
+        for axis, indices in ((1, view.rows), (2, view.columns)):
+            x = x if np.array_equal(indices, np.arange(len(indices))) else ops.take(x, indices, axis=axis)
+        shown.append(x)
+    each = ops.reshape(network(ops.concatenate(shown)), (len(views), -1, network.output_shape[-1]))
+    weights = np.array([view.weight for view in views], np.float32)[:, None, None]
+    mean = ops.sum(each * weights, axis=0)
+    return keras.Model(pixels, keras.layers.Identity(name=OUTPUT_NAME)(mean), name=network.name)
 
 
 def _build_baseline(image_size: tuple[int, int], num_classes: int) -> keras.Model:
@@ -173,10 +222,10 @@ def _build_fast(
 
     Larger images are averaged down to 32-63 pixels first, so that every size costs about the same.
 
-    Source: Jordan 2024, arXiv:2404.00498, with other widths, fewer filters in the first layer, and ReLU, which is
-    cheaper than GELU on a CPU.
+    Source: Jordan 2024, arXiv:2404.00498, with other widths, fewer filters in the first layer, and ReLU but in `wide`.
     """
-    layers = keras.layers
+    layers, blocks = keras.layers, _BLOCKS[network]
+    activation = gelu if blocks.smooth else "relu"
     scale = [1 / deviation for deviation in statistics.deviation]
     offset = [-mean * factor for mean, factor in zip(statistics.mean, scale, strict=True)]
     whitening = layers.Conv2D(2 * _DIRECTIONS, _PATCH, use_bias=False, trainable=False, name=WHITENING_NAME)
@@ -185,19 +234,18 @@ def _build_fast(
     reduction = _reduction(image_size)
     if reduction > 1:
         x = layers.AveragePooling2D(reduction)(x)
-    x = layers.ReLU()(whitening(x))
+    x = layers.Activation(activation)(whitening(x))
     side = min(image_size) // reduction - _PATCH + 1
     # Not a partial identity: channels of colours that no image has would be amplified by batch normalisation.
     initializer: keras.initializers.Initializer = keras.initializers.HeNormal()
-    blocks = _BLOCKS[network]
     for width in blocks.widths:
         x = _convolution(width, initializer)(x)
         initializer = PartialIdentity()
         if side > 1:
             x, side = layers.MaxPooling2D(2)(x), side // 2
-        x = layers.ReLU()(_normalization()(x))
+        x = layers.Activation(activation)(_normalization()(x))
         for _ in range(blocks.convolutions - 1):
-            y = layers.ReLU()(_normalization()(_convolution(width, initializer)(x)))
+            y = layers.Activation(activation)(_normalization()(_convolution(width, initializer)(x)))
             x = layers.Add()([x, y]) if blocks.residual else y
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(num_classes, use_bias=False)(x)
@@ -205,6 +253,12 @@ def _build_fast(
     model = keras.Model(pixels, layers.Softmax(dtype="float32", name=OUTPUT_NAME)(x), name=network)
     whitening.set_weights([statistics.filters])
     return model
+
+
+@keras.saving.register_keras_serializable("cnnpipe")  # type: ignore[untyped-decorator]
+def gelu(x: keras.KerasTensor) -> keras.KerasTensor:
+    """Return the Gaussian error linear unit of x; Keras' own is made of an operation that tf2onnx lacks."""
+    return 0.5 * x * (1.0 + keras.ops.erf(x * math.sqrt(0.5)))
 
 
 def _reduction(image_size: tuple[int, int]) -> int:

@@ -22,7 +22,7 @@ from cnnpipe.session import device_report
 from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import sha256_file
 from cnnpipe.train.backend import keras
-from cnnpipe.train.networks import average_flips, build_network, measure_input
+from cnnpipe.train.networks import average_views, build_network, measure_input, prediction_views
 
 
 def dims(value: onnx.ValueInfoProto) -> list[str | int]:
@@ -208,14 +208,16 @@ def test_a_run_that_lacks_what_is_exported_or_compared_with_is_refused(unfinishe
         ("fast", False, (64, 64), 100),
         ("fast", True, (16, 24), 2),
         ("accurate", True, (16, 24), 2),
+        ("wide", True, (16, 24), 2),
     ],
 )
 def test_every_preset_exports_at_any_size_and_number_of_classes(
-    preset: str, flips: int, image_size: tuple[int, int], num_classes: int
+    preset: str, flips: bool, image_size: tuple[int, int], num_classes: int
 ) -> None:
     train = np.random.default_rng(1).integers(0, 256, (9, *image_size, 3), np.uint8)
     model = build_network(preset, image_size, num_classes, measure_input(train))
-    model = average_flips(model) if flips else model
+    views = prediction_views(image_size, flips=flips, shifts=preset == "wide")
+    model = average_views(model, views) if len(views) > 1 else model
     images = np.random.default_rng(0).integers(0, 256, (3, *image_size, 3), dtype=np.uint8)
 
     graph = convert_model(model, image_size, opset=17)

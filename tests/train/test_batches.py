@@ -56,6 +56,16 @@ def test_cutout_hides_one_rectangle_at_a_random_position_in_each_image() -> None
         assert each[top : top + 6, left : left + 9].all()
 
 
+def test_a_shift_uncovers_the_nearest_pixels_or_reflected_ones() -> None:
+    nearest, reflected = (
+        draw_views((8, 8), np.zeros(200, np.bool_), np.random.default_rng(3), 1 / 4, reflected=each)[0]
+        for each in (False, True)
+    )
+    assert {tuple(row[:3]) for row in nearest if row[2] == 0} == {(0, 0, 0)}
+    assert {tuple(row[:3]) for row in reflected if row[2] == 0} == {(2, 1, 0)}
+    assert all(0 <= row.min() <= row.max() <= 7 for row in reflected)
+
+
 def test_images_that_are_not_square_keep_their_sides() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), dtype=np.uint8)
     assert views(images, True).shape == images.shape
@@ -126,7 +136,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_of_the_seed_and_the_epoch()
 
 def test_two_epochs_show_every_image_and_its_mirror_image_once() -> None:
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(2, axis=2)
-    batches = Batches(images, np.zeros(100, np.int64), 2, batch_size=30, seed=5, augment=(0.0, 0.0))
+    batches = Batches(images, np.zeros(100, np.int64), 2, batch_size=30, seed=5, augment=(0.0, 0.0, False))
     mirrored = []
     for epoch in (0, 1, 2, 0):
         batches.select(epoch)

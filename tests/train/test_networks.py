@@ -10,7 +10,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.train.backend import BatchNormalization, keras
 from cnnpipe.train.batches import shrink
-from cnnpipe.train.networks import PartialIdentity, average_flips, build_network, measure_input
+from cnnpipe.train.networks import PartialIdentity, average_views, build_network, measure_input, prediction_views
 
 
 def noise(image_size: tuple[int, int], number: int = 64) -> npt.NDArray[np.uint8]:
@@ -99,11 +99,30 @@ def test_fast_takes_images_of_three_quarters_of_the_side(image_size: tuple[int, 
     assert tuple(network(smaller).shape) == (2, 3)
 
 
+def test_shifts_of_one_pixel_at_the_edge_are_reflected_and_weigh_half_as_much() -> None:
+    views = prediction_views((32, 48), flips=True, shifts=True)
+    assert [view.weight for view in views] == [1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8]
+    _, _, up, _, down, mirrored_down = views
+    assert (up.rows[:3].tolist(), up.columns[:3].tolist()) == ([1, 0, 1], [1, 0, 1])
+    assert (down.rows[-3:].tolist(), down.columns[-3:].tolist()) == ([30, 31, 30], [46, 47, 46])
+    assert mirrored_down.columns.tolist() == down.columns[::-1].tolist()
+    assert prediction_views((224, 320), flips=False, shifts=True)[1].rows[:2].tolist() == [7, 6]
+
+
+@pytest.mark.parametrize("preset", ["fast", "wide"])
+def test_a_model_of_views_gives_their_weighted_mean(preset: str) -> None:
+    images = noise((16, 24), 7)
+    network = build_network(preset, (16, 24), 3, measure_input(images))
+    views = prediction_views((16, 24), flips=True, shifts=True)
+    shown = [np.asarray(network(images[:, view.rows][:, :, view.columns])) * view.weight for view in views]
+    np.testing.assert_allclose(np.asarray(average_views(network, views)(images)), sum(shown), atol=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["baseline", "fast"])
 def test_average_of_flips_is_the_mean_of_an_image_and_its_mirror_image(preset: str) -> None:
     images = noise((16, 24), 7)
     network = build_network(preset, (16, 24), 3, measure_input(images))
-    model = average_flips(network)
+    model = average_views(network, prediction_views((16, 24), flips=True, shifts=False))
 
     alone, mirrored = (keras.ops.convert_to_numpy(network(each)) for each in (images, images[:, :, ::-1]))
 

@@ -49,6 +49,9 @@ def test_a_gpu_trains_longer_or_wider_on_whole_images_and_a_user_still_decides()
         assert on_a_cpu.cutout == 0.0
     wide = resolve_recipe(TrainSettings(preset="accurate"), 40_000, "cuda:0")
     assert (wide.network, wide.cutout, wide.max_shift) == ("wide", 12 / 32, 4 / 32)
+    assert wide.average_shifts
+    plain = resolve_recipe(TrainSettings(preset="accurate", augment=False), 40_000, "cuda:0")
+    assert not plain.average_shifts
     assert resolve_recipe(TrainSettings(preset="fast", epochs=3), 40_000, "cuda:1").epochs == 3
 
 

@@ -18,7 +18,7 @@ from tiny_models import write_digits
 
 from cnnpipe.prepare.dataset import prepare_dataset
 from cnnpipe.settings import PrepareSettings
-from cnnpipe.train.run import keep_compiled_code
+from cnnpipe.train.run import set_xla_flags
 
 CASES: Final[dict[str, dict[str, Any]]] = {
     "baseline": {"precision": "float32"},
@@ -36,10 +36,10 @@ OTHER_CASES: Final[dict[str, dict[str, Any]]] = {
 TRAIN: Final = """
 import json, sys
 from pathlib import Path
-from cnnpipe.train.run import keep_compiled_code
+from cnnpipe.train.run import set_xla_flags
 
 folder, prepared, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-keep_compiled_code(folder / "compiled", "GPU of a test")
+set_xla_flags(folder / "compiled", "GPU of a test")
 from cnnpipe.settings import RetrainSettings, TrainSettings
 from cnnpipe.train import fit
 from cnnpipe.prepare.dataset import load_prepared
@@ -136,6 +136,7 @@ def test_the_next_process_takes_the_compiled_code_that_is_there(prepared: Path, 
 
 def test_compiled_code_is_bounded_and_the_oldest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_max_cluster_size=7")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
     for age in range(5):
         file = tmp_path / "earlier" / f"{age}.pb"
         file.parent.mkdir(exist_ok=True)
@@ -143,10 +144,11 @@ def test_compiled_code_is_bounded_and_the_oldest_goes_first(tmp_path: Path, monk
             opened.truncate(200 << 20)
         os.utime(file, (1e9 - age, 1e9 - age))
 
-    keep_compiled_code(tmp_path, "NVIDIA H100 80GB HBM3", "12.8")
+    set_xla_flags(tmp_path, "NVIDIA H100 80GB HBM3", "12.8")
 
     assert sorted(file.name for file in tmp_path.rglob("*.pb")) == ["0.pb", "1.pb"]
-    first, flag = os.environ["TF_XLA_FLAGS"].split(" ", 1)
-    assert first == "--tf_xla_max_cluster_size=7"
+    flag, last = os.environ["TF_XLA_FLAGS"].rsplit(" ", 1)
+    assert last == "--tf_xla_max_cluster_size=7"
     assert flag.startswith(f"--tf_xla_persistent_cache_directory='{tmp_path}/")
     assert flag.endswith("-NVIDIA-H100-80GB-HBM3-12.8'")
+    assert os.environ["XLA_FLAGS"].endswith(" --xla_gpu_enable_triton_gemm=true"), "what the user sets decides"
