@@ -48,7 +48,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         seed: decides the order and the augmentation; None keeps the order of the file.
         multiple: make the size of every batch a multiple of this number, so that as many devices share it equally.
         equal: give all batches the same size, because each size would be compiled separately.
-        augment: (max_shift, cutout, reflected) of `draw_views`, whose `Views` come with the images; None changes nothing.
+        augment: (max_shift, cutout, reflected) of `draw_views`, whose `Views` come with the images; None is none.
         resident: give indices of images instead of pixels, for `ResidentImages`.
     """
 
