@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,10 +28,8 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Return the versions of those distributions that are installed, without importing them."""
     versions = {"cnnpipe": __version__}
     for name in names:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # of onnxruntime and onnxruntime-gpu only one is there
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # onnxruntime and onnxruntime-gpu: one of the two is there
     return versions
 
 
@@ -46,20 +45,20 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         for `own` cgroups(7).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text(errors="replace").splitlines()]
-        limits = [limit for controllers, group in groups for limit in _core_limits(cgroups, controllers, group)]
-    except (OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
-        limits = []
+    limits: list[int] = []
+    with suppress(OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
+        for line in own.read_text(errors="replace").splitlines():
+            limits += _core_limits(cgroups, *line.split(":", 2)[1:])
     return max(1, min([cores, *limits]))
 
 
 def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
     """Yield the limits of a control group and of the groups that contain it, in cores."""
-    if controllers and "cpu" not in controllers.split(","):
-        return
-    root = cgroups / "cpu" if controllers else cgroups  # version 2 names no controllers
-    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+    root, files = cgroups, ("cpu.max",)
+    if controllers:  # version 1
+        root, files = cgroups / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        if "cpu" not in controllers.split(","):
+            return
     folder = root / group.lstrip("/")
     for each in (folder, *folder.parents):
         if each.is_relative_to(root) and all((each / name).is_file() for name in files):
@@ -81,17 +80,12 @@ class Processor:
 
 
 def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Return the first processor of this machine.
-
-    Args:
-        description: file of the format that proc_cpuinfo(5) describes.
-    """
+    """Return the first processor of this machine, from a file of the format that proc_cpuinfo(5) describes."""
     try:
         first = description.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:
         return Processor()
-    pairs = (line.partition(":") for line in first.splitlines())
-    values = {name.strip(): value.strip() for name, _, value in pairs}
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     flags = frozenset(values.get("flags", "").split())
     return Processor(values.get("vendor_id", ""), values.get("model name", ""), flags)
 
@@ -159,8 +153,7 @@ def free_gpu_memory(number: int) -> int:
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__PRIMARY__CTX.html
     """
     driver = ctypes.CDLL(_DRIVER)
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    device, context, free, total = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number)
     status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     if not status:
