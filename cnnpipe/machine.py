@@ -48,7 +48,8 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     limits: list[int] = []
     with suppress(OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
         for line in own.read_text(errors="replace").splitlines():
-            limits += _core_limits(cgroups, *line.split(":", 2)[1:])
+            _, controllers, group = line.split(":", 2)
+            limits += _core_limits(cgroups, controllers, group)
     return max(1, min([cores, *limits]))
 
 
@@ -157,8 +158,7 @@ def free_gpu_memory(number: int) -> int:
     status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number)
     status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     if not status:
-        status = driver.cuCtxPushCurrent_v2(context)
-        if not status:
+        if not (status := driver.cuCtxPushCurrent_v2(context)):
             status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
             driver.cuCtxPopCurrent_v2(ctypes.byref(context))
         driver.cuDevicePrimaryCtxRelease_v2(device)
