@@ -1,6 +1,6 @@
 """The exceptions that cnnpipe raises for a user to read.
 
-Every message is one line: what is wrong, what was received, how to fix it. The exit status is 1 where no other is given.
+Every message is one line: what is wrong, what was received, how to fix it.
 """
 
 from __future__ import annotations
