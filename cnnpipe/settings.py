@@ -18,19 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
+import pydantic
 import tomli_w
 import typer
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
-from pydantic import ValidatorFunctionWrapHandler as Handler
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -52,7 +43,7 @@ _PATTERNS_IN_WORDS: Final = {
 }
 
 
-def _check_path(value: Any, check: Handler) -> Any:
+def _check_path(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
     """Accept a path with bytes that are not text, which pydantic refuses in a string, but not a URL."""
     if not isinstance(value, str):
         return check(value)
@@ -76,10 +67,10 @@ def _parse_image_size(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=_DEVICE)]
-UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(escape_path, when_used="json")]
+UserPath = Annotated[str, pydantic.WrapValidator(_check_path), pydantic.PlainSerializer(escape_path, when_used="json")]
 """Text that `expand_path` makes a path of. In JSON and TOML, bytes that are not text become `\\xNN`."""
 _Pixels = Annotated[int, Field(ge=8, le=1024)]
-ImageSize = Annotated[tuple[_Pixels, _Pixels], BeforeValidator(_parse_image_size)]
+ImageSize = Annotated[tuple[_Pixels, _Pixels], pydantic.BeforeValidator(_parse_image_size)]
 """(height, width) in pixels, also written as the text `32x32`."""
 
 
@@ -305,6 +296,8 @@ class ClassifySettings(Settings):
         return self.overwrite or self.retry_failed or self.incremental
 
 
+_BOUNDS: Final = {"greater": "at least", "less": "at most"}
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -350,9 +343,7 @@ def _say_what_is_wrong(error: ErrorDetails, name: str) -> str:
             problem = _PATTERNS_IN_WORDS[error["ctx"]["pattern"]]
         case _:
             problem = re.sub(r"^\w+ should ", "must ", error["msg"]).partition(", unable to parse")[0]
-            problem = problem.replace("greater than or equal to", "at least").replace(
-                "less than or equal to", "at most"
-            )
+            problem = re.sub("(greater|less) than or equal to", lambda found: _BOUNDS[found[1]], problem)
     return f"{name} {problem}, received {received}"
 
 
@@ -415,7 +406,9 @@ def takes_settings(
             for name, (place, _) in offered.items():
                 if (value := values.pop(name)) is not None:
                     options[place] = name.upper() if name == argument else _option(name)
-                    _put(loaded, place, value)
+                    table = loaded.setdefault(place[0], {}) if sections else loaded
+                    if isinstance(table, dict):  # else validation tells what the file has in its place
+                        table[place[-1]] = value
             settings = validate_settings(model, loaded, str(config) if config else COMMAND_LINE, options)
             function(settings=settings, **values)
 
@@ -426,15 +419,6 @@ def takes_settings(
         return run
 
     return decorate
-
-
-def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    """Set a value in nested tables, unless the file has something else there, which the validation tells."""
-    *tables, key = place
-    for table in tables:
-        values = values.setdefault(table, {})
-    if isinstance(values, dict):
-        values[key] = value
 
 
 def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
