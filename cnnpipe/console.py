@@ -179,8 +179,7 @@ def _signals_end_the_block() -> Iterator[None]:
         else:
             hook(lost)
 
-    handler, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
-    sys.unraisablehook = send_again
+    handler, hook, sys.unraisablehook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook, send_again
     try:
         yield
     finally:
@@ -270,6 +269,6 @@ def progress_bar() -> Iterator[ProgressCallback]:
             progress.report(label, done, total)
             if progress.disable and time.monotonic() - printed >= _SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
-                _stderr.print(progress.text(), soft_wrap=True, markup=False)
+                print_note(progress.text())
 
         yield report

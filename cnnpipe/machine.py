@@ -72,12 +72,9 @@ def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
 class Processor:
     """Description of a processor; fields that the system does not tell are empty."""
 
-    vendor: str = ""
-    """Vendor's identifier, such as `AuthenticAMD`."""
-    model: str = ""
-    """Name of the model, such as `AMD EPYC 9654 96-Core Processor`."""
-    flags: frozenset[str] = frozenset()
-    """Capabilities by their names in Linux, such as `avx512_bf16`."""
+    vendor: str = ""  # such as AuthenticAMD
+    model: str = ""  # such as AMD EPYC 9654 96-Core Processor
+    flags: frozenset[str] = frozenset()  # such as avx512_bf16
 
 
 def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
@@ -105,7 +102,7 @@ def describe_environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Driver:
-    """What the NVIDIA driver reports."""
+    """GPUs that the NVIDIA driver reports."""
 
     cuda: str = ""
     """Newest CUDA version that it supports, such as `12.4`; empty without a driver."""
@@ -124,12 +121,11 @@ def ask_driver() -> Driver:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
         return Driver(problem="no NVIDIA driver (libcuda.so.1)")
-    version, count = ctypes.c_int(), ctypes.c_int()
+    version, count, text = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
     driver.cuDriverGetVersion(ctypes.byref(version))
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
-        text = ctypes.c_char_p()
         driver.cuGetErrorString(status, ctypes.byref(text))
         reason = (text.value or b"").decode("ascii", "replace") if status else "it shows no GPU"
         return Driver(cuda, problem=f"the NVIDIA driver gives no GPU: {reason or f'error {status}'}")
@@ -143,12 +139,8 @@ def ask_driver() -> Driver:
 
 
 def free_gpu_memory(number: int) -> int:
-    """Return the free memory of a GPU, in bytes.
+    """Return the free memory in bytes of a GPU, by its number in `ask_driver`; leaves CUDA's shared context as it was.
 
-    Uses the context that all CUDA libraries of this process share, and leaves it as it was.
-
-    Args:
-        number: CUDA's number of a GPU that `ask_driver` reports.
     Raises:
         ProviderError: the driver does not tell.
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__PRIMARY__CTX.html

@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import pydantic
@@ -305,7 +304,7 @@ def validate_settings(
     model: type[SettingsT],
     values: dict[str, Any],
     origin: str,
-    options: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+    options: Mapping[tuple[str, ...], str] | None = None,
 ) -> SettingsT:
     """Build settings from plain values.
 
@@ -321,11 +320,12 @@ def validate_settings(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         keys = tuple(key for key in first["loc"] if isinstance(key, str))
-        option = next((name for place, name in options.items() if keys[: len(place)] == place), None)
-        usage = option is not None or origin == COMMAND_LINE
+        option = next((name for place, name in (options or {}).items() if keys[: len(place)] == place), None)
         message = _say_what_is_wrong(first, option or ".".join(map(str, first["loc"])) or "settings")
-        message = message if usage else f"{message}, in {origin}"
-        raise (UsageError if usage else ConfigError)(" ".join(message.split())) from error
+        message = " ".join(message.split())
+        if option is not None or origin == COMMAND_LINE:
+            raise UsageError(message) from error
+        raise ConfigError(f"{message}, in {origin}") from error
 
 
 def _say_what_is_wrong(error: ErrorDetails, name: str) -> str:
@@ -428,10 +428,9 @@ def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Pa
     function.__annotations__ = {each.name: each.annotation for each in keywords}
 
 
-_CONFIG: Final = inspect.Parameter(
+_keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+_CONFIG: Final = _keyword(
     "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
     annotation=Annotated[Path | None, typer.Option("--config", help="TOML file of settings. Options override it.")],
 )
 
@@ -455,8 +454,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
         option = _option(name)
         names = (f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option, *_SHORT_NAMES.get(name, ()))
         details = typer.Option(*names, help=help_text, show_default=False, metavar=metavar)
-    annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _keyword(name, annotation=Annotated[kind | None, details])
 
 
 def _option(name: str) -> str:

@@ -74,11 +74,9 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
     """Flush a complete file to the disk and rename it to `path`, in a folder on the same file system.
 
-    Without `replace` the old name may remain beside the new one.
-
     Args:
-        replace: whether an existing file may be replaced. If `path` is a symbolic link, the link stays and the file
-            that it points to is replaced, wherever that is.
+        replace: whether an existing file, or what a symbolic link points to, may be replaced. If not, the old name may
+            remain beside the new one.
     Raises:
         AlreadyThereError: the file exists and may not be replaced.
         StorageError: it cannot be moved.

@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image
 
 from cnnpipe.classify.sort_into import uncertainty_test
-from cnnpipe.classify.summary import ClassificationSummary, FailedFile
+from cnnpipe.classify.summary import ClassificationSummary
 from cnnpipe.classify.table import Prediction
-from cnnpipe.errors import ImageError, PredictionsError
+from cnnpipe.errors import PredictionsError
 from cnnpipe.images.decode import ERROR_KINDS, RGBImage, decode_image, upright_size
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import usable_cores
@@ -91,22 +91,15 @@ def write_report(
         StorageError: it cannot be written.
         CnnpipeError: no decoding process can be started.
     """
-    survey = _Survey(summary, min_probability)
-    for row in rows:
-        survey.add(row)
-    classes = list(survey.classes.values())
-    _load_thumbnails([picture for section in classes for picture in section.pictures], root)
+    values = _survey(rows, summary, min_probability)
+    _load_thumbnails([picture for section in values["classes"] for picture in section.pictures], root)
     page = _render(
         title=PurePath(summary.folder).name or summary.folder,
         summary=summary,
         test_accuracy=test_accuracy,
         min_probability=min_probability,
-        is_uncertain=survey.is_uncertain,
-        num_uncertain=survey.num_uncertain,
-        histogram=survey.histogram,
-        classes=classes,
-        failed_files=survey.failed_files,
         error_meanings=ERROR_KINDS,
+        **values,
     )
     write_text(path, page, replace=replace)
 
@@ -123,10 +116,7 @@ def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
         ImageError: it cannot be decoded.
     """
     height, width = image_size
-    try:
-        image_width, image_height = upright_size(data)
-    except ImageError:
-        image_width = image_height = 1  # `decode_image` reports what is wrong with it
+    image_width, image_height = upright_size(data)
     scale = min(width / image_width, height / image_height)
     inner_height, inner_width = max(1, round(image_height * scale)), max(1, round(image_width * scale))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
@@ -142,7 +132,7 @@ class _Picture:
     path: str
     probability: float
     sha256: str
-    """Digest of the file that was classified; empty if the table has none."""
+    """Digest of the classified file; empty if the table has none."""
     uri: str = ""
     """`data:` URI; empty if there is no picture."""
     problem: str = ""
@@ -187,33 +177,32 @@ class _ClassSection:
         return [picture for *_, picture in sorted(chosen.values(), key=itemgetter(0, 1))]
 
 
-class _Survey:
-    """Counts and samples that the page needs, collected while the rows pass."""
-
-    def __init__(self, summary: ClassificationSummary, min_probability: float) -> None:
-        largest = Counter(summary.classes).most_common(_MAX_CLASSES)
-        self.classes = {label: _ClassSection(label, num_images) for label, num_images in largest}
-        self.histogram = [0] * _HISTOGRAM_BINS
-        """Images by probability, in equal bins from 0 to 1."""
-        self.num_uncertain = 0
-        self.failed_files: defaultdict[str, list[FailedFile]] = defaultdict(list)
-        """Error kind -> its first files."""
-        self.is_uncertain = uncertainty_test(min_probability)
-
-    def add(self, row: Prediction) -> None:
-        """Count one row."""
+def _survey(rows: Iterator[Prediction], summary: ClassificationSummary, min_probability: float) -> dict[str, Any]:
+    """Return the counts and samples that the page needs from the rows."""
+    largest = Counter(summary.classes).most_common(_MAX_CLASSES)
+    classes = {label: _ClassSection(label, num_images) for label, num_images in largest}
+    histogram = [0] * _HISTOGRAM_BINS  # images by probability, in equal bins from 0 to 1
+    failed_files: defaultdict[str, list[Prediction]] = defaultdict(list)  # error kind -> its first files
+    is_uncertain, num_uncertain = uncertainty_test(min_probability), 0
+    for row in rows:
         if row.status != "ok":
-            files = self.failed_files[row.error_kind]
-            if len(files) < _FAILED_FILES_PER_KIND:
-                files.append(FailedFile(row.path, row.error_kind, row.error))
-            return
+            if len(files := failed_files[row.error_kind]) < _FAILED_FILES_PER_KIND:
+                files.append(row)
+            continue
         probability = row.probabilities[0]
-        uncertain = self.is_uncertain(probability)
-        self.histogram[min(int(probability * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
-        self.num_uncertain += uncertain
-        if (section := self.classes.get(row.labels[0])) is not None:
+        uncertain = is_uncertain(probability)
+        histogram[min(int(probability * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
+        num_uncertain += uncertain
+        if (section := classes.get(row.labels[0])) is not None:
             section.num_uncertain += uncertain
             section.add(row)
+    return {
+        "classes": list(classes.values()),
+        "histogram": histogram,
+        "failed_files": failed_files,
+        "is_uncertain": is_uncertain,
+        "num_uncertain": num_uncertain,
+    }
 
 
 def _load_thumbnails(pictures: Sequence[_Picture], root: Path) -> None:
@@ -224,13 +213,14 @@ def _load_thumbnails(pictures: Sequence[_Picture], root: Path) -> None:
         for chunk in pool.decode(Path(), paths, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)):
             images = iter(chunk.images)
             for file, picture in zip(chunk.files, remaining, strict=False):
-                pixels = next(images) if file.has_image else None
-                if pixels is None:
+                if not file.has_image:
                     picture.problem = file.error_kind.replace("_", " ")
-                elif picture.sha256 not in ("", file.sha256):
-                    picture.problem = "changed since"
-                else:
+                    continue
+                pixels = next(images)
+                if picture.sha256 in ("", file.sha256):
                     picture.uri = _jpeg_uri(pixels)
+                else:
+                    picture.problem = "changed since"
 
 
 def _jpeg_uri(pixels: RGBImage) -> str:
