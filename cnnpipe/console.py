@@ -1,4 +1,4 @@
-"""What every command shows: log and progress on stderr, its result on stdout, one line for an error, an exit status."""
+"""Output of every command: log and progress on stderr, result on stdout, one line for an error, an exit status."""
 
 from __future__ import annotations
 

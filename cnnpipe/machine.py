@@ -1,4 +1,4 @@
-"""What this machine has: cores, processor, GPUs, and versions of the packages that decide the results."""
+"""Cores, processor and GPUs of this machine, and versions of the packages that decide the results."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
 
 def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
     """Yield the limits of a control group and of the groups that contain it, in cores."""
-    root, files = cgroups, ("cpu.max",)
+    root, files = cgroups, ["cpu.max"]
     if controllers:  # version 1
-        root, files = cgroups / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        root, files = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         if "cpu" not in controllers.split(","):
             return
     folder = root / group.lstrip("/")

@@ -136,15 +136,13 @@ def open_session(
         precision: `auto`, `fp32`, `int8` or `fp16`. `auto` takes a file as it is, and from a run the precision that is
             fastest on the device.
     Raises:
-        ConfigError: `device`, `threads` or `precision` is none of these.
+        ConfigError: `device` or `precision` is none of these.
         ModelError: the file cannot be read, is not a cnnpipe model, or has another precision.
         ProviderError: CUDA was requested and cannot be used; names what is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, received {device!r}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, received {threads}")
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision must be auto, {', '.join(PRECISIONS)}, received {precision!r}")
     open_on = partial(_open, model, cast("_Wanted", precision), threads or usable_cores())
