@@ -39,9 +39,7 @@ app.add_typer(models_app, name="models")
 _ARTIFACTS = Path("artifacts")
 _DATA = Path("data")
 
-RunArgument = Annotated[
-    str, typer.Argument(help="Run folder, <name>/<run id>, or name (its champion).", metavar="RUN", show_default=False)
-]
+RunArgument = Annotated[str, typer.Argument(help="Run folder, <name>/<run id>, or name (its champion).", metavar="RUN")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,13 +48,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-VersionOption = Annotated[
-    bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+ModelArgument = Annotated[
+    str, typer.Argument(help="Name (its champion), run folder, or .keras or .onnx file.", metavar="MODEL")
 ]
 
 
 @app.callback()
-def _root(version: VersionOption = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     pass
 
 
@@ -102,28 +104,19 @@ def train(
     show_result({**asdict(result), "run": str(result.run)}, [str(result.run)], as_json=as_json)
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Name (its champion), run folder, or .keras or .onnx file.", metavar="MODEL", show_default=False
-    ),
-]
-DatasetOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of images to score on: all of them, or those in its `test` folder if it has one. "
-        "Default: the test split of the run."
-    ),
-]
-
-
 @app.command()
 @command
 @takes_settings(EvaluateSettings, "model")
 def evaluate(
     settings: EvaluateSettings,
     model: ModelArgument,
-    dataset: DatasetOption = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of images to score: all, or those in its `test` folder if it has one. "
+            "Default: the run's test split."
+        ),
+    ] = None,
     data: DataOption = _DATA,
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
@@ -221,9 +214,8 @@ def list_models(
     """List runs, newest first; * marks the champion."""
     names = registry.list_names(artifacts)
     if name is not None and name not in names:
-        raise RegistryError(
-            f"no runs of {name!r} in {artifacts}, which has runs of: {', '.join(names) or 'none'}; check the name"
-        )
+        found = ", ".join(names) or "none"
+        raise RegistryError(f"no runs of {name!r} in {artifacts}, which has runs of: {found}; check the name")
     rows = registry.summarize_runs(artifacts, name)
     table = [("", "NAME", "RUN", "PRESET", "ACCURACY", "STATE")]
     for row in rows:
@@ -245,7 +237,6 @@ def show_model(model: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_j
     show_result({"run": str(run), "manifest": manifest}, field_lines(shown), as_json=as_json)
 
 
-ForceOption = Annotated[bool, typer.Option("--force", help="Promote the run even if it does not pass.")]
 ReasonOption = Annotated[str, typer.Option(help="Reason to record in promotions.jsonl.")]
 
 
@@ -253,7 +244,7 @@ ReasonOption = Annotated[str, typer.Option(help="Reason to record in promotions.
 @command
 def promote_model(
     run: RunArgument,
-    force: ForceOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote the run even if it does not pass.")] = False,
     reason: ReasonOption = "promoted by hand",
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,

@@ -1,4 +1,4 @@
-"""What every command shows: log and progress on stderr, its result on stdout, one line for an error, an exit status."""
+"""Output of every command: log and progress on stderr, result on stdout, one line for an error, an exit status."""
 
 from __future__ import annotations
 
@@ -33,12 +33,6 @@ from cnnpipe.settings import set_signature
 if TYPE_CHECKING:
     from cnnpipe.progress import ProgressCallback
 
-INTERRUPTED: Final = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as in a shell."""
-
-TERMINATED: Final = 143
-"""Exit status after SIGTERM: 128 + SIGTERM, as in a shell."""
-
 DEBUG_VARIABLE: Final = "CNNPIPE_DEBUG"
 """Environment variable that is set while a command runs with `--debug`."""
 
@@ -49,19 +43,15 @@ DataOption = Annotated[Path, typer.Option("--data", envvar="CNNPIPE_DATA", help=
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, the last of stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show debug messages, and the traceback of an error.")]
 
-_MAX_ERROR_CHARACTERS: Final = 300
-"""Length of the line about an unexpected error; the path of the file with the rest is never cut."""
-
 _SECONDS_BETWEEN_LINES: Final = 10.0
 
 _stderr = Console(stderr=True, highlight=False)
 
 
 def make_app(help_text: str | None = None) -> typer.Typer:
-    """Return an empty command line: plain help on up to 120 columns, and no tracebacks by typer.
+    """Return an empty command line, with a help text if it will have several commands.
 
-    Args:
-        help_text: description of a command line of several commands.
+    Its help is plain text on up to 120 columns, and typer prints no tracebacks.
     """
     return typer.Typer(
         help=help_text,
@@ -80,7 +70,9 @@ def run_app(app: typer.Typer) -> None:
     file names and arguments. Printing never fails: bytes of a path that are not text are printed as they are on stdout,
     so that a shell can use them.
     """
-    _open_standard_descriptors()
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: no file may be opened as one of these
+        os.set_inheritable(number, True)
+    os.close(number)
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
@@ -107,9 +99,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             with _log_to_stderr(debug), _signals_end_the_block():
                 function(**{name: _resolve_path(name, value) for name, value in options.items()})
         except _TerminatedError:
-            raise _failed("ended by SIGTERM; finished work is kept", "interrupted", TERMINATED, as_json) from None
+            raise _failed("ended by SIGTERM; finished work is kept", "interrupted", 143, as_json) from None
         except KeyboardInterrupt:
-            raise _failed("interrupted; finished work is kept", "interrupted", INTERRUPTED, as_json) from None
+            raise _failed("interrupted; finished work is kept", "interrupted", 130, as_json) from None
         except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(1) from None
@@ -121,10 +113,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             as_json = as_json and not getattr(error, "follows_result", False)
             raise _failed(f"error: {message}", type(error).__name__, status, as_json) from error
 
-    own = inspect.signature(function, eval_str=True).parameters.values()
-    set_signature(
-        run, [*own, inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)]
-    )
+    debug_option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
+    set_signature(run, [*inspect.signature(function, eval_str=True).parameters.values(), debug_option])
     return run
 
 
@@ -147,30 +137,28 @@ def _failed(message: str, kind: str, status: int, as_json: bool) -> typer.Exit:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return a message for an error that is not a `CnnpipeError`, which names a file with the traceback."""
+    """Return a line of at most 300 characters for an error that is not a `CnnpipeError`.
+
+    It names a temporary file with the traceback, the command line and the versions.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     try:
-        rest = f"the whole error is in {_write_report(error)}"
+        number, path = tempfile.mkstemp(".txt", f"cnnpipe-error-{time.strftime('%Y%m%dT%H%M%S')}-")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{shlex.join(sys.argv)}\nPython {sys.version.split()[0]}, {versions}\n\n")
+            file.writelines(traceback.format_exception(error))
+        end = f"; the whole error is in {path}"
     except OSError as failure:
-        rest = f"the whole error could not be written ({failure.strerror}); --debug shows it"
+        end = f"; the whole error could not be written ({failure.strerror}); --debug shows it"
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f", {error.filename!r}" if error.filename else "")
-    start, end = f"unexpected {type(error).__name__}: ", f"; {rest}"
-    return start + one_line(text, max(_MAX_ERROR_CHARACTERS - len(f"error: {start}{end}"), 3)) + end
-
-
-def _write_report(error: Exception) -> str:
-    """Write an error with its traceback, the command line and the versions to a temporary file; return its path."""
-    number, path = tempfile.mkstemp(".txt", f"cnnpipe-error-{time.strftime('%Y%m%dT%H%M%S')}-")
-    with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
-        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        file.write(f"{shlex.join(sys.argv)}\nPython {sys.version.split()[0]}, {versions}\n\n")
-        file.writelines(traceback.format_exception(error))
-    return path
+    start = f"unexpected {type(error).__name__}: "
+    return start + one_line(text, max(300 - len(f"error: {start}{end}"), 3)) + end
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM has arrived; not an Exception, so that no code takes it for an error of its own."""
+    """Raised by SIGTERM; not an Exception, so that no code takes it for an error of its own."""
 
 
 @contextmanager
@@ -191,11 +179,7 @@ def _signals_end_the_block() -> Iterator[None]:
         else:
             hook(lost)
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield
-        return
-    handler, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
-    sys.unraisablehook = send_again
+    handler, hook, sys.unraisablehook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook, send_again
     try:
         yield
     finally:
@@ -232,14 +216,10 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            yield prefix + key, ", ".join(map(_plain, value)) or "none"
         else:
-            yield prefix + key, _plain(value)
-
-
-def _plain(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+            each = value if isinstance(value, list | tuple) else [value]
+            texts = (f"{item:.6g}" if isinstance(item, float) else str(item) for item in each)
+            yield prefix + key, ", ".join(texts) if each else "none"
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -273,8 +253,7 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-        if debug:
-            os.environ.pop(DEBUG_VARIABLE, None)
+        os.environ.pop(DEBUG_VARIABLE, None)
 
 
 @contextmanager
@@ -290,13 +269,6 @@ def progress_bar() -> Iterator[ProgressCallback]:
             progress.report(label, done, total)
             if progress.disable and time.monotonic() - printed >= _SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
-                _stderr.print(progress.text(), soft_wrap=True, markup=False)
+                print_note(progress.text())
 
         yield report
-
-
-def _open_standard_descriptors() -> None:
-    """Put the null device on descriptors 0, 1 and 2 where they are closed, so that no file is opened as one of them."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)

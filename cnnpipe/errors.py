@@ -1,23 +1,5 @@
 """The exceptions that cnnpipe raises for a user to read.
 
-CnnpipeError                     exit status 1
-├── ConfigError                  a setting or a settings file is wrong
-│   └── UsageError               exit status 2: an option of the command line is wrong
-├── DatasetError                 a dataset cannot be prepared or read
-│   ├── DownloadError            a dataset could not be downloaded completely
-│   └── ImageError               one image cannot be decoded; has its `kind`
-├── TrainingError                training cannot start, or failed
-├── ModelError                   a model is missing, damaged or not made by cnnpipe
-│   └── ParityError              an exported model disagrees with its original
-├── RegistryError                a run or a champion alias is missing or incomplete
-├── ProviderError                the requested device cannot be used
-│   └── GpuMemoryError           the GPU has too little memory for a batch
-├── PredictionsError             the table of predictions cannot be written
-├── StorageError                 a file cannot be written: the disk is full, read-only or forbidden
-│   └── AlreadyThereError        a file exists and may not be replaced
-├── ServerError                  no Prefect server or Dask scheduler could be reached or started
-└── FailureBudgetError           exit status 3: finished, but too many images failed
-
 Every message is one line: what is wrong, what was received, how to fix it.
 """
 

@@ -1,4 +1,4 @@
-"""What this machine has: cores, processor, GPUs, and versions of the packages that decide the results."""
+"""Cores, processor and GPUs of this machine, and versions of the packages that decide the results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,10 +28,8 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Return the versions of those distributions that are installed, without importing them."""
     versions = {"cnnpipe": __version__}
     for name in names:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # of onnxruntime and onnxruntime-gpu only one is there
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # onnxruntime and onnxruntime-gpu: one of the two is there
     return versions
 
 
@@ -46,20 +45,21 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         for `own` cgroups(7).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text(errors="replace").splitlines()]
-        limits = [limit for controllers, group in groups for limit in _core_limits(cgroups, controllers, group)]
-    except (OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
-        limits = []
+    limits: list[int] = []
+    with suppress(OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
+        for line in own.read_text(errors="replace").splitlines():
+            _, controllers, group = line.split(":", 2)
+            limits += _core_limits(cgroups, controllers, group)
     return max(1, min([cores, *limits]))
 
 
 def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
     """Yield the limits of a control group and of the groups that contain it, in cores."""
-    if controllers and "cpu" not in controllers.split(","):
-        return
-    root = cgroups / "cpu" if controllers else cgroups  # version 2 names no controllers
-    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+    root, files = cgroups, ["cpu.max"]
+    if controllers:  # version 1
+        root, files = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        if "cpu" not in controllers.split(","):
+            return
     folder = root / group.lstrip("/")
     for each in (folder, *folder.parents):
         if each.is_relative_to(root) and all((each / name).is_file() for name in files):
@@ -72,26 +72,18 @@ def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
 class Processor:
     """Description of a processor; fields that the system does not tell are empty."""
 
-    vendor: str = ""
-    """Vendor's identifier, such as `AuthenticAMD`."""
-    model: str = ""
-    """Name of the model, such as `AMD EPYC 9654 96-Core Processor`."""
-    flags: frozenset[str] = frozenset()
-    """Capabilities by their names in Linux, such as `avx512_bf16`."""
+    vendor: str = ""  # such as AuthenticAMD
+    model: str = ""  # such as AMD EPYC 9654 96-Core Processor
+    flags: frozenset[str] = frozenset()  # such as avx512_bf16
 
 
 def find_processor(description: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Return the first processor of this machine.
-
-    Args:
-        description: file of the format that proc_cpuinfo(5) describes.
-    """
+    """Return the first processor of this machine, from a file of the format that proc_cpuinfo(5) describes."""
     try:
         first = description.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:
         return Processor()
-    pairs = (line.partition(":") for line in first.splitlines())
-    values = {name.strip(): value.strip() for name, _, value in pairs}
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     flags = frozenset(values.get("flags", "").split())
     return Processor(values.get("vendor_id", ""), values.get("model name", ""), flags)
 
@@ -110,7 +102,7 @@ def describe_environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Driver:
-    """What the NVIDIA driver reports."""
+    """GPUs that the NVIDIA driver reports."""
 
     cuda: str = ""
     """Newest CUDA version that it supports, such as `12.4`; empty without a driver."""
@@ -129,12 +121,11 @@ def ask_driver() -> Driver:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
         return Driver(problem="no NVIDIA driver (libcuda.so.1)")
-    version, count = ctypes.c_int(), ctypes.c_int()
+    version, count, text = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
     driver.cuDriverGetVersion(ctypes.byref(version))
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
-        text = ctypes.c_char_p()
         driver.cuGetErrorString(status, ctypes.byref(text))
         reason = (text.value or b"").decode("ascii", "replace") if status else "it shows no GPU"
         return Driver(cuda, problem=f"the NVIDIA driver gives no GPU: {reason or f'error {status}'}")
@@ -148,24 +139,18 @@ def ask_driver() -> Driver:
 
 
 def free_gpu_memory(number: int) -> int:
-    """Return the free memory of a GPU, in bytes.
+    """Return the free memory in bytes of a GPU, by its number in `ask_driver`; leaves CUDA's shared context as it was.
 
-    Uses the context that all CUDA libraries of this process share, and leaves it as it was.
-
-    Args:
-        number: CUDA's number of a GPU that `ask_driver` reports.
     Raises:
         ProviderError: the driver does not tell.
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__PRIMARY__CTX.html
     """
     driver = ctypes.CDLL(_DRIVER)
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    device, context, free, total = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number)
     status = status or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     if not status:
-        status = driver.cuCtxPushCurrent_v2(context)
-        if not status:
+        if not (status := driver.cuCtxPushCurrent_v2(context)):
             status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
             driver.cuCtxPopCurrent_v2(ctypes.byref(context))
         driver.cuDevicePrimaryCtxRelease_v2(device)

@@ -1,4 +1,4 @@
-"""An ONNX classifier on the device that was asked for: CUDA or CPU, never silently another.
+"""An ONNX classifier on the device that was requested: CUDA or CPU, never silently another.
 
 onnxruntime lists CUDA wherever its GPU build is installed, and falls back to the CPU with no more than a line on
 stderr. So the NVIDIA driver is asked first, and after opening, the session is asked which provider it really has.
@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -26,53 +26,11 @@ from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError
 from cnnpipe.machine import ask_driver, free_gpu_memory, usable_cores
 from cnnpipe.manifest import INPUT_NAME, OUTPUT_NAME, PRECISIONS, ChosenFile, ModelInfo, Precision, choose_model_file
 
-__all__ = ["BoundBuffers", "ClassifierSession", "cuda_batch_size", "cuda_options", "device_report",
-           "is_out_of_memory", "open_session", "silent_onnxruntime"]  # fmt: skip
-
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 
 _BUILT_FOR_CUDA: Final[str] = getattr(onnxruntime, "cuda_version", "") or ""
 """CUDA version that onnxruntime was built for; empty if it was built without CUDA."""
-
-_CPU_BATCH_SIZE: Final = 32
-"""Number of small images that stay in a CPU's cache: 17,900 images/s against 13,500 at 256."""
-
-_MIN_CUDA_BATCH, _MAX_CUDA_BATCH = 256, 2048
-_CUDA_BATCH_PIXELS: Final = 2048 * 32 * 32
-"""On an H100, images of 32x32 pass at 34,800 a second in batches of 2,048, at 25,100 in batches of 256."""
-
-_CUDA_BYTES_PER_PIXEL: Final = 1024
-"""Estimate of the memory for a batch: 64 float32 channels at the size of the image take 256 bytes per pixel, and a
-layer needs four times that, for its input, its output, what the next layer makes of that, and cuDNN's workspace.
-`cnnpipe.classify.engine` halves the batches of a network that needs more.
-"""
-
-_CUDA_OPTIONS: Final = {
-    # Exhaustive search, the default, times every convolution algorithm for each shape: seconds before the first image,
-    # for a network that needs milliseconds.
-    "cudnn_conv_algo_search": "HEURISTIC",
-    # Grow by what is needed, not by doubling: the GPU may be shared.
-    "arena_extend_strategy": "kSameAsRequested",
-}
-
-_FP16_METADATA: Final = b"\n\tprecision\x12\x04fp16"
-"""Bytes in the file of an fp16 model: the entry `precision` of its metadata.
-
-Source: https://protobuf.dev/programming-guides/encoding/ and StringStringEntryProto of onnx.proto.
-"""
-
-_DEFAULT_LOG_SEVERITY: Final = 2
-"""Source: https://onnxruntime.ai/docs/api/python/api_summary.html, `set_default_logger_severity`: warnings."""
-
-# onnxruntime has no exception class for this; its arena, the CUDA runtime and each library word it in their own way.
-_OUT_OF_MEMORY: Final = re.compile(
-    r"Failed to allocate memory for requested buffer"
-    r"|Available memory of \d+ is smaller than requested bytes"
-    r"|CUDA failure 2: "  # cudaErrorMemoryAllocation
-    r"|CUDA error executing cudaMalloc"
-    r"|(?:CUBLAS|CUDNN|CUFFT)_\w*ALLOC\w*_FAILED",
-)
 
 # The exceptions of onnxruntime have no common base class but Exception.
 _NOT_A_MODEL = (_ort.InvalidProtobuf, _ort.InvalidGraph, _ort.NoModel, _ort.NotImplemented, _ort.InvalidArgument)
@@ -80,6 +38,8 @@ _SESSION_ERRORS = (*_NOT_A_MODEL, _ort.Fail, _ort.RuntimeException, _ort.EPFail,
                    ValueError)  # fmt: skip
 
 _logger = logging.getLogger(__name__)
+
+_Wanted = Precision | Literal["auto"]
 
 
 class ClassifierSession:
@@ -99,20 +59,19 @@ class ClassifierSession:
         self, session: Any, info: ModelInfo, precision: Precision, chosen: ChosenFile, sha256: str, device: str
     ) -> None:
         self._session = session
-        self.info = info
-        self.precision = precision
-        self.precision_reason = chosen.reason
-        self.path = chosen.path
-        self.model_sha256 = sha256
-        self.device = device
+        self.info, self.precision, self.model_sha256, self.device = info, precision, sha256, device
+        self.path, self.precision_reason = chosen.path, chosen.reason
         self.provider: str = session.get_providers()[0]
         self._buffers = BoundBuffers(session, len(info.class_names), device) if self.provider == CUDA else None
 
     @cached_property
     def default_batch_size(self) -> int:
-        """The batch size that suits the device; on CUDA it also depends on the memory that is free at first use."""
+        """The batch size that suits the device; on CUDA it also depends on the memory that is free at first use.
+
+        32 small images stay in a CPU's cache: 17,900 images/s against 13,500 at 256.
+        """
         if self.provider != CUDA:
-            return _CPU_BATCH_SIZE
+            return 32
         return cuda_batch_size(self.info.image_size, free_gpu_memory(int(self.device.removeprefix("cuda:"))))
 
     @property
@@ -133,19 +92,19 @@ class ClassifierSession:
             ProviderError: the GPU failed otherwise.
         """
         height, width = self.info.image_size
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
+        if images.dtype != np.uint8 or images.shape[1:] != (height, width, 3):
             raise ModelError(
                 f"{self.path} needs uint8 images of shape (N, {height}, {width}, 3), received {images.dtype} "
                 f"{images.shape}; resize them to the model's size first"
             )
         if not len(images):
             return np.empty((0, len(self.info.class_names)), np.float32)
+        probabilities: npt.NDArray[np.float32]
         try:
-            probabilities: npt.NDArray[np.float32] = (
-                self._buffers.run(images)
-                if self._buffers is not None
-                else self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
-            )
+            if self._buffers is None:
+                (probabilities,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
+            else:
+                probabilities = self._buffers.run(images)
         except _SESSION_ERRORS as error:
             raise self._failure(error, len(images)) from error
         if not np.isfinite(probabilities).all():
@@ -177,44 +136,38 @@ def open_session(
         precision: `auto`, `fp32`, `int8` or `fp16`. `auto` takes a file as it is, and from a run the precision that is
             fastest on the device.
     Raises:
-        ConfigError: `device`, `threads` or `precision` is none of these.
+        ConfigError: `device` or `precision` is none of these.
         ModelError: the file cannot be read, is not a cnnpipe model, or has another precision.
-        ProviderError: CUDA was asked for and cannot be used; names what is missing.
+        ProviderError: CUDA was requested and cannot be used; names what is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, received {device!r}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, received {threads}")
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision must be auto, {', '.join(PRECISIONS)}, received {precision!r}")
-    wanted = cast("Precision | Literal['auto']", precision)
-    threads = threads or usable_cores()
-    number = None if device == "cpu" else int(match[1] or 0)
-    problem = "" if number is None else cuda_problem(number)
+    open_on = partial(_open, model, cast("_Wanted", precision), threads or usable_cores())
+    if device == "cpu":
+        return open_on(None)
+    number = int(match[1] or 0)
+    problem = cuda_problem(number)
     if device != "auto":
         if problem:
             raise ProviderError(f"{device} cannot be used: {problem}; fix that, or use --device cpu")
-        return _open(model, wanted, threads, number)
+        return open_on(number)
     if problem:
         _logger.info("device auto: the CPU (%s)", problem)
-        return _open(model, wanted, threads, None)
+        return open_on(None)
     try:
-        session = _open(model, wanted, threads, number)
+        session = open_on(number)
     except ProviderError as error:
         _logger.warning("device auto: the CPU, although there is a GPU: %s", error)
-        return _open(model, wanted, threads, None)
+        return open_on(None)
     _logger.info("device auto: %s", session.device)
     return session
 
 
 def device_report() -> dict[str, Any]:
-    """Return what this machine can classify on, as JSON-able values.
-
-    Returns:
-        `gpus`: names by CUDA's numbers; `driver_cuda`: the newest CUDA that the driver supports; `onnxruntime`: its
-        version; `onnxruntime_cuda`: the CUDA that it was built for; `problem`: why CUDA cannot be used, or empty.
-    """
+    """Return what this machine can classify on, and as `problem` why CUDA cannot be used, as values for JSON."""
     driver = ask_driver()
     return {
         "gpus": list(driver.gpus),
@@ -232,10 +185,10 @@ def silent_onnxruntime() -> Iterator[None]:
     try:
         yield
     finally:
-        onnxruntime.set_default_logger_severity(_DEFAULT_LOG_SEVERITY)
+        onnxruntime.set_default_logger_severity(2)  # its default: warnings
 
 
-def _open(model: Path, precision: Precision | Literal["auto"], threads: int, gpu: int | None) -> ClassifierSession:
+def _open(model: Path, precision: _Wanted, threads: int, gpu: int | None) -> ClassifierSession:
     """Open a model on a GPU, or on the CPU if `gpu` is None, and check that it keeps the contract."""
     device = "cpu" if gpu is None else f"cuda:{gpu}"
     chosen = choose_model_file(model, "cpu" if gpu is None else "cuda", precision)
@@ -245,7 +198,7 @@ def _open(model: Path, precision: Precision | Literal["auto"], threads: int, gpu
         raise ModelError(f"cannot read the model {chosen.path}: {error.strerror or error}; check the path") from error
     missing = "" if gpu is None else _missing_libraries()
     try:
-        session = _create(content, threads) if gpu is None else _create_on_cuda(content, threads, gpu)
+        session = _create(content, threads, gpu)
     except _SESSION_ERRORS as error:
         if gpu is not None and not isinstance(error, _NOT_A_MODEL):
             raise ProviderError(f"{device} cannot be used: {missing or _one_line(error)}") from error
@@ -261,30 +214,25 @@ def _open(model: Path, precision: Precision | Literal["auto"], threads: int, gpu
     return ClassifierSession(session, info, found, chosen, hashlib.sha256(content).hexdigest(), device)
 
 
-def _create(content: bytes, threads: int, providers: list[Any] | None = None, **options: Any) -> Any:
-    session_options = onnxruntime.SessionOptions()
-    session_options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
-    session_options.intra_op_num_threads = threads
+def _create(content: bytes, threads: int, gpu: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about optimisations that do not concern a user
+    options.intra_op_num_threads = threads
     # A spinning thread answers faster, but takes its core from the processes that decode.
-    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(
-        content, session_options, providers=[*(providers or []), CPU], enable_fallback=0, **options
-    )
-
-
-def _create_on_cuda(content: bytes, threads: int, gpu: int) -> Any:
-    # Without this, onnxruntime prints a paragraph for each library that it does not find.
-    with silent_onnxruntime():
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    create = partial(onnxruntime.InferenceSession, content, options, enable_fallback=0)
+    if gpu is None:
+        return create(providers=[CPU])
+    with silent_onnxruntime():  # else it prints a paragraph for each library that it does not find
         # Where cuDNN has no plan without TF32 for a convolution with its Relu, onnxruntime 1.26 takes one with TF32.
         disabled = ["ConvActivationFusion"]
-        return _create(content, threads, [(CUDA, cuda_options(gpu, content))], disabled_optimizers=disabled)
+        return create(providers=[(CUDA, cuda_options(gpu, content)), CPU], disabled_optimizers=disabled)
 
 
 def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
     """Refuse a model whose tensors break the contract: a batch of any size, everything else fixed."""
-    height, width = info.image_size
     expected = (
-        [(INPUT_NAME, "tensor(uint8)", [height, width, 3])],
+        [(INPUT_NAME, "tensor(uint8)", [*info.image_size, 3])],
         [(OUTPUT_NAME, "tensor(float)", [len(info.class_names)])],
     )
     found = tuple(
@@ -296,20 +244,17 @@ def _check_tensors(session: Any, info: ModelInfo, path: Path) -> None:
             f"{path} must take {expected[0]} and give {expected[1]}, with a batch of any size before each shape, "
             f"received {found[0]} and {found[1]}; use one exported by `cnnpipe export`"
         )
-    batch = session.get_inputs()[0].shape[0]
-    if isinstance(batch, int):
+    if isinstance(batch := session.get_inputs()[0].shape[0], int):
         raise ModelError(f"{path} takes only batches of {batch}; export it again")
 
 
-def _check_precision(metadata: dict[str, str], wanted: Precision | Literal["auto"], path: Path) -> Precision:
-    """Return the precision of a model, if it is the one that is wanted."""
+def _check_precision(metadata: dict[str, str], wanted: _Wanted, path: Path) -> Precision:
     found = metadata.get("precision", "fp32")  # models of version 0.1 have no such entry and were all fp32
     if found not in PRECISIONS:
         raise ModelError(f"{path} must be of precision {', '.join(PRECISIONS)}, received {found!r}; export it again")
     if wanted not in ("auto", found):
         raise ModelError(
-            f"{path} is {found}, not {wanted}; name the run folder to use its {wanted} model, or leave --precision at "
-            "auto"
+            f"{path} is {found}, not {wanted}; name the run folder to use its {wanted} model, or use --precision auto"
         )
     return found
 
@@ -323,8 +268,7 @@ def _one_line(error: Exception) -> str:
 class BoundBuffers:
     """Runs a session on an input and an output that stay in the device's memory from batch to batch.
 
-    Without them every batch would allocate both. They are made for the shape of the first batch, and made again for
-    another shape, which is why a caller should keep to one.
+    Without them every batch would allocate both. They are made again for another shape: keep to one.
 
     Args:
         session: an onnxruntime session with the tensors of the contract.
@@ -333,18 +277,15 @@ class BoundBuffers:
     """
 
     def __init__(self, session: Any, num_classes: int, device: str) -> None:
-        self._session = session
-        self._num_classes = num_classes
+        self._session, self._num_classes = session, num_classes
         kind, _, number = device.partition(":")
         self._device = (kind, int(number or 0))
         self.release()
 
     def release(self) -> None:
         """Give the buffers' memory back."""
-        self._shape: tuple[int, ...] | None = None
-        self._binding: Any = None
-        self._images: Any = None
-        self._probabilities: Any = None
+        self._shape: tuple[int, ...] = ()
+        self._binding = self._images = self._probabilities = cast("Any", None)
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the probabilities of (N, H, W, 3) uint8 images, (N, classes) float32; raises what onnxruntime does."""
@@ -377,29 +318,49 @@ def cuda_options(number: int, model: bytes) -> dict[str, str]:
         model: content of the ONNX file.
     Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html, `use_tf32`
     """
-    return {"device_id": str(number), "use_tf32": "1" if _FP16_METADATA in model else "0", **_CUDA_OPTIONS}
+    is_fp16 = b"\n\tprecision\x12\x04fp16" in model  # a StringStringEntryProto of onnx.proto, in its metadata
+    return {
+        "device_id": str(number),
+        "use_tf32": "1" if is_fp16 else "0",
+        # The default, exhaustive search, times every convolution algorithm for each shape, for seconds.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",  # not by doubling: the GPU may be shared
+    }
 
 
 def cuda_batch_size(image_size: tuple[int, int], free_bytes: int) -> int:
     """Return the batch size that suits a GPU: a power of two up to 2,048, so that a shard is a whole number of them.
+
+    On an H100, images of 32x32 pass at 34,800 a second in batches of 2,048, at 25,100 in batches of 256. An image is
+    estimated to take 1,024 bytes per pixel: 64 float32 channels take 256, and a layer needs four times that.
+    `cnnpipe.classify.engine` halves the batches of a network that needs more.
 
     Args:
         image_size: (height, width) in pixels.
         free_bytes: free memory of the GPU, of which at most half is used.
     """
     pixels = math.prod(image_size)
-    wanted = min(max(_CUDA_BATCH_PIXELS // pixels, _MIN_CUDA_BATCH), _MAX_CUDA_BATCH)
-    possible = max(min(wanted, free_bytes // 2 // (pixels * _CUDA_BYTES_PER_PIXEL)), 1)
+    wanted = min(max(2048 * 32 * 32 // pixels, 256), 2048)
+    possible = max(min(wanted, free_bytes // 2 // (pixels * 1024)), 1)
     return 1 << (possible.bit_length() - 1)
 
 
 def is_out_of_memory(message: str) -> bool:
     """Return whether a message of onnxruntime on CUDA means that the GPU's memory was too small.
 
+    onnxruntime has no exception for this; its arena, the CUDA runtime and each library word it in their own way.
+
     Source: onnxruntime 1.26, core/framework/bfc_arena.cc and core/providers/cuda/cuda_call.cc; the names of the
     states are those of cuBLAS, cuDNN and cuFFT.
     """
-    return _OUT_OF_MEMORY.search(message) is not None
+    patterns = (
+        "Failed to allocate memory for requested buffer",
+        r"Available memory of \d+ is smaller than requested bytes",
+        "CUDA failure 2: ",  # cudaErrorMemoryAllocation
+        "CUDA error executing cudaMalloc",
+        r"(?:CUBLAS|CUDNN|CUFFT)_\w*ALLOC\w*_FAILED",
+    )
+    return re.search("|".join(patterns), message) is not None
 
 
 def cuda_problem(number: int) -> str:
@@ -422,7 +383,5 @@ def _missing_libraries() -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):  # it prints its failures; standard output is for results
         onnxruntime.preload_dlls()
-    names = re.findall(r"Failed to load (\S+?):", output.getvalue())
-    if not names:
-        return ""
-    return f"{', '.join(dict.fromkeys(names))} not found; install them with `make setup CUDA=1` (the extra `cuda`)"
+    names = ", ".join(dict.fromkeys(re.findall(r"Failed to load (\S+?):", output.getvalue())))
+    return names and f"{names} not found; install them with `make setup CUDA=1` (the extra `cuda`)"

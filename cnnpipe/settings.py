@@ -15,21 +15,12 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
+import pydantic
 import tomli_w
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -51,7 +42,7 @@ _PATTERNS_IN_WORDS: Final = {
 }
 
 
-def _check_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def _check_path(value: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
     """Accept a path with bytes that are not text, which pydantic refuses in a string, but not a URL."""
     if not isinstance(value, str):
         return check(value)
@@ -75,10 +66,10 @@ def _parse_image_size(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=_DEVICE)]
-UserPath = Annotated[str, WrapValidator(_check_path), PlainSerializer(escape_path, when_used="json")]
+UserPath = Annotated[str, pydantic.WrapValidator(_check_path), pydantic.PlainSerializer(escape_path, when_used="json")]
 """Text that `expand_path` makes a path of. In JSON and TOML, bytes that are not text become `\\xNN`."""
 _Pixels = Annotated[int, Field(ge=8, le=1024)]
-ImageSize = Annotated[tuple[_Pixels, _Pixels], BeforeValidator(_parse_image_size)]
+ImageSize = Annotated[tuple[_Pixels, _Pixels], pydantic.BeforeValidator(_parse_image_size)]
 """(height, width) in pixels, also written as the text `32x32`."""
 
 
@@ -105,28 +96,22 @@ class PrepareSettings(Settings):
     val_fraction: float = Field(0.2, gt=0.0, lt=1.0)
     """Fraction of the train split that becomes val, for a dataset without a val split."""
     test_fraction: float = Field(0.2, gt=0.0, lt=1.0)
-    """Fraction of the images (without those of a given val split) that becomes test, for a dataset without a test
-    split."""
+    """Fraction of the images, without those of a given val split, that becomes test if there is no test split."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the random split into train, val and test."""
     min_images_per_class: int = Field(10, ge=1)
     """Fewest train images that a class may have. The run stops before training if a class has fewer."""
     max_unreadable_fraction: Fraction = 0.01
-    """Largest fraction of images that may be unreadable before the run stops. One is always allowed, unless this
-    is 0."""
+    """Largest fraction of unreadable images before the run stops. One is always allowed, unless this is 0."""
     max_leaked_fraction: Fraction = 0.01
     """Largest fraction of val or test images that may also be in another split before the run stops."""
     max_imbalance: float = Field(100.0, ge=1.0)
     """Largest ratio of the biggest class to the smallest before the run stops."""
 
     @model_validator(mode="after")
-    def _name_is_usable(self) -> Self:
+    def _check(self) -> Self:
         if self.resolved_name in ("", "predictions"):
             raise ValueError(f"{self.dataset!r} gives no usable name for the model; choose one with --name")
-        return self
-
-    @model_validator(mode="after")
-    def _patterns_have_a_folder(self) -> Self:
         if self.dataset in BUILT_IN_DATASETS and (self.include or self.exclude):
             raise ValueError(f"include and exclude need a folder of images, received the dataset {self.dataset!r}")
         return self
@@ -175,8 +160,7 @@ class TrainSettings(Settings):
     patience: int | None = Field(None, ge=1)
     """Stop after this number of epochs without an improvement on val. Default: never."""
     max_minutes: float | None = Field(None, gt=0.0)
-    """Time budget for training. If not all epochs fit, fewer are run and the learning-rate schedule is shortened to
-    match. Default: no limit."""
+    """Time budget for training: fewer epochs and a shorter schedule if not all fit. Default: no limit."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the initial weights, of the order of the images and of their augmentation."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -247,8 +231,7 @@ class ClassifySettings(Settings):
     model: UserPath | None = None
     """Name (its champion), alias file, run folder or .onnx file. Default: the champion, if there is only one."""
     output: UserPath | None = None
-    """Table to write: .csv, .jsonl or .parquet. Default: predictions.csv in a new folder below
-    artifacts/predictions."""
+    """Table to write: .csv, .jsonl or .parquet. Default: predictions.csv in a new folder in artifacts/predictions."""
     resume: bool = True
     """Continue an interrupted classification of the same settings."""
     overwrite: bool = False
@@ -274,15 +257,13 @@ class ClassifySettings(Settings):
     min_probability: Fraction = 0.0
     """Images with a lower probability count as uncertain, and --sort-into puts them into a folder of their own."""
     safe_csv: bool = False
-    """Write a .csv for spreadsheets: with a byte order mark, and an apostrophe before text that looks like a
-    formula."""
+    """Write a .csv for spreadsheets: byte order mark, and an apostrophe before text that looks like a formula."""
     sort_into: UserPath | None = None
     """Folder to sort the files into, one subfolder per class, as hard links or, on another disk, copies."""
     report: UserPath | None = None
     """Contact sheet to write: an .html page with counts, pictures of every class, and errors."""
     max_failure_rate: Fraction = 0.1
-    """Largest fraction of files that may be unreadable. If more are, the table is complete but the exit status is
-    3."""
+    """Largest fraction of files that may fail. If more do, the table is complete but the exit status is 3."""
 
     @model_validator(mode="before")
     @classmethod
@@ -292,22 +273,16 @@ class ClassifySettings(Settings):
         return values
 
     @model_validator(mode="after")
-    def _suffixes_name_a_format(self) -> Self:
+    def _check(self) -> Self:
         if self.output is not None and Path(self.output).suffix not in (".csv", ".jsonl", ".parquet"):
             raise ValueError(f"output must end in .csv, .jsonl or .parquet, received {self.output!r}")
         if self.safe_csv and self.output is not None and Path(self.output).suffix != ".csv":
             raise ValueError(f"safe_csv needs a table that ends in .csv, received {self.output!r}")
         if self.report is not None and Path(self.report).suffix not in (".html", ".htm"):
             raise ValueError(f"report must end in .html, received {self.report!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _update_names_its_table(self) -> Self:
-        if not (self.retry_failed or self.incremental):
-            return self
         if self.retry_failed and self.incremental:
             raise ValueError("incremental classifies failed files again too; leave out retry_failed")
-        if self.output is None:
+        if (self.retry_failed or self.incremental) and self.output is None:
             mode = "retry_failed" if self.retry_failed else "incremental"
             raise ValueError(f"{mode} needs output: name the table to update")
         if self.retry_failed and (self.files or self.include or self.exclude):
@@ -320,6 +295,8 @@ class ClassifySettings(Settings):
         return self.overwrite or self.retry_failed or self.incremental
 
 
+_BOUNDS: Final = {"greater": "at least", "less": "at most"}
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -327,7 +304,7 @@ def validate_settings(
     model: type[SettingsT],
     values: dict[str, Any],
     origin: str,
-    options: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+    options: Mapping[tuple[str, ...], str] | None = None,
 ) -> SettingsT:
     """Build settings from plain values.
 
@@ -343,27 +320,30 @@ def validate_settings(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         keys = tuple(key for key in first["loc"] if isinstance(key, str))
-        option = next((name for place, name in options.items() if keys[: len(place)] == place), None)
-        usage = option is not None or origin == COMMAND_LINE
+        option = next((name for place, name in (options or {}).items() if keys[: len(place)] == place), None)
         message = _say_what_is_wrong(first, option or ".".join(map(str, first["loc"])) or "settings")
-        message = message if usage else f"{message}, in {origin}"
-        raise (UsageError if usage else ConfigError)(" ".join(message.split())) from error
+        message = " ".join(message.split())
+        if option is not None or origin == COMMAND_LINE:
+            raise UsageError(message) from error
+        raise ConfigError(f"{message}, in {origin}") from error
 
 
 def _say_what_is_wrong(error: ErrorDetails, name: str) -> str:
-    if error["type"] == "value_error":  # raised in this module, and complete
-        return str(error["ctx"]["error"])
-    if error["type"] == "extra_forbidden":
-        return f"no setting is called {name}; see --help for their names"
-    if error["type"] == "missing":
-        return f"{name} is missing; give it"
     received = one_line(repr(error["input"]))
-    if error["type"] == "model_type":
-        return f"{name} must be a table of settings, received {received}"
-    if error["type"] == "string_pattern_mismatch":
-        return f"{name} {_PATTERNS_IN_WORDS[error['ctx']['pattern']]}, received {received}"
-    problem = re.sub(r"^\w+ should ", "must ", error["msg"]).partition(", unable to parse")[0]
-    problem = problem.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    match error["type"]:
+        case "value_error":  # raised in this module, and complete
+            return str(error["ctx"]["error"])
+        case "extra_forbidden":
+            return f"no setting is called {name}; see --help for their names"
+        case "missing":
+            return f"{name} is missing; give it"
+        case "model_type":
+            problem = "must be a table of settings"
+        case "string_pattern_mismatch":
+            problem = _PATTERNS_IN_WORDS[error["ctx"]["pattern"]]
+        case _:
+            problem = re.sub(r"^\w+ should ", "must ", error["msg"]).partition(", unable to parse")[0]
+            problem = re.sub("(greater|less) than or equal to", lambda found: _BOUNDS[found[1]], problem)
     return f"{name} {problem}, received {received}"
 
 
@@ -426,26 +406,19 @@ def takes_settings(
             for name, (place, _) in offered.items():
                 if (value := values.pop(name)) is not None:
                     options[place] = name.upper() if name == argument else _option(name)
-                    _put(loaded, place, value)
+                    table = loaded.setdefault(place[0], {}) if sections else loaded
+                    if isinstance(table, dict):  # else validation tells what the file has in its place
+                        table[place[-1]] = value
             settings = validate_settings(model, loaded, str(config) if config else COMMAND_LINE, options)
             function(settings=settings, **values)
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         parameters = [_parameter(name, field, name == argument) for name, (_, field) in offered.items()]
         parameters.sort(key=lambda each: each.name != argument)  # the positional one first
-        set_signature(run, [*parameters, _config_parameter(), *(each for each in own if each.name != "settings")])
+        set_signature(run, [*parameters, _CONFIG, *(each for each in own if each.name != "settings")])
         return run
 
     return decorate
-
-
-def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    """Set a value in nested tables, unless the file has something else there, which the validation tells."""
-    *tables, key = place
-    for table in tables:
-        values = values.setdefault(table, {})
-    if isinstance(values, dict):
-        values[key] = value
 
 
 def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
@@ -455,17 +428,15 @@ def set_signature(function: Callable[..., None], parameters: Sequence[inspect.Pa
     function.__annotations__ = {each.name: each.annotation for each in keywords}
 
 
-def _config_parameter() -> inspect.Parameter:
-    import typer
-
-    annotation = Annotated[Path | None, typer.Option("--config", help="TOML file of settings. Options override it.")]
-    return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+_keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+_CONFIG: Final = _keyword(
+    "config",
+    annotation=Annotated[Path | None, typer.Option("--config", help="TOML file of settings. Options override it.")],
+)
 
 
 def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
     """Return the parameter that typer turns into the option or argument of a field; None stands for not given."""
-    import typer
-
     help_text = " ".join((field.description or "").split())
     kind = _plain_type(field.annotation)
     metavar, between = None, "x"
@@ -473,7 +444,9 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
         help_text += " [repeatable]"
         metavar, between = f"<{typing.get_args(kind)[0].__name__}>", ", "
     if not field.is_required() and field.default not in (None, ()) and "Default:" not in help_text:
-        help_text += f" [default: {_show_default(field.default, between)}]"
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        shown = between.join(map(str, default))
+        help_text += f" [default: {shown.lower() if kind is bool else shown}]"
     details: Any
     if positional:  # optional even where the setting is not: the --config file may have it
         kind, details = str, typer.Argument(help=help_text, show_default=False, metavar=name.upper())
@@ -481,25 +454,15 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
         option = _option(name)
         names = (f"{option}/--no-{option.removeprefix('--')}" if kind is bool else option, *_SHORT_NAMES.get(name, ()))
         details = typer.Option(*names, help=help_text, show_default=False, metavar=metavar)
-    annotation = Annotated[kind | None, details]  # type: ignore[valid-type]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _keyword(name, annotation=Annotated[kind | None, details])
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _show_default(value: Any, between: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return between.join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _plain_type(annotation: Any) -> Any:
-    """Return the type that the command line parses: int, float, bool, a list of one or, for anything else, text.
-
-    A tuple of any length becomes a list: an option that may be repeated. One of fixed length is one text.
-    """
+    """Return the type that the command line parses: int, float, bool, text, or a list for a tuple of any length."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple and arguments[1:] == (Ellipsis,):
         return list[_plain_type(arguments[0])]  # type: ignore[misc]

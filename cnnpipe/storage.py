@@ -63,7 +63,7 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     temporary = _temporary_name(path)
     try:
         with storage_errors(path):
-            _create(temporary)
+            temporary.touch(exist_ok=False)
         yield temporary
         move_file(temporary, path, replace=replace)
     finally:
@@ -74,11 +74,9 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
     """Flush a complete file to the disk and rename it to `path`, in a folder on the same file system.
 
-    Without `replace` the old name may remain beside the new one.
-
     Args:
-        replace: whether an existing file may be replaced. If `path` is a symbolic link, the link stays and the file
-            that it points to is replaced, wherever that is.
+        replace: whether an existing file, or what a symbolic link points to, may be replaced. If not, the old name may
+            remain beside the new one.
     Raises:
         AlreadyThereError: the file exists and may not be replaced.
         StorageError: it cannot be moved.
@@ -87,10 +85,33 @@ def move_file(source: Path, path: Path, *, replace: bool = True) -> None:
         _sync(source)
         if replace:
             path = Path(os.path.realpath(path))
-            _replace(source, path)
+            try:
+                os.replace(source, path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                with write_file(path) as temporary:  # a link led to another file system
+                    shutil.copyfile(source, temporary)
+                source.unlink()
         else:
             _take_free_name(source, path)
         _sync(path.parent)
+
+
+def _take_free_name(source: Path, path: Path) -> None:
+    """Rename a file to a name that must be free, with no moment in which another process could take that name."""
+    try:
+        os.link(source, path)
+    except OSError:  # the name is taken, or the file system has no hard links: then an empty file reserves the name
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError as error:
+            raise AlreadyThereError(f"{path} exists; choose another name or remove it") from error
+        try:
+            os.replace(source, path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -133,50 +154,15 @@ def write_text(path: Path, text: str, *, replace: bool = True) -> None:
     write_bytes(path, text.encode("utf-8"), replace=replace)
 
 
-def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON; raises as `write_file`, and ValueError for NaN or infinity."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text, replace=replace)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(source: Path, path: Path) -> None:
-    try:
-        os.replace(source, path)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        with write_file(path) as temporary:  # a link led to another file system
-            shutil.copyfile(source, temporary)
-        source.unlink()
-
-
-def _take_free_name(temporary: Path, path: Path) -> None:
-    """Rename a file to a name that must be free, with no moment in which another process could take that name."""
-    try:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # each file system without hard links says so in its own way: an empty file reserves the name
-            _create(path)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-    except FileExistsError as error:
-        raise AlreadyThereError(f"{path} is there already; choose another name or remove it") from error
-
-
-def _create(path: Path) -> None:
-    """Create an empty file, unless the name is taken, with permissions by the umask as for any file of the user."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def _sync(path: Path) -> None:
@@ -189,5 +175,5 @@ def _sync(path: Path) -> None:
 
 
 def _temporary_name(path: Path) -> Path:
-    """Return a free hidden name beside `path`, at most 16 of its letters long, as those may be 64 bytes of UTF-8."""
+    # At most 16 letters of the name, which may be 64 bytes of UTF-8: a name has at most 255.
     return path.with_name(f".{path.stem[:16]}.{secrets.token_hex(8)}{path.suffix}")

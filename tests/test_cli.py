@@ -25,7 +25,7 @@ from cnnpipe.cli import app
 from cnnpipe.machine import usable_cores
 from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
 from cnnpipe.registry import champion_run, list_runs
-from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings
+from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings, load_toml
 from cnnpipe.train.backend import keras
 
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models list", "models show",
@@ -97,18 +97,6 @@ def test_stages_run_by_hand_make_a_complete_run_and_a_champion(data: Path, tmp_p
     assert champion_run(tmp_path / "artifacts", "digits") == Path(folder)
 
 
-def test_a_settings_file_is_overridden_by_options(data: Path, tmp_path: Path) -> None:
-    config = tmp_path / "nightly.toml"
-    config.write_text('[prepare]\ndataset = "digits"\n[train]\nepochs = 9\nseed = 4\n')
-
-    result = run("train", "--config", config, "--epochs", "1", "--data", data, "--artifacts", tmp_path / "a", "--json")
-
-    from cnnpipe.settings import load_toml
-
-    settings = load_toml(RetrainSettings, Path(last_json(result)["run"]) / "config.toml")
-    assert (settings.train.epochs, settings.train.seed) == (1, 4)
-
-
 def test_a_settings_file_may_hold_some_settings_or_all_of_them(artifacts: Path, photos: Path, tmp_path: Path) -> None:
     some, whole = tmp_path / "some.toml", tmp_path / "whole.toml"
     some.write_text("top_k = 3\n")
@@ -120,14 +108,21 @@ def test_a_settings_file_may_hold_some_settings_or_all_of_them(artifacts: Path, 
         assert last_json(result)["top_k"] == 3 - number
 
 
-def test_a_run_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_override_a_settings_file_and_the_run_is_found_from_any_directory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = last_json(run("train", "digits", "--epochs", "1", "--json"))["run"]
-    assert not Path(folder).is_absolute()
+    Path("nightly.toml").write_text('[prepare]\ndataset = "digits"\n[train]\nepochs = 9\nseed = 4\n')
+    trained = run("train", "--config", "nightly.toml", "--epochs", "1", "--data", data, "--json")
+    folder = Path(last_json(trained)["run"])
+    assert not folder.is_absolute()
+    settings = load_toml(RetrainSettings, folder / "config.toml")
+    assert (settings.train.epochs, settings.train.seed) == (1, 4)
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert last_json(run("evaluate", tmp_path / folder, "--json"))["num_images"] == 359
+    evaluated = run("evaluate", tmp_path / folder, "--data", data, "--json")
+    assert last_json(evaluated)["num_images"] == 359
 
 
 def test_a_complete_run_is_not_changed(artifacts: Path) -> None:

@@ -240,7 +240,7 @@ def test_names_are_utf8_whatever_the_locale(environment: dict[str, str], model: 
     assert [row["path"] for row in rows(tmp_path / "t.csv")] == ["café/0/0000.png"]
     again = in_a_shell(line, tmp_path, **environment)
     assert again.returncode == 1
-    assert "t.csv is there already" in again.stderr.decode()
+    assert "t.csv exists" in again.stderr.decode()
 
 
 @pytest.mark.parametrize("environment", [{}, _NO_UTF8])

@@ -1,25 +1,12 @@
-"""The exception tree: what the docstring draws is what the code has, and errors survive the way between processes."""
+"""The exceptions: their exit statuses, and that they survive the way between processes."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
-import re
 
 from cnnpipe import errors
 from cnnpipe.errors import CnnpipeError, ImageError, one_line
-
-
-def _drawn_parents() -> dict[str, str]:
-    """Read the tree of the module's docstring: class -> parent."""
-    parents, above = {}, ["CnnpipeError"]
-    for line in (errors.__doc__ or "").splitlines():
-        drawn = re.match(r"([│ ]*)[├└]── (\w+)", line)
-        if drawn:
-            depth = len(drawn[1]) // 4 + 1
-            parents[drawn[2]] = above[depth - 1]
-            above[depth:] = [drawn[2]]
-    return parents
 
 
 def _real_classes() -> dict[str, type[CnnpipeError]]:
@@ -28,11 +15,6 @@ def _real_classes() -> dict[str, type[CnnpipeError]]:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, CnnpipeError)
     }
-
-
-def test_tree_in_the_docstring_is_the_real_tree() -> None:
-    real = {name: value.__mro__[1].__name__ for name, value in _real_classes().items() if value is not CnnpipeError}
-    assert _drawn_parents() == real
 
 
 def test_exit_status_is_1_but_for_usage_and_the_failure_budget() -> None:

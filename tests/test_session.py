@@ -105,14 +105,14 @@ def test_auto_takes_the_cpu_without_a_driver_and_says_why(
         session = open_session(model)
     assert session.device == "cpu"
     assert "device auto: the CPU" in caplog.text
-    assert "NVIDIA driver" in caplog.text or "macOS" in caplog.text
+    assert "NVIDIA driver" in caplog.text
     assert capfd.readouterr() == ("", "")
 
 
 @needs_no_driver
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_cuda_request_without_cuda_raises(model: Path, device: str) -> None:
-    with pytest.raises(ProviderError, match=f"{device} cannot be used: .*(NVIDIA driver|macOS)"):
+    with pytest.raises(ProviderError, match=f"{device} cannot be used: .*NVIDIA driver"):
         open_session(model, device)
 
 
@@ -120,11 +120,6 @@ def test_cuda_request_without_cuda_raises(model: Path, device: str) -> None:
 def test_unknown_device_is_a_setting_error(model: Path, device: str) -> None:
     with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N, received"):
         open_session(model, device)
-
-
-def test_threads_must_be_positive(model: Path) -> None:
-    with pytest.raises(ConfigError, match="threads must be at least 1, received 0"):
-        open_session(model, "cpu", threads=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a text file, not a model\n", b"PK\x03\x04" + bytes(100)])

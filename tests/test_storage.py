@@ -80,7 +80,7 @@ def test_error_of_the_block_is_passed_on_as_it_is(
 def test_file_that_may_not_be_replaced_stays(tmp_path: Path, links: None) -> None:
     path = tmp_path / "table.csv"
     write_text(path, "first", replace=False)
-    with pytest.raises(AlreadyThereError, match=r"table\.csv is there already; choose another name or remove it"):
+    with pytest.raises(AlreadyThereError, match=r"table\.csv exists; choose another name or remove it"):
         write_text(path, "second", replace=False)
     assert path.read_text() == "first"
     assert path.stat().st_nlink == 1

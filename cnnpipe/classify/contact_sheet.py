@@ -16,6 +16,7 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, count
 from operator import itemgetter
 from pathlib import Path, PurePath
@@ -25,17 +26,14 @@ import numpy as np
 from PIL import Image
 
 from cnnpipe.classify.sort_into import uncertainty_test
-from cnnpipe.classify.summary import ClassificationSummary, FailedFile
+from cnnpipe.classify.summary import ClassificationSummary
 from cnnpipe.classify.table import Prediction
-from cnnpipe.errors import ImageError, PredictionsError
+from cnnpipe.errors import PredictionsError
 from cnnpipe.images.decode import ERROR_KINDS, RGBImage, decode_image, upright_size
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import usable_cores
 from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import storage_errors, write_text
-
-__all__ = ["THUMBNAIL_PIXELS", "check_report", "compact", "percent", "round_ticks", "shorten", "thumbnail",
-           "write_report"]  # fmt: skip
 
 THUMBNAIL_PIXELS: Final = 96
 """Width and height of the square that a picture fits into."""
@@ -46,8 +44,6 @@ _MOST_CONFIDENT, _LEAST_CONFIDENT, _PICTURES_PER_CLASS = 4, 4, 12
 _FAILED_FILES_PER_KIND: Final = 10
 
 _MAX_JPEG_BYTES: Final = 4096
-"""Limit that keeps the whole page below about 7 MB; nearly all pictures are smaller at the first quality."""
-_JPEG_QUALITIES: Final = (82, 60, 35, 10)
 
 _INVISIBLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 """Characters that HTML forbids or a reader would not see: control characters, line separators, lone surrogates."""
@@ -59,17 +55,15 @@ def check_report(path: Path, overwrite: bool) -> None:
     Args:
         overwrite: whether an existing file may be replaced.
     Raises:
-        PredictionsError: the path does not end in .html, is a folder, or exists already.
+        PredictionsError: the path is a folder, or exists already.
         StorageError: the file system allows no such name.
     """
     shown = escape_path(str(path))
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise PredictionsError(f"the report must end in .html, received {shown}")
     with storage_errors(path):  # such as a name that is too long
         if path.is_dir():
             raise PredictionsError(f"the report must be a file, received the folder {shown}; name a file in it")
     if os.path.lexists(path) and not overwrite:
-        raise PredictionsError(f"{shown} is there already; name another report, or allow it with --overwrite")
+        raise PredictionsError(f"{shown} exists; name another report, or replace it with --overwrite")
 
 
 def write_report(
@@ -81,7 +75,6 @@ def write_report(
     *,
     test_accuracy: float | None = None,
     replace: bool = False,
-    workers: int | None = None,
 ) -> None:
     """Write one HTML file about a finished classification; it runs no script and loads nothing.
 
@@ -93,30 +86,20 @@ def write_report(
         min_probability: 0-1; images below it are marked as uncertain.
         test_accuracy: the model's, 0-1, if known.
         replace: whether an existing file may be replaced.
-        workers: decoding processes; default: one per core.
     Raises:
         AlreadyThereError: the file exists and may not be replaced.
         StorageError: it cannot be written.
         CnnpipeError: no decoding process can be started.
     """
-    survey = _Survey(summary, min_probability)
-    for row in rows:
-        survey.add(row)
-    classes = list(survey.classes.values())
-    for section in classes:
-        section.choose_pictures()
-    _load_thumbnails([picture for section in classes for picture in section.pictures], root, workers or usable_cores())
+    values = _survey(rows, summary, min_probability)
+    _load_thumbnails([picture for section in values["classes"] for picture in section.pictures], root)
     page = _render(
         title=PurePath(summary.folder).name or summary.folder,
         summary=summary,
         test_accuracy=test_accuracy,
         min_probability=min_probability,
-        is_uncertain=survey.is_uncertain,
-        num_uncertain=survey.num_uncertain,
-        histogram=survey.histogram,
-        classes=classes,
-        failed_files=survey.failed_files,
         error_meanings=ERROR_KINDS,
+        **values,
     )
     write_text(path, page, replace=replace)
 
@@ -133,10 +116,7 @@ def thumbnail(data: bytes, image_size: tuple[int, int]) -> RGBImage:
         ImageError: it cannot be decoded.
     """
     height, width = image_size
-    try:
-        image_width, image_height = upright_size(data)
-    except ImageError:
-        image_width = image_height = 1  # `decode_image` reports what is wrong with it
+    image_width, image_height = upright_size(data)
     scale = min(width / image_width, height / image_height)
     inner_height, inner_width = max(1, round(image_height * scale)), max(1, round(image_width * scale))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
@@ -152,7 +132,7 @@ class _Picture:
     path: str
     probability: float
     sha256: str
-    """Digest of the file that was classified; empty if the table has none."""
+    """Digest of the classified file; empty if the table has none."""
     uri: str = ""
     """`data:` URI; empty if there is no picture."""
     problem: str = ""
@@ -169,11 +149,9 @@ class _ClassSection:
     label: str
     num_images: int
     num_uncertain: int = 0
-    pictures: list[_Picture] = field(default_factory=list)
-    """The pictures to show, most confident first."""
-    _most_confident: list[_Ranked] = field(default_factory=list)
-    _least_confident: list[_Ranked] = field(default_factory=list)
-    _random: list[_Ranked] = field(default_factory=list)
+    most_confident: list[_Ranked] = field(default_factory=list)
+    least_confident: list[_Ranked] = field(default_factory=list)
+    random: list[_Ranked] = field(default_factory=list)
 
     def add(self, row: Prediction) -> None:
         """Consider a row for a picture."""
@@ -181,77 +159,80 @@ class _ClassSection:
         content = row.path.encode("utf-8", "surrogatepass")
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         for best, size, rank in (
-            (self._most_confident, _MOST_CONFIDENT, -probability),
-            (self._least_confident, _LEAST_CONFIDENT, probability),
-            (self._random, _PICTURES_PER_CLASS, 0.0),  # the smallest digests
+            (self.most_confident, _MOST_CONFIDENT, -probability),
+            (self.least_confident, _LEAST_CONFIDENT, probability),
+            (self.random, _PICTURES_PER_CLASS, 0.0),  # the smallest digests
         ):
             if len(best) < size or (rank, digest) < best[-1][:2]:
                 insort(best, (rank, digest, _Picture(row.path, probability, row.sha256)), key=itemgetter(0, 1))
                 del best[size:]
 
-    def choose_pictures(self) -> None:
-        """Choose `_PICTURES_PER_CLASS` different rows, or all if there are fewer."""
+    @cached_property
+    def pictures(self) -> list[_Picture]:
+        """`_PICTURES_PER_CLASS` different rows, or all if there are fewer; most confident first."""
         chosen: dict[tuple[str, float], _Ranked] = {}
-        for _, digest, picture in (*self._most_confident, *self._least_confident, *self._random):
+        for _, digest, picture in (*self.most_confident, *self.least_confident, *self.random):
             if len(chosen) < _PICTURES_PER_CLASS:
                 chosen.setdefault((picture.path, picture.probability), (-picture.probability, digest, picture))
-        self.pictures = [picture for *_, picture in sorted(chosen.values(), key=itemgetter(0, 1))]
+        return [picture for *_, picture in sorted(chosen.values(), key=itemgetter(0, 1))]
 
 
-class _Survey:
-    """What the page needs from the rows, collected while they pass."""
-
-    def __init__(self, summary: ClassificationSummary, min_probability: float) -> None:
-        largest = Counter(summary.classes).most_common(_MAX_CLASSES)
-        self.classes = {label: _ClassSection(label, num_images) for label, num_images in largest}
-        self.histogram = [0] * _HISTOGRAM_BINS
-        """Images by probability, in equal bins from 0 to 1."""
-        self.num_uncertain = 0
-        self.failed_files: defaultdict[str, list[FailedFile]] = defaultdict(list)
-        """Error kind -> its first files."""
-        self.is_uncertain = uncertainty_test(min_probability)
-
-    def add(self, row: Prediction) -> None:
-        """Count one row."""
+def _survey(rows: Iterator[Prediction], summary: ClassificationSummary, min_probability: float) -> dict[str, Any]:
+    """Return the counts and samples that the page needs from the rows."""
+    largest = Counter(summary.classes).most_common(_MAX_CLASSES)
+    classes = {label: _ClassSection(label, num_images) for label, num_images in largest}
+    histogram = [0] * _HISTOGRAM_BINS  # images by probability, in equal bins from 0 to 1
+    failed_files: defaultdict[str, list[Prediction]] = defaultdict(list)  # error kind -> its first files
+    is_uncertain, num_uncertain = uncertainty_test(min_probability), 0
+    for row in rows:
         if row.status != "ok":
-            files = self.failed_files[row.error_kind]
-            if len(files) < _FAILED_FILES_PER_KIND:
-                files.append(FailedFile(row.path, row.error_kind, row.error))
-            return
+            if len(files := failed_files[row.error_kind]) < _FAILED_FILES_PER_KIND:
+                files.append(row)
+            continue
         probability = row.probabilities[0]
-        uncertain = self.is_uncertain(probability)
-        self.histogram[min(int(probability * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
-        self.num_uncertain += uncertain
-        if (section := self.classes.get(row.labels[0])) is not None:
+        uncertain = is_uncertain(probability)
+        histogram[min(int(probability * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
+        num_uncertain += uncertain
+        if (section := classes.get(row.labels[0])) is not None:
             section.num_uncertain += uncertain
             section.add(row)
+    return {
+        "classes": list(classes.values()),
+        "histogram": histogram,
+        "failed_files": failed_files,
+        "is_uncertain": is_uncertain,
+        "num_uncertain": num_uncertain,
+    }
 
 
-def _load_thumbnails(pictures: Sequence[_Picture], root: Path, workers: int) -> None:
+def _load_thumbnails(pictures: Sequence[_Picture], root: Path) -> None:
     """Decode the pictures again, small; in processes of their own, because the files are a stranger's."""
     paths = (str(unescape_path(root, picture.path)) for picture in pictures)
     remaining = iter(pictures)
-    with DecoderPool(workers, thumbnail) as pool:
+    with DecoderPool(usable_cores(), thumbnail) as pool:
         for chunk in pool.decode(Path(), paths, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)):
             images = iter(chunk.images)
             for file, picture in zip(chunk.files, remaining, strict=False):
-                pixels = next(images) if file.has_image else None
-                if pixels is None:
+                if not file.has_image:
                     picture.problem = file.error_kind.replace("_", " ")
-                elif picture.sha256 not in ("", file.sha256):
-                    picture.problem = "changed since"
-                else:
+                    continue
+                pixels = next(images)
+                if picture.sha256 in ("", file.sha256):
                     picture.uri = _jpeg_uri(pixels)
+                else:
+                    picture.problem = "changed since"
 
 
 def _jpeg_uri(pixels: RGBImage) -> str:
-    """Return a picture as the `data:` URI of a JPEG file, at the first quality that fits into `_MAX_JPEG_BYTES`."""
+    """Return a picture as the `data:` URI of a JPEG file, at the first quality that keeps it small.
+
+    4,096 bytes keep the whole page below about 7 MB; nearly all pictures are smaller at the first quality.
+    """
     content = b""
-    for quality in _JPEG_QUALITIES:
+    for quality in (82, 60, 35, 10):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
-        content = buffer.getvalue()
-        if len(content) <= _MAX_JPEG_BYTES:
+        if len(content := buffer.getvalue()) <= _MAX_JPEG_BYTES:
             break
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
@@ -284,13 +265,9 @@ def shorten(name: str, max_width: int) -> str:
     widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
     if sum(widths) <= max_width:
         return name
-    head, tail = _num_letters(widths, max_width // 2), _num_letters(widths[::-1], (max_width - 1) // 2)
+    head = sum(total <= max_width // 2 for total in accumulate(widths))
+    tail = sum(total <= (max_width - 1) // 2 for total in accumulate(reversed(widths)))
     return f"{name[:head]}…{name[len(name) - tail :]}"
-
-
-def _num_letters(widths: Sequence[int], max_width: int) -> int:
-    """Return how many of the first letters fit."""
-    return sum(total <= max_width for total in accumulate(widths))
 
 
 def percent(fraction: float) -> str:

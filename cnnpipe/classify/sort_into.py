@@ -27,30 +27,23 @@ from typing import Final
 import numpy as np
 
 from cnnpipe.classify.table import Prediction
-from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError
+from cnnpipe.errors import AlreadyThereError, PredictionsError, StorageError, one_line
 from cnnpipe.images.leftovers import SORTED_MARK
 from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import make_folder, storage_errors, write_file
-
-__all__ = ["UNCERTAIN_FOLDER", "SortedFiles", "check_target", "label_folder", "mark_target", "path_in_folder",
-           "sort_files", "uncertainty_test"]  # fmt: skip
 
 UNCERTAIN_FOLDER: Final = "_uncertain"
 """Folder of the files below the least probability; no label has this folder."""
 
 _MAX_NAME_BYTES: Final = 255
-_MAX_REMEMBERED_FOLDERS: Final = 16_384
 _MAX_PROBLEMS_LOGGED: Final = 5
-
-# What a folder's name cannot hold or should not: `/`, control characters, lone surrogates, a dot that would hide it.
-_UNUSABLE_IN_LABEL: Final = re.compile("[/\x00-\x1f\x7f\ud800-\udfff]|^\\.")
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SortedFiles:
-    """What became of the rows; `linked + copied + already_there + left_out + failed` is their number."""
+    """Counts of a sorting; `linked + copied + already_there + left_out + failed` is the number of rows."""
 
     linked: int
     copied: int
@@ -67,7 +60,7 @@ class SortedFiles:
 
 
 class _UnsortableFileError(Exception):
-    """The file of a row cannot be sorted; the message says why."""
+    """One file cannot be sorted; the message says why."""
 
 
 def check_target(root: Path, target: Path) -> None:
@@ -92,8 +85,8 @@ def check_target(root: Path, target: Path) -> None:
 def sort_files(rows: Iterator[Prediction], root: Path, target: Path, min_probability: float) -> SortedFiles:
     """Link or copy every classified file into the folder of its most likely class.
 
-    A hard link is a second name of the same file: editing one edits both. A copy is a separate file that keeps the
-    original's date. Files that an earlier sorting put into the target stay, and the same rows again change nothing.
+    A copy keeps the original's date. Files that an earlier sorting put into the target stay, and the same rows again
+    change nothing.
 
     Args:
         rows: the rows of a finished table.
@@ -106,7 +99,7 @@ def sort_files(rows: Iterator[Prediction], root: Path, target: Path, min_probabi
     check_target(root, target)
     make_folder(target)
     is_uncertain = uncertainty_test(min_probability)
-    make_class_folder = lru_cache(_MAX_REMEMBERED_FOLDERS)(_make_class_folder)  # asking twice costs as much as a link
+    make_class_folder = lru_cache(16_384)(_make_class_folder)  # asking twice costs as much as a link
     counts: Counter[str] = Counter()
     for row in rows:
         if row.status != "ok":
@@ -117,7 +110,7 @@ def sort_files(rows: Iterator[Prediction], root: Path, target: Path, min_probabi
         try:
             source = _find_source(root, row.path)
             name = f"{folder}/{path_in_folder(row.path)}"
-            counts.update(_sort_file(source, name, str(target), make_class_folder))
+            counts.update(_sort_file(*source, name, str(target), make_class_folder))
             counts["uncertain"] += uncertain
         except _UnsortableFileError as error:
             counts["failed"] += 1
@@ -143,8 +136,7 @@ def mark_target(target: Path) -> None:
 def uncertainty_test(min_probability: float) -> Callable[[float], bool]:
     """Return a function that tells whether a probability from a table is below the least one.
 
-    Both are compared as float32, the model's own type: a text table holds the shortest decimals of a float32, Parquet
-    the number itself, and both must give the same answer.
+    Both are compared as float32: a text table holds the shortest decimals of one, Parquet the number itself.
     """
     least = np.float32(min_probability)
     return lambda probability: bool(np.float32(probability) < least)
@@ -156,35 +148,20 @@ def label_folder(label: str) -> str:
 
     The similar name ends with a digest of the label, so that no two labels share a folder.
     """
-    name = _UNUSABLE_IN_LABEL.sub("_", label)
+    # Unusable are `/`, control characters, lone surrogates, and a dot that would hide the folder.
+    name = re.sub("[/\x00-\x1f\x7f\ud800-\udfff]|^\\.", "_", label)
     if name != label or not name or name.casefold() == UNCERTAIN_FOLDER:
         name += _digest_mark(label)
     return _shorten(name)
 
 
 def path_in_folder(path: str) -> str:
-    """Return the path that a file gets in its class folder: its own, without a leading `/` and any `..`.
-
-    Args:
-        path: as in the table; the path of a file, so that a name is left.
-    """
+    """Return the path that a file gets in its class folder: that in the table, without a leading `/` and any `..`."""
     return "/".join(_shorten(part) for part in path.split("/") if part not in ("", ".", ".."))
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A file to sort, with links resolved."""
-
-    path: str
-    status: os.stat_result
-
-
-def _find_source(root: Path, shown: str) -> _Source:
-    """Return the file of a row.
-
-    Raises:
-        _UnsortableFileError: it is gone, or is not a file any more.
-    """
+def _find_source(root: Path, shown: str) -> tuple[str, os.stat_result]:
+    """Return the path of a row's file, with links resolved, and its status."""
     try:
         path = os.path.join(root, shown)
         if not os.path.lexists(path):
@@ -196,10 +173,10 @@ def _find_source(root: Path, shown: str) -> _Source:
     except FileNotFoundError as error:
         raise _UnsortableFileError("the file is gone") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
-        raise _UnsortableFileError(" ".join(str(getattr(error, "strerror", None) or error).split())) from error
+        raise _UnsortableFileError(one_line(getattr(error, "strerror", None) or error)) from error
     if not stat.S_ISREG(status.st_mode):
         raise _UnsortableFileError("it is not a file any more")
-    return _Source(path, status)
+    return path, status
 
 
 def _make_class_folder(target: str, path: str) -> None:
@@ -212,21 +189,22 @@ def _make_class_folder(target: str, path: str) -> None:
         except FileExistsError:
             if folder.is_symlink() or not folder.is_dir():
                 shown = escape_path(str(folder))
-                raise StorageError(
-                    f"cannot sort into {shown}: it is not a folder; remove it, or sort into another folder"
-                ) from None
+                message = f"cannot sort into {shown}: it is not a folder; remove it, or sort into another folder"
+                raise StorageError(message) from None
 
 
-def _sort_file(source: _Source, name: str, target: str, make_class_folder: Callable[[str, str], None]) -> list[str]:
+def _sort_file(
+    source: str, status: os.stat_result, name: str, target: str, make_class_folder: Callable[[str, str], None]
+) -> list[str]:
     """Give a file a name in the target, or that with a number if another file has it; return the counts that grow."""
     try:
         make_class_folder(target, name.rpartition("/")[0])
         for number in count(1):
-            numbered = name if number == 1 else _with_mark(name, f"-{number}")
+            destination = f"{target}/{name if number == 1 else _with_mark(name, f'-{number}')}"
             try:
-                outcome = _link_or_copy(source, f"{target}/{numbered}")
-            except FileExistsError:
-                if _is_same_file(source, f"{target}/{numbered}"):
+                outcome = _link_or_copy(source, status, Path(destination))
+            except (FileExistsError, AlreadyThereError):
+                if _is_same_file(source, status, destination):
                     return ["already_there"]
             else:
                 return [outcome] if number == 1 else [outcome, "renamed"]
@@ -238,47 +216,37 @@ def _sort_file(source: _Source, name: str, target: str, make_class_folder: Calla
             raise
 
 
-def _link_or_copy(source: _Source, destination: str) -> str:
-    """Make a hard link, or where that is impossible a copy with the source's date, and return which.
-
-    Raises:
-        FileExistsError: something has the name.
-        _UnsortableFileError: the source cannot be read.
-        StorageError, OSError: the destination cannot be written.
-    """
+def _link_or_copy(source: str, status: os.stat_result, destination: Path) -> str:
+    """Make a hard link, or where that is impossible a copy with the source's date, and return which."""
     try:
-        os.link(source.path, destination)
+        os.link(source, destination)
         return "linked"
     except OSError as error:
+        # File systems report in many ways that there are no hard links; any other problem stops the copy too.
         if error.errno in (errno.EEXIST, errno.ENAMETOOLONG):
             raise
-    # File systems report in many ways that there are no hard links; any other problem stops the copy too.
-    if os.path.lexists(destination):
-        raise FileExistsError
+        if os.path.lexists(destination):
+            raise FileExistsError from error
     try:
-        content = Path(source.path).open("rb")  # noqa: SIM115  closed below; only a failure to open is the source's
+        content = Path(source).open("rb")  # noqa: SIM115  closed below; only a failure to open is the source's
     except OSError as error:
         raise _UnsortableFileError(error.strerror or "it cannot be read") from error
-    path = Path(destination)
-    try:
-        with content, write_file(path, replace=False) as temporary, storage_errors(path):
-            with temporary.open("wb") as file:
-                shutil.copyfileobj(content, file, 2**20)
-            os.utime(temporary, ns=(source.status.st_atime_ns, source.status.st_mtime_ns))
-    except AlreadyThereError as error:
-        raise FileExistsError from error
+    with content, write_file(destination, replace=False) as temporary, storage_errors(destination):
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(content, file, 2**20)
+        os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
     return "copied"
 
 
-def _is_same_file(source: _Source, destination: str) -> bool:
+def _is_same_file(source: str, status: os.stat_result, destination: str) -> bool:
     """Return whether a name in the target is the source itself or a copy of it, so that sorting again adds nothing."""
     there = os.lstat(destination)
-    if os.path.samestat(there, source.status):
+    if os.path.samestat(there, status):
         return True
-    if not stat.S_ISREG(there.st_mode) or there.st_size != source.status.st_size:
+    if not stat.S_ISREG(there.st_mode) or there.st_size != status.st_size:
         return False
     try:
-        return filecmp.cmp(source.path, destination, shallow=False)
+        return filecmp.cmp(source, destination, shallow=False)
     except OSError as error:
         raise _UnsortableFileError(f"cannot be compared with the file of its name: {error.strerror}") from error
 

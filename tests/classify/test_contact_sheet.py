@@ -135,9 +135,7 @@ def report(
     **options: Any,
 ) -> str:
     path = folder / "report.html"
-    write_report(
-        iter(rows), root, summary or summarize(rows), path, min_probability, replace=True, workers=1, **options
-    )
+    write_report(iter(rows), root, summary or summarize(rows), path, min_probability, replace=True, **options)
     return path.read_text(encoding="utf-8")
 
 
@@ -335,7 +333,7 @@ def test_a_report_that_is_there_is_replaced_only_if_allowed(tmp_path: Path, digi
     path = tmp_path / "report.html"
     path.write_text("mine")
 
-    with pytest.raises(AlreadyThereError, match="is there already"):
+    with pytest.raises(AlreadyThereError, match="exists"):
         write_report(iter([failed("x")]), digits, summarize([failed("x")]), path, 0.0)
     assert path.read_text() == "mine"
     write_report(iter([failed("x")]), digits, summarize([failed("x")]), path, 0.0, replace=True)
@@ -345,12 +343,9 @@ def test_a_report_that_is_there_is_replaced_only_if_allowed(tmp_path: Path, digi
 def test_a_report_that_cannot_be_written_is_refused_in_advance(tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "there.html").write_text("")
-
-    with pytest.raises(PredictionsError, match=r"must end in \.html, received .*t\.pdf"):
-        check_report(tmp_path / "t.pdf", overwrite=True)
     with pytest.raises(PredictionsError, match=r"must be a file, received the folder"):
         check_report(tmp_path / "folder.html", overwrite=True)
-    with pytest.raises(PredictionsError, match=r"is there already; name another report"):
+    with pytest.raises(PredictionsError, match=r"exists; name another report"):
         check_report(tmp_path / "there.html", overwrite=False)
     check_report(tmp_path / "there.html", overwrite=True)
     check_report(tmp_path / "new.html", overwrite=False)
@@ -363,7 +358,7 @@ def test_rows_are_read_once_and_not_kept(tmp_path: Path, digits: Path) -> None:
 
     summary = summarize([], found=30_000, ok=30_000, classes={f"class {number}": 150 for number in range(200)})
 
-    write_report(stream(), digits, summary, tmp_path / "r.html", 0.5, workers=1)
+    write_report(stream(), digits, summary, tmp_path / "r.html", 0.5)
 
     assert "And 100 more classes with 15,000 images" in (tmp_path / "r.html").read_text()
 

@@ -43,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     summary = summarize(
         rows, str(root), table="/tables/" + "long folder/" * 20 + "table.csv", images_per_second=1_234_567.8
     )
-    write_report(iter(rows), root, summary, written, 0.35, test_accuracy=0.9, workers=2)
+    write_report(iter(rows), root, summary, written, 0.35, test_accuracy=0.9)
     return written
 
 
