@@ -31,11 +31,9 @@ def _retrain(
 
         from flows.retrain_flow import retrain
 
-        sections = {name: getattr(settings, name) for name in _SECTIONS}
+        folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts))}
         with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(
-                **sections, data=escape_path(str(data)), artifacts=escape_path(str(artifacts)), return_state=True
-            )
+            state: State[Any] = retrain(**dict(settings), **folders, return_state=True)
         return state
 
     run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)

@@ -37,10 +37,8 @@ _ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
 
 def _run_name() -> str:
     """Name a run by its dataset and the time it was meant to start, such as digits-2026-11-22-0200."""
-    parameters = runtime.flow_run.parameters
-    settings = PrepareSettings.model_validate(parameters.get("prepare") or {})
-    start = runtime.flow_run.scheduled_start_time
-    return f"{settings.resolved_name}-{start:%Y-%m-%d-%H%M}"
+    settings = PrepareSettings.model_validate(runtime.flow_run.parameters.get("prepare") or {})
+    return f"{settings.resolved_name}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
 
 
 @flow(name="retrain", flow_run_name=_run_name, persist_result=True)

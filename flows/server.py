@@ -21,14 +21,14 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from dotenv import dotenv_values
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError, one_line
@@ -105,10 +105,17 @@ class Server:
     pid: int | None
     how_to_stop: str
 
-    @classmethod
-    def own(cls, home: Path, api_url: str, pid: int, *, started: bool) -> Server:
-        """Return a server of this project, whose folder is `home`."""
-        return cls(api_url, api_url.removesuffix("/api"), started, pid, _stop_command(home))
+
+def _own_server(home: Path, api_url: str, pid: int, *, started: bool) -> Server:
+    """Return the server of a folder, with the shortest command that stops it, to be typed where this process runs."""
+    stop = shlex.join([sys.executable, "-m", "flows.server", "stop"])
+    if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
+        stop = "make stop"
+    elif home.name == ".prefect":
+        stop += f" --artifacts {shlex.quote(str(home.parent))}"
+    else:
+        stop = f"PREFECT_HOME={shlex.quote(str(home))} {stop}"
+    return Server(api_url, api_url.removesuffix("/api"), started, pid, stop)
 
 
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
@@ -133,16 +140,27 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     if configured is None:
         make_folder(home)
         with _one_at_a_time(home):
-            own = running_server(home)
-            alive = own is not None and _wait_until_healthy(own.api_url, home)
-            server = own if own and alive else _start_server(home, port)
+            server = running_server(home)
+            if server is None or not _wait_until_healthy(server.api_url, home):
+                server = _start_server(home, port)
     else:
-        _check_configured(*configured)
+        api_url, origin = configured
+        if problem := _problem_at(api_url, _REMOTE_PROBE_SECONDS):
+            raise ServerError(
+                f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
+                "PREFECT_API_URL to have a local one started"
+            )
+        ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
         own = running_server(home)
-        ui_url = os.environ.get("PREFECT_UI_URL") or configured[0].removesuffix("/api")
-        foreign = Server(configured[0], ui_url, False, None, how_to_stop="where it was started, which was not here")
-        server = own if own is not None and own.api_url == configured[0] else foreign
-    _point_prefect_at(server)
+        foreign = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
+        server = own if own is not None and own.api_url == api_url else foreign
+    os.environ["PREFECT_API_URL"] = server.api_url
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
+        hosts = [each for each in os.environ.get(name, "").split(",") if each]
+        if _HOST not in hosts and "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, _HOST])
+    if "prefect.context" in sys.modules:
+        importlib.import_module("prefect.context").refresh_global_settings_context()
     return server
 
 
@@ -163,7 +181,7 @@ def prepare_environment(home: Path) -> None:
 def running_server(home: Path) -> Server | None:
     """Return the server that this project started earlier, whether or not it answers; None if it does not run."""
     record = server_pidfile(home).read()
-    return None if record is None else Server.own(home, record["api_url"], record["pid"], started=False)
+    return None if record is None else _own_server(home, record["api_url"], record["pid"], started=False)
 
 
 def stop_server(home: Path) -> list[str]:
@@ -178,8 +196,7 @@ def stop_server(home: Path) -> list[str]:
     if not home.is_dir():
         return []
     stopped = []
-    serve_pid = serve_pidfile(home).stop(_SERVE_STOP_SECONDS)
-    if serve_pid is not None:
+    if (serve_pid := serve_pidfile(home).stop(_SERVE_STOP_SECONDS)) is not None:
         stopped.append(f"stopped the scheduler (process {serve_pid})")
     with _one_at_a_time(home):
         server = running_server(home)
@@ -204,62 +221,41 @@ def _api_urls() -> Iterator[tuple[str | None, str]]:
     """Yield what each place says, and its name; a later place is not read if an earlier one decides."""
     yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
     yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
-    yield _read_toml(Path("prefect.toml")).get("api", {}).get("url"), "the api url in prefect.toml"
-    tool = _read_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {})
-    yield tool.get("api", {}).get("url"), "the api url in pyproject.toml"
-    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    profiles = _read_toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
+    yield _read_toml("prefect.toml").get("api", {}).get("url"), "the api url in prefect.toml"
+    tool = _read_toml("pyproject.toml").get("tool", {})
+    yield tool.get("prefect", {}).get("api", {}).get("url"), "the api url in pyproject.toml"
+    home = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    profiles = _read_toml(os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml")
     name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
     url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
     yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ServerError(f"cannot read Prefect's settings from {path}: {one_line(error)}; fix that file") from error
 
 
-def _check_configured(api_url: str, origin: str) -> None:
-    """Make sure that a Prefect API answers at the configured address.
+def _problem_at(api_url: str, timeout_seconds: float) -> str | None:
+    """Return why an address is not that of a Prefect API that answers, or None.
 
-    Whether it lets this client in is left to prefect, which has the keys and the certificates.
-
-    Args:
-        origin: where the address is set, for the message.
-    Raises:
-        ServerError: nothing answers there, or something else does.
+    Whether the API lets this client in is left to prefect, which has the keys and the certificates.
     """
     import httpx
 
     try:
-        with http_client(api_url, _REMOTE_PROBE_SECONDS) as client:
+        with http_client(api_url, timeout_seconds) as client:
             answer = client.get("/health", follow_redirects=True)
-        # Prefect Cloud asks for the key first.
-        if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
-            return
-        problem = f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        if "CERTIFICATE" in str(error):
-            return
-        problem = f"no answer ({one_line(error)})"
-    raise ServerError(
-        f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
-        "PREFECT_API_URL to have a local one started"
-    )
-
-
-def _answers_health(api_url: str) -> bool:
-    import httpx
-
-    try:
-        with http_client(api_url, _LOCAL_PROBE_SECONDS) as client:
-            return client.get("/health").json() is True
-    except (httpx.HTTPError, ValueError):
-        return False
+        return None if "CERTIFICATE" in str(error) else f"no answer ({one_line(error)})"
+    # Prefect Cloud asks for the key first.
+    if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
+        return None
+    return f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
 
 
 def _start_server(home: Path, port: int | None) -> Server:
@@ -281,7 +277,7 @@ def _start_server(home: Path, port: int | None) -> Server:
         try:
             server_pidfile(home).write(process.pid, api_url)
             if _wait_until_healthy(api_url, home, process):
-                return Server.own(home, api_url, process.pid, started=True)
+                return _own_server(home, api_url, process.pid, started=True)
         except BaseException:  # also Ctrl-C: no half-started server stays
             process.kill()
             process.wait()
@@ -295,7 +291,18 @@ def _start_server(home: Path, port: int | None) -> Server:
 
 
 def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start a server's process, detached from this terminal."""
+    """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
+    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE")
+    user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
+    own = {
+        "PREFECT_HOME": str(home),
+        # The page in the browser learns from these, not from the command line, where the API is.
+        "PREFECT_SERVER_API_HOST": _HOST,
+        "PREFECT_SERVER_API_PORT": str(port),
+    }
+    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in user):
+        # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
+        own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     log, lock = server_log(home), server_pidfile(home).lock_path
     arguments = [str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
     with storage_errors(log):
@@ -305,7 +312,7 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
             return subprocess.Popen(
                 [sys.executable, "-c", _HOLD_LOCK_AND_SERVE, *arguments],
                 cwd=home,  # prefect reads settings from files in its working directory
-                env=_server_environment(home, port),
+                env={**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **user, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -313,38 +320,16 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
             )
 
 
-def _server_environment(home: Path, port: int) -> dict[str, str]:
-    """Return the environment of the server: the user's, without what belongs to clients and to runs."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE") and not name.startswith("PREFECT__")
-    }
-    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in kept):
-        # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
-        kept["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
-    own = {
-        "PREFECT_HOME": str(home),
-        # The page in the browser learns from these, not from the command line, where the API is.
-        "PREFECT_SERVER_API_HOST": _HOST,
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
-    return {**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **kept, **own}
-
-
 def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[bytes] | None = None) -> bool:
-    """Wait until a server that is starting or busy answers.
+    """Wait until the server of a folder answers, which may be starting or busy; return False if it has ended.
 
     Args:
-        home: folder of the server.
         process: its process if this process started it.
-    Returns:
-        False if it has ended.
     Raises:
         ServerError: it lives but does not answer in time.
     """
     deadline = time.monotonic() + _START_SECONDS
-    while not _answers_health(api_url):
+    while _problem_at(api_url, _LOCAL_PROBE_SECONDS):
         if (process.poll() is not None) if process else not server_pidfile(home).is_running():
             return False
         if time.monotonic() > deadline:
@@ -358,25 +343,11 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
 
 def _free_port(port: int) -> int | None:
     """Return the port, or any free one for 0; None if another program listens on it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+    with socket.socket() as listener, suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left counts as free
-        try:
-            listener.bind((_HOST, port))
-        except OSError:
-            return None
-        found: int = listener.getsockname()[1]
-        return found
-
-
-def _point_prefect_at(server: Server) -> None:
-    """Give prefect the server's address, for this process and for the flow runs it starts."""
-    os.environ["PREFECT_API_URL"] = server.api_url
-    for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
-        hosts = [each for each in os.environ.get(name, "").split(",") if each]
-        if _HOST not in hosts and "*" not in hosts:
-            os.environ[name] = ",".join([*hosts, _HOST])
-    if "prefect.context" in sys.modules:
-        importlib.import_module("prefect.context").refresh_global_settings_context()
+        listener.bind((_HOST, port))
+        return int(listener.getsockname()[1])
+    return None
 
 
 @contextmanager
@@ -384,31 +355,16 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
     """Let one process at a time start or stop a server; the others wait, and then find it."""
     lock = FileLock(home / "server.lock")
     with storage_errors(home):
-        try:
-            lock.acquire(timeout=2 * _START_SECONDS)
-        except Timeout as error:  # inside, because it is an OSError too
-            raise ServerError(
-                f"another process has been starting a Prefect server for minutes; end what holds {lock.lock_file}"
-            ) from error
+        lock.acquire(timeout=2 * _START_SECONDS)
     try:
         yield
     finally:
         lock.release()
 
 
-def _stop_command(home: Path) -> str:
-    """Return the shortest command that stops the server of a folder, to be typed where this process runs."""
-    if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
-        return "make stop"
-    command_line = shlex.join([sys.executable, "-m", "flows.server", "stop"])
-    if home.name == ".prefect":
-        return f"{command_line} --artifacts {shlex.quote(str(home.parent))}"
-    return f"PREFECT_HOME={shlex.quote(str(home))} {command_line}"
-
-
 app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")
 
-PortOption = Annotated[int | None, typer.Option(help="Port; default: 4200, or any free one.", min=1, max=65535)]
+PortOption = Annotated[int | None, typer.Option(help="Port. Default: 4200, or any free one.", min=1, max=65535)]
 
 
 @app.command()
