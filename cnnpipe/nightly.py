@@ -29,8 +29,7 @@ __all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightl
            "serve_pidfile", "server_log", "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
-_LOCK_SECONDS: Final = 2.0
-"""Seconds to wait for a lock: whoever asks whether a process lives holds it for an instant."""
+_LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant
 _KILL_SECONDS: Final = 5.0
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
 
@@ -258,12 +257,10 @@ def logged_errors(log: Path) -> list[str]:
         if match := _RECORD.match(line):
             record = f"{match[1]} {match[3]}"
             is_error, in_traceback = match[2] in ("ERROR", "CRITICAL"), False
-            if is_error:
-                found.append([record])
+            found += [[record]] if is_error else []
             continue
         if line.startswith("Traceback (most recent call last)"):
-            if not is_error:
-                found.append([record or "Traceback"])
+            found += [] if is_error else [[record or "Traceback"]]
             is_error = in_traceback = True
         elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others
             found[-1][1:] = [line]

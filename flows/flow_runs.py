@@ -14,7 +14,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -34,16 +34,7 @@ SILENCE: Final = timedelta(minutes=6)
 
 _AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
 # After these a run sends no heartbeat.
-_LAST_STATES: Final = (
-    "Completed",
-    "Promoted",
-    "NotPromoted",
-    "Failed",
-    "Cancelled",
-    "Crashed",
-    "TimedOut",
-    "Suspended",
-)
+_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "TimedOut", "Suspended")
 
 _SECONDS_BETWEEN_UPDATES = 3.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -64,7 +55,6 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
 
     Args:
         silence: how long the server waits for a heartbeat.
-
     Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
     heartbeat = "prefect.flow-run.heartbeat"
@@ -81,12 +71,9 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     )
     minutes = silence / timedelta(minutes=1)
     message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
-    automation = AutomationCore(
-        name=_AUTOMATION,
-        description="Marks a run of cnnpipe whose process is gone as Crashed.",
-        trigger=trigger,
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
-    )
+    crash = ChangeFlowRunState(state=StateType.CRASHED, message=message)
+    about = "Marks a run of cnnpipe whose process is gone as Crashed."
+    automation = AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash])
     try:
         with get_client(sync_client=True) as client:
             found = client.read_automations_by_name(_AUTOMATION)

@@ -214,21 +214,21 @@ def configured_api_url() -> tuple[str, str] | None:
     Raises:
         ServerError: one of the files cannot be read.
     """
-    return next(((url.rstrip("/"), origin) for url, origin in _api_urls() if url), None)
 
+    def places() -> Iterator[tuple[str | None, str]]:
+        yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
+        yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
+        yield _read_toml("prefect.toml").get("api", {}).get("url"), "the api url in prefect.toml"
+        tool = _read_toml("pyproject.toml").get("tool", {})
+        yield tool.get("prefect", {}).get("api", {}).get("url"), "the api url in pyproject.toml"
+        home = os.environ.get("PREFECT_HOME") or "~/.prefect"
+        profiles = _read_toml(os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml")
+        name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+        url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
+        yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
 
-def _api_urls() -> Iterator[tuple[str | None, str]]:
-    """Yield what each place says, and its name; a later place is not read if an earlier one decides."""
-    yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
-    yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
-    yield _read_toml("prefect.toml").get("api", {}).get("url"), "the api url in prefect.toml"
-    tool = _read_toml("pyproject.toml").get("tool", {})
-    yield tool.get("prefect", {}).get("api", {}).get("url"), "the api url in pyproject.toml"
-    home = os.environ.get("PREFECT_HOME") or "~/.prefect"
-    profiles = _read_toml(os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml")
-    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
-    url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
-    yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
+    # A later place is not read if an earlier one decides.
+    return next(((url.rstrip("/"), origin) for url, origin in places() if url), None)
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -262,10 +262,7 @@ def _start_server(home: Path, port: int | None) -> Server:
     """Start a server that outlives this process, and wait until it answers.
 
     Args:
-        home: existing folder for its database, its log and its record.
         port: port to listen on; None for 4200, or any free one if that is taken.
-    Raises:
-        ServerError: it does not come up.
     """
     for _ in range(_START_ATTEMPTS):
         chosen = _free_port(port or _DEFAULT_PORT) or (None if port else _free_port(0))
@@ -321,12 +318,10 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[bytes] | None = None) -> bool:
-    """Wait until the server of a folder answers, which may be starting or busy; return False if it has ended.
+    """Wait until the server of a folder, which may be starting or busy, answers; return False if it has ended.
 
     Args:
         process: its process if this process started it.
-    Raises:
-        ServerError: it lives but does not answer in time.
     """
     deadline = time.monotonic() + _START_SECONDS
     while _problem_at(api_url, _LOCAL_PROBE_SECONDS):
@@ -390,10 +385,8 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     """Show what this project runs in the background, the next run, and the last error of the server."""
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
-    values = {
-        "server": None if server is None else {**asdict(server), "healthy": nightly.healthy},
-        **{name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")},
-    }
+    values: dict[str, Any] = {name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")}
+    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.healthy}
     show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 
 
