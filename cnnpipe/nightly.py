@@ -56,8 +56,7 @@ class PidFile:
             StorageError: the folder cannot be written.
         """
         make_folder(self.lock_path.parent)
-        taken = self._lock_within(_LOCK_SECONDS)
-        if taken:
+        if taken := self._lock_within(_LOCK_SECONDS):
             self.record_path.unlink(missing_ok=True)
         return taken
 
@@ -69,8 +68,7 @@ class PidFile:
         """Return whether the process lives."""
         if not self.lock_path.exists():
             return False
-        free = self._lock_within(0)
-        if free:
+        if free := self._lock_within(0):
             self._lock.release()
         return not free
 

@@ -124,13 +124,14 @@ def build_deployments(
     from flows.classify_flow import classify
     from flows.retrain_flow import retrain
 
-    folders = {"artifacts": str(artifacts)}
+    folders = {"artifacts": escape_path(str(artifacts))}
+    one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     # Typed as awaitable too, which they are only inside of an event loop.
     nightly = retrain.to_deployment(
         "nightly",
         schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
         parameters={**settings.model_dump(mode="json"), "data": escape_path(str(data)), **folders},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        concurrency_limit=one,
         tags=["retrain", settings.prepare.resolved_name],
         version=cnnpipe.__version__,
     )
@@ -150,13 +151,11 @@ def parse_schedule(cron: str, timezone: str) -> CronSchedule:
         ZoneInfo(timezone)
         return CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
-        raise UsageError(
-            f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
-        ) from error
+        wanted = f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
+        raise UsageError(wanted) from error
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise UsageError(
-            f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
-        ) from error
+        wanted = f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
+        raise UsageError(wanted) from error
 
 
 def local_timezone() -> str:

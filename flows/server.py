@@ -1,10 +1,9 @@
 """The Prefect server that the flows report to: the one that is configured, or the one of the artifacts folder.
 
-1. `PREFECT_API_URL`, wherever Prefect reads it from: that server is used. If it does not answer, that is an error.
+1. `PREFECT_API_URL`, wherever Prefect reads it from. If nothing answers there, that is an error.
 2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
    it may be stopped, or started with another database, in the middle of a run.
-3. Else one is started on 127.0.0.1, with its SQLite file and its log in `<artifacts>/.prefect`. It outlives the
-   process that started it, so that runs can be looked at, until `make stop`.
+3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`.
 
 This module imports no prefect, because prefect reads its settings from the environment when it is imported.
 """
@@ -36,8 +35,7 @@ from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pi
 from cnnpipe.paths import escape_path
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["Server", "app", "configured_api_url", "ensure_server", "prepare_environment", "running_server",
-           "stop_server"]  # fmt: skip
+__all__ = ["Server", "configured_api_url", "ensure_server", "prepare_environment", "running_server", "stop_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
@@ -49,7 +47,6 @@ _STOP_SECONDS: Final = 15.0
 _SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
 _LOCAL_PROBE_SECONDS: Final = 5.0
 _REMOTE_PROBE_SECONDS: Final = 15.0
-_POLL_SECONDS: Final = 0.1
 _MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
 
@@ -136,24 +133,23 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     if (shown := escape_path(str(home))) != str(home):
         raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
     prepare_environment(home)
-    configured = configured_api_url()
-    if configured is None:
+    api_url, origin = configured_api_url() or (None, "")
+    if api_url is None:
         make_folder(home)
         with _one_at_a_time(home):
             server = running_server(home)
             if server is None or not _wait_until_healthy(server.api_url, home):
                 server = _start_server(home, port)
+    elif problem := _problem_at(api_url, _REMOTE_PROBE_SECONDS):
+        raise ServerError(
+            f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
+            "PREFECT_API_URL to have a local one started"
+        )
     else:
-        api_url, origin = configured
-        if problem := _problem_at(api_url, _REMOTE_PROBE_SECONDS):
-            raise ServerError(
-                f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
-                "PREFECT_API_URL to have a local one started"
-            )
-        ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
-        own = running_server(home)
-        foreign = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
-        server = own if own is not None and own.api_url == api_url else foreign
+        server = running_server(home)
+        if server is None or server.api_url != api_url:
+            ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
+            server = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
     os.environ["PREFECT_API_URL"] = server.api_url
     for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
         hosts = [each for each in os.environ.get(name, "").split(",") if each]
@@ -280,10 +276,10 @@ def _start_server(home: Path, port: int | None) -> Server:
             process.wait()
             raise
     log = server_log(home)
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = filter(None, map(str.strip, log.read_text(encoding="utf-8", errors="replace").splitlines()))
     raise ServerError(
         f"the Prefect server did not come up: it ended with status {process.returncode}; "
-        f"its log {log} ends with: {' / '.join(lines[-4:]) or '(nothing)'}"
+        f"its log {log} ends with: {' / '.join([*lines][-4:]) or '(nothing)'}"
     )
 
 
@@ -291,23 +287,19 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
     """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
     client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE")
     user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
-    own = {
-        "PREFECT_HOME": str(home),
-        # The page in the browser learns from these, not from the command line, where the API is.
-        "PREFECT_SERVER_API_HOST": _HOST,
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
+    # The page in the browser learns from the host and the port, not from the command line, where the API is.
+    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_HOST": _HOST, "PREFECT_SERVER_API_PORT": str(port)}
     if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in user):
         # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
         own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     log, lock = server_log(home), server_pidfile(home).lock_path
-    arguments = [str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
+    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
     with storage_errors(log):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-c", _HOLD_LOCK_AND_SERVE, *arguments],
+                [sys.executable, *arguments],
                 cwd=home,  # prefect reads settings from files in its working directory
                 env={**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **user, **own},
                 stdin=subprocess.DEVNULL,
@@ -332,7 +324,7 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
                 f"the Prefect server at {api_url} has not answered for {_START_SECONDS:.0f} s; its log is "
                 f"{server_log(home)}; run `make stop` and try again"
             )
-        time.sleep(_POLL_SECONDS)
+        time.sleep(0.1)
     return True
 
 
