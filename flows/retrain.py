@@ -13,11 +13,9 @@ from flows.commands import run_command, run_flow
 if TYPE_CHECKING:
     from prefect.client.schemas import State
 
-_SECTIONS = tuple(RetrainSettings.model_fields)
-
 
 @command
-@takes_settings(RetrainSettings, "dataset", _SECTIONS)
+@takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
 def _retrain(
     settings: RetrainSettings,
     data: DataOption = Path("data"),

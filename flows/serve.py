@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_deployments", "local_timezone", "parse_schedule"]
 
-_SECTIONS: Final = tuple(RetrainSettings.model_fields)
 _SECONDS_TO_SCHEDULE: Final = 120.0
 """Seconds that the server has for scheduling the first run; it takes 5 s, or a minute if the server is busy."""
 
@@ -47,7 +46,7 @@ TimezoneOption = Annotated[str | None, typer.Option(help="IANA name, such as Eur
 
 
 @command
-@takes_settings(RetrainSettings, "dataset", _SECTIONS)
+@takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
 def _serve(
     settings: RetrainSettings,
     cron: CronOption = "0 2 * * *",
