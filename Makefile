@@ -4,7 +4,7 @@
 # make retrain ARGS='--min-accuracy 0.9 --seed 1'; ARGS=--help lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup retrain classify serve stop test test-slow test-browser check bench lock
+.PHONY: help setup retrain classify serve stop test test-slow test-browser coverage check bench lock
 
 # Set here so that environment variables of the same names are not taken for settings.
 DATASET :=
@@ -56,14 +56,22 @@ serve: setup ## retrain every night and run what is ordered, until Ctrl-C (DATAS
 stop: setup ## stop the Prefect server and the scheduler of this project
 	@$(python) -m flows.server stop $(ARGS)
 
+in_parallel := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup ## run the tests
-	@$(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(python) -m pytest $(in_parallel) $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
 	@$(python) -m pytest -m slow $(ARGS)
 
 test-browser: setup ## run the tests in headless Chromium (Debian, Ubuntu: apt-get install chromium chromium-driver)
 	@$(python) -m pytest -m browser $(ARGS)
+
+coverage: setup ## run the tests, and print the lines and branches that they cover, by module
+	@$(python) -m pytest $(in_parallel) --cov --cov-report= $(ARGS)
+	@$(python) -m coverage report
+	@echo 'below 90 %, and the lines that are not covered:'
+	@$(python) -m coverage report --show-missing | awk '/%/ && $$6 + 0 < 90 && $$1 != "TOTAL"'
 
 check: setup ## ruff and strict mypy
 	@$(python) -m ruff check .

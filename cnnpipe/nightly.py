@@ -29,8 +29,7 @@ __all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightl
            "serve_pidfile", "server_log", "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
-_LOCK_SECONDS: Final = 2.0
-"""Seconds to wait for a lock: whoever asks whether a process lives holds it for an instant."""
+_LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant
 _KILL_SECONDS: Final = 5.0
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
 
@@ -46,7 +45,7 @@ class PidFile:
     def __init__(self, folder: Path, name: str) -> None:
         self.record_path = folder / f"{name}.json"
         self.lock_path = folder / f"{name}.alive"
-        self._held: FileLock | None = None
+        self._lock = FileLock(self.lock_path)
 
     def acquire(self) -> bool:
         """Take the lock until this process ends or this object goes, and delete the record of an earlier process.
@@ -57,11 +56,9 @@ class PidFile:
             StorageError: the folder cannot be written.
         """
         make_folder(self.lock_path.parent)
-        self._held = self._lock_within(_LOCK_SECONDS)
-        if self._held is None:
-            return False
-        self.record_path.unlink(missing_ok=True)
-        return True
+        if taken := self._lock_within(_LOCK_SECONDS):
+            self.record_path.unlink(missing_ok=True)
+        return taken
 
     def write(self, pid: int, api_url: str) -> None:
         """Record the process that holds the lock, and the API of the Prefect server that it is or uses."""
@@ -71,10 +68,9 @@ class PidFile:
         """Return whether the process lives."""
         if not self.lock_path.exists():
             return False
-        lock = self._lock_within(0)
-        if lock is not None:
-            lock.release()
-        return lock is None
+        if free := self._lock_within(0):
+            self._lock.release()
+        return not free
 
     def read(self) -> dict[str, Any] | None:
         """Return the record of the process, or None if it does not run.
@@ -88,7 +84,7 @@ class PidFile:
             record = json.loads(self.record_path.read_text(encoding="utf-8"))
             return {"pid": int(record["pid"]), "api_url": str(record["api_url"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if not self.is_running():
+            if not self.is_running():  # it has just ended
                 return None
             raise ServerError(
                 f"a process of cnnpipe holds {self.lock_path}, but {self.record_path.name} beside it does not say "
@@ -109,52 +105,48 @@ class PidFile:
         if record is None:
             return None
         pid: int = record["pid"]
-        try:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process = psutil.Process(pid)
             process.terminate()
-            lock = self._lock_within(timeout_seconds)
-            if lock is None:
+            if not self._lock_within(timeout_seconds):
                 for each in (*process.children(recursive=True), process):
                     with suppress(psutil.NoSuchProcess):
                         each.kill()
-        except psutil.NoSuchProcess:
-            lock = None
-        except psutil.AccessDenied as error:
-            raise ServerError(f"process {pid} belongs to another user; only they can end it") from error
-        lock = lock or self._lock_within(_KILL_SECONDS)
-        if lock is None:
-            raise ServerError(f"process {pid} does not end, not even when killed; look at it with `ps -p {pid}`")
+        if not (self._lock.is_locked or self._lock_within(_KILL_SECONDS)):
+            raise ServerError(f"process {pid} cannot be ended; `ps -fp {pid}` shows it and its user, who can end it")
         self.record_path.unlink(missing_ok=True)
-        lock.release()
+        self._lock.release()
         return pid
 
-    def _lock_within(self, seconds: float) -> FileLock | None:
-        """Return the lock, taken, or None if another process holds it all the time."""
-        lock = FileLock(self.lock_path)
+    def _lock_within(self, seconds: float) -> bool:
+        """Take the lock; return False if another process holds it all the time."""
         with storage_errors(self.lock_path):
             try:
-                lock.acquire(timeout=seconds)
+                self._lock.acquire(timeout=seconds)
             except Timeout:  # inside, because it is an OSError too
-                return None
-        return lock
+                return False
+        return True
 
 
 @dataclass(frozen=True)
 class Nightly:
-    """State of the nightly schedule."""
+    """State of the nightly schedule.
+
+    Attributes:
+        server: its address in a browser; None if it does not run.
+        server_pid: its process; None if it does not run, or was not started by this project.
+        healthy: whether the server answers.
+        scheduler_pid: process of `flows.serve`; None if it does not run.
+        next_run: time of the next run that the server has scheduled, such as 2026-11-27 02:00 Europe/Berlin.
+        last_error: last error in the server's log, with its time where the log has one.
+    """
 
     server: str | None
-    """Address of the server in a browser; None if it does not run."""
     server_pid: int | None
-    """Process of the server; None if it does not run, or was not started by this project."""
     healthy: bool
-    """Whether the server answers."""
     scheduler_pid: int | None
-    """Process of `flows.serve`; None if it does not run."""
     next_run: str | None
-    """Time of the next run that the server has scheduled, such as 2026-11-27 02:00 Europe/Berlin."""
     last_error: str | None
-    """Last error in the server's log, with its time where the log has one."""
 
     def shown(self) -> dict[str, str]:
         """Return the state as text for a person, by name."""
@@ -175,12 +167,12 @@ def prefect_home(artifacts: Path) -> Path:
 
 
 def server_pidfile(home: Path) -> PidFile:
-    """Return the record of the server whose folder is `home`: its `pid` and its `api_url`."""
+    """Return the record of the server whose folder is `home`."""
     return PidFile(home, "server")
 
 
 def serve_pidfile(home: Path) -> PidFile:
-    """Return the record of the scheduler, `flows.serve`: its `pid` and the `api_url` of the server that it uses."""
+    """Return the record of the scheduler, `flows.serve`."""
     return PidFile(home, "serve")
 
 
@@ -200,20 +192,19 @@ def look_at_nightly(home: Path) -> Nightly:
     import httpx
 
     scheduler, server = serve_pidfile(home).read(), server_pidfile(home).read()
-    api_url = None if scheduler is server is None else str((scheduler or server or {})["api_url"])
+    api_url = (scheduler or server or {}).get("api_url")
     healthy, upcoming = False, None
     if api_url is not None:
         # No answer, or not the answer of a Prefect API, is what `healthy` tells.
         with suppress(httpx.HTTPError, ValueError), http_client(api_url, _TIMEOUT_SECONDS) as client:
             healthy, upcoming = True, next_run(client.request)
-    errors = logged_errors(server_log(home))
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
         server_pid=server["pid"] if server is not None and server["api_url"] == api_url else None,
         healthy=healthy,
         scheduler_pid=None if scheduler is None else scheduler["pid"],
         next_run=upcoming,
-        last_error=errors[-1] if errors else None,
+        last_error=next(reversed(logged_errors(server_log(home))), None),
     )
 
 
@@ -239,11 +230,10 @@ def next_run(request: Callable[..., Any]) -> str | None:
     Raises:
         httpx.HTTPError: the server does not answer, or refuses.
     """
-    nightly = {"flows": {"name": {"any_": ["retrain"]}}, "deployments": {"name": {"any_": ["nightly"]}}}
 
-    def ask(path: str, **more: Any) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = request("POST", path, json={**nightly, **more}).raise_for_status().json()
-        return found
+    def ask(path: str, **more: Any) -> Any:
+        names = {"flows": {"name": {"any_": ["retrain"]}}, "deployments": {"name": {"any_": ["nightly"]}}}
+        return request("POST", path, json=names | more).raise_for_status().json()
 
     due = {"after_": datetime.now(UTC).isoformat()}
     scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}, "next_scheduled_start_time": due}
@@ -260,17 +250,15 @@ def logged_errors(log: Path) -> list[str]:
     """Return each error and each traceback in the log of a server as one line, with its time where the log has one."""
     found: list[list[str]] = []
     is_error = in_traceback = False
-    record = ""  # the record before, if the line before was one
+    record = ""  # the line before, if it was a record
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         if match := _RECORD.match(line):
             record = f"{match[1]} {match[3]}"
             is_error, in_traceback = match[2] in ("ERROR", "CRITICAL"), False
-            if is_error:
-                found.append([record])
+            found += [[record]] if is_error else []
             continue
         if line.startswith("Traceback (most recent call last)"):
-            if not is_error:
-                found.append([record or "Traceback"])
+            found += [] if is_error else [[record or "Traceback"]]
             is_error = in_traceback = True
         elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others
             found[-1][1:] = [line]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +29,17 @@ __all__ = ["publish_classification", "publish_dataset", "publish_decision", "pub
 
 def publish_dataset(dataset: PreparedDataset) -> None:
     """Show the dataset: the number of images of each split and class, and the warnings."""
-    lines = [
-        f"# Dataset {_text(dataset.name)}",
-        "",
-        f"Source {_code(dataset.source)}, fingerprint {_code(dataset.fingerprint[:12])}",
-        "",
-    ]
-    splits = list(dataset.num_images)
     counts = dataset.report.class_counts
-    rows = [[name, *(counts[split].get(name, 0) for split in splits)] for name in dataset.class_names]
-    lines += _table(["class", *splits], [*rows, ["all", *dataset.num_images.values()]])
-    lines += ["", "## Warnings", ""] if dataset.report.warnings else ["", "Nothing to warn about."]
-    lines += [f"- {_text(warning)}" for warning in dataset.report.warnings]
-    description = f"{_text(dataset.name)}: images by split and class"
-    create_markdown_artifact("\n".join(lines), key="dataset", description=description)
+    rows = [[name, *(counts[split].get(name, 0) for split in dataset.num_images)] for name in dataset.class_names]
+    warnings = "\n".join(f"- {_text(warning)}" for warning in dataset.report.warnings)
+    _publish(
+        "dataset",
+        f"{_text(dataset.name)}: images by split and class",
+        f"# Dataset {_text(dataset.name)}",
+        f"Source {_code(dataset.source)}, fingerprint {_code(dataset.fingerprint[:12])}",
+        _table(["class", *dataset.num_images], [*rows, ["all", *dataset.num_images.values()]]),
+        f"## Warnings\n\n{warnings}" if warnings else "Nothing to warn about.",
+    )
 
 
 def publish_metrics(evaluation: Evaluation) -> None:
@@ -52,8 +50,8 @@ def publish_metrics(evaluation: Evaluation) -> None:
         f"top-{evaluation.top_k} accuracy": evaluation.top_k_accuracy,
         "macro F1": evaluation.macro_f1,
         "expected calibration error": evaluation.expected_calibration_error,
+        **{f"F1 of {each.name}": each.f1 for each in evaluation.per_class},
     }
-    values |= {f"F1 of {each.name}": each.f1 for each in evaluation.per_class}
     rows = [{"metric": name, "value": f"{value:.4f}"} for name, value in values.items()]
     description = f"test accuracy {evaluation.accuracy:.4f} on {evaluation.num_images:,} images"
     create_table_artifact(rows, key="metrics", description=description)
@@ -63,37 +61,28 @@ def publish_plots(run: Path) -> None:
     """Show the training report with the curves in place, and the confusion matrix."""
     from cnnpipe.evaluate.metrics import read_evaluation
 
-    settings = load_toml(RetrainSettings, run / "config.toml")
-    history = read_history(run)
-    preset, seed = _code(settings.train.preset), settings.train.seed
-    best = best_epoch(history["val_accuracy"], history["val_loss"])
+    settings, history = load_toml(RetrainSettings, run / "config.toml"), read_history(run)
     evaluation = read_evaluation(run)
-    lines = [
+    best = best_epoch(history["val_accuracy"], history["val_loss"])
+    _publish(
+        "training-report",
+        "curves, samples and mistakes",
         f"# {_text(settings.prepare.resolved_name)}: {evaluation.accuracy:.2%} of the test images are right",
-        "",
         f"Run {_code(run.name)}: {evaluation.num_correct:,} of {evaluation.num_images:,} images of the test split, "
         "which were not used in training.",
-        "",
-        f"Preset {preset}, seed {seed}: {len(history['epoch'])} epochs in {sum(history['seconds']):,.0f} s; "
-        f"best validation accuracy **{history['val_accuracy'][best]:.4f}** in epoch {history['epoch'][best]:.0f}.",
-        "",
+        f"Preset {_code(settings.train.preset)}, seed {settings.train.seed}: {len(history['epoch'])} epochs in "
+        f"{sum(history['seconds']):,.0f} s; best validation accuracy **{history['val_accuracy'][best]:.4f}** in epoch "
+        f"{history['epoch'][best]:.0f}.",
         _picture("Accuracy by epoch", run / "accuracy.png"),
-        "",
         _picture("Loss by epoch", run / "loss.png"),
-        "",
         "## Test images, as predicted",
-        "",
         _picture("Sample predictions", run / "samples.png"),
-        "",
         "## The most confident mistakes",
-        "",
         _picture("Mistakes", run / "mistakes.png"),
-        "",
         f"Everything is in {_code(run)}.",
-    ]
-    create_markdown_artifact("\n".join(lines), key="training-report", description="curves, samples and mistakes")
-    matrix = f"# Confusion matrix\n\n{_picture('Confusion matrix', run / 'confusion_matrix.png')}"
-    create_markdown_artifact(matrix, key="confusion-matrix", description="actual classes against predicted ones")
+    )
+    matrix = _picture("Confusion matrix", run / "confusion_matrix.png")
+    _publish("confusion-matrix", "actual classes against predicted ones", "# Confusion matrix", matrix)
 
 
 def publish_decision(run: Path, decision: Decision) -> None:
@@ -106,83 +95,72 @@ def publish_decision(run: Path, decision: Decision) -> None:
         ["floor", "", f"{decision.min_accuracy:.4f}"],
     ]
     reason = _text(decision.reason)
-    lines = [f"# {verdict}", "", reason[:1].upper() + reason[1:] + ".", ""]
-    lines += _table(["", "run", "test accuracy"], rows)
-    lines += ["", f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.", ""]
-    lines += [f"The model is {_code(run / 'model.onnx')}. Its precisions:", ""]
-    lines += _variants_table(run)
-    create_markdown_artifact("\n".join(lines), key="promotion-decision", description=f"{verdict}: {reason}")
+    _publish(
+        "promotion-decision",
+        f"{verdict}: {reason}",
+        f"# {verdict}",
+        f"{reason[:1].upper()}{reason[1:]}.",
+        _table(["", "run", "test accuracy"], rows),
+        f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.",
+        f"The model is {_code(run / 'model.onnx')}. Its precisions:",
+        _variants_table(run),
+    )
 
 
-def _variants_table(run: Path) -> list[str]:
+def _variants_table(run: Path) -> str:
     """Return a table of the model's precisions: which were kept, and their accuracy and speed."""
+    forms = {"accuracy": "{:.4f}", "agreement": "{:.2%}", "relative_speed": "{:.1f} times"}
     rows = []
     for precision, record in read_parity(run).items():
         kept = "reference" if precision == "fp32" else "kept" if record["kept"] else f"not kept: {record['reason']}"
-        accuracy, speed, agreement = (record.get(key) for key in ("accuracy", "relative_speed", "agreement"))
-        rows.append(
-            [
-                precision,
-                kept,
-                "" if accuracy is None else f"{accuracy:.4f}",
-                "" if agreement is None else f"{agreement:.2%}",
-                "" if speed is None else f"{speed:.1f} times",
-            ]
-        )
+        figures = ["" if record.get(name) is None else form.format(record[name]) for name, form in forms.items()]
+        rows.append([precision, kept, *figures])
     return _table(["precision", "", "test accuracy", "same class as trained", "speed on the CPU"], rows)
 
 
 def publish_classification(summary: ClassificationSummary) -> None:
     """Show the result for a folder: counts by status, class and kind of error, and the seconds of each stage."""
-    lines = [f"# {summary.found:,} files of {_code(summary.folder)}", ""]
-    lines += _table(["", "files"], _outcomes(summary))
-    lines += ["", f"Table {_code(summary.table)}; model {_code(f'{summary.model.name}/{summary.model.run_id}')}."]
-    if summary.report is not None:
-        lines += ["", f"Contact sheet, with thumbnails of each class and of the errors: {_code(summary.report)}."]
-    lines += ["", "## Classes", "", *_table(["class", "files"], _counts(summary.classes))]
-    if summary.error:
-        lines += ["", "## Errors", "", *_table(["kind", "files"], _counts(summary.error_kinds)), "", "The first:", ""]
-        lines += _table(
-            ["file", "kind", "reason"], [[each.path, each.kind, each.message] for each in summary.first_errors]
-        )
-    lines += ["", "## Time", "", *_table(["stage", "seconds"], _stages(summary)), ""]
-    lines += [
+    sheet = "" if summary.report is None else _code(summary.report)
+    errors = [[each.path, each.kind, each.message] for each in summary.first_errors]
+    notes = {"start_up": "start-up", "decode": "decode (summed over its processes)", "total": "in all (stages overlap)"}
+    total, *stages = ([notes.get(name, name), f"{each:,.2f}"] for name, each in asdict(summary.seconds).items())
+    _publish(
+        "classification-summary",
+        f"{summary.ok:,} classified, {summary.error:,} failed",
+        f"# {summary.found:,} files of {_code(summary.folder)}",
+        _table(["", "files"], _outcomes(summary)),
+        f"Table {_code(summary.table)}; model {_code(f'{summary.model.name}/{summary.model.run_id}')}.",
+        sheet and f"Contact sheet, with thumbnails of each class and of the errors: {sheet}.",
+        "## Classes",
+        _table(["class", "files"], summary.classes.items()),
+        "## Errors" if errors else "",
+        _table(["kind", "files"], summary.error_kinds.items()),
+        "The first:" if errors else "",
+        _table(["file", "kind", "reason"], errors),
+        "## Time",
+        _table(["stage", "seconds"], [*stages, total]),
         f"{summary.images_per_second:,.0f} images/s after start-up on {_code(summary.device)} ({summary.provider}) "
-        f"in {summary.precision}; slowest stage: {summary.slowest_stage}."
-    ]
-    description = f"{summary.ok:,} classified, {summary.error:,} failed"
-    create_markdown_artifact("\n".join(lines), key="classification-summary", description=description)
+        f"in {summary.precision}; slowest stage: {summary.slowest_stage}.",
+    )
 
 
-def _outcomes(summary: ClassificationSummary) -> list[list[str]]:
-    """Return rows of an outcome and its number of files; outcomes that only some jobs have, only if there are any."""
-    sorted_files = summary.sorted_files
-    counts = {"classified": summary.ok, "failed": summary.error, "found": summary.found}
-    special = {
+def _outcomes(summary: ClassificationSummary) -> list[tuple[str, int]]:
+    """Return each outcome and its number of files; outcomes that only some jobs have, only if there are any."""
+    links = summary.sorted_files
+    counts = {
         f"uncertain: a probability below {summary.min_probability:g}": summary.uncertain,
         "resumed: made by an attempt that was interrupted": summary.resumed,
         "unchanged: taken from the previous table": summary.unchanged,
-        "sorted into folders, as links": sorted_files.linked if sorted_files else 0,
-        "sorted into folders, as copies": sorted_files.copied if sorted_files else 0,
+        "sorted into folders, as links": links.linked if links else 0,
+        "sorted into folders, as copies": links.copied if links else 0,
     }
-    return _counts(counts | {name: count for name, count in special.items() if count})
+    always = [("classified", summary.ok), ("failed", summary.error), ("found", summary.found)]
+    return always + [(name, count) for name, count in counts.items() if count]
 
 
-def _counts(counts: Mapping[str, int]) -> list[list[str]]:
-    return [[name, f"{count:,}"] for name, count in counts.items()]
-
-
-def _stages(summary: ClassificationSummary) -> list[list[str]]:
-    spent = summary.seconds
-    stages = {
-        "start-up": spent.start_up,
-        "list": spent.list,
-        "decode (summed over its processes)": spent.decode,
-        "inference": spent.inference,
-        "write": spent.write,
-        "in all (stages overlap)": spent.total,
-    }
-    return [[name, f"{seconds:,.2f}"] for name, seconds in stages.items()]
+def _publish(key: str, description: str, *blocks: str) -> None:
+    """Show blocks of markdown with a blank line between them; empty ones are left out."""
+    create_markdown_artifact("\n\n".join(filter(None, blocks)), key=key, description=description)
 
 
 def _picture(alt: str, path: Path) -> str:
@@ -190,10 +168,10 @@ def _picture(alt: str, path: Path) -> str:
     return f"![{alt}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')})"
 
 
-def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a markdown table with plain text in its cells."""
-    head, *body = (f"| {' | '.join(_text(cell) for cell in row)} |" for row in (header, *rows))
-    return [head, "|" + " --- |" * len(header), *body]
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a markdown table with plain text in its cells, or nothing if it has no rows."""
+    head, *body = (f"| {' | '.join(map(_text, row))} |" for row in (header, *rows))
+    return "\n".join([head, "|" + " --- |" * len(header), *body]) if body else ""
 
 
 # Characters that begin markdown, HTML or an entity. An underscore inside a word does not.
@@ -201,8 +179,8 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|!~&#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def _text(value: object) -> str:
-    """Return markdown that shows a text as it is, on one line."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(str(value).split()))
+    """Return markdown that shows a text as it is, on one line, or a number with separators."""
+    return f"{value:,}" if isinstance(value, int) else _MARKUP.sub(r"\\\g<0>", " ".join(str(value).split()))
 
 
 def _code(value: object) -> str:

@@ -38,9 +38,13 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
         artifacts: folder of runs and champions.
         shown: fields of the result to print for a person.
     """
-    home = prefect_home(artifacts)
-    _quieten_prefect()
-    server = ensure_server(home)
+    if DEBUG_VARIABLE not in os.environ:
+        # Prefect's own log stays off the terminal; it is in the run's log in the UI. The threads that send logs and
+        # events would print tracebacks, also at exit, when the server is lost.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+        logging.raiseExceptions = False
+    server = ensure_server(prefect_home(artifacts))
     with _lost_server(server):
         from flows.flow_runs import crash_silent_runs, run_url
 
@@ -52,23 +56,9 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
         _show_result(state, address, shown, as_json=as_json)
 
 
-def _quieten_prefect() -> None:
-    """Keep Prefect's own log off the terminal unless debugging; it stays in the run's log in the UI."""
-    if DEBUG_VARIABLE in os.environ:
-        return
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    # The threads of Prefect that send logs and events print tracebacks when the server is lost.
-    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
-    logging.raiseExceptions = False  # no traceback at exit for log records that a lost server did not take
-
-
 @contextmanager
 def _lost_server(server: Server) -> Iterator[None]:
-    """Turn the loss of the server, or of its database, into one line.
-
-    Raises:
-        ServerError: the server does not answer any more, or does not know this run any more.
-    """
+    """Turn the loss of the server, or of its database, into one line, as a ServerError."""
     import httpx
     from prefect.exceptions import ObjectNotFound
 
@@ -79,7 +69,7 @@ def _lost_server(server: Server) -> Iterator[None]:
         problem = "does not know this run any more" if lost else f"has stopped answering ({one_line(error)})"
         raise ServerError(
             f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
-            "what was finished is kept; run the command again, which finds or starts a server"
+            "finished work is kept; run the command again, which finds or starts a server"
         ) from error
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -33,17 +33,8 @@ SILENCE: Final = timedelta(minutes=6)
 """How long a run may send no heartbeat until it counts as crashed: twice Prefect's default interval."""
 
 _AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
-_LAST_STATES: Final = (
-    "Completed",
-    "Promoted",
-    "NotPromoted",
-    "Failed",
-    "Cancelled",
-    "Crashed",
-    "TimedOut",
-    "Suspended",
-)
-"""Names of the states after which a run sends no heartbeat."""
+# After these a run sends no heartbeat.
+_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "TimedOut", "Suspended")
 
 _SECONDS_BETWEEN_UPDATES = 3.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -51,10 +42,7 @@ _SECONDS_FOR_LAST_UPDATE = 10.0
 
 
 def run_url(flow_run_id: UUID | str) -> str:
-    """Return the address of a flow run in the UI of the server that prefect uses; by the route that the UI itself has.
-
-    Prefect's own `runtime.flow_run.ui_url` takes an older route, which the UI leads on from.
-    """
+    """Return the address of a flow run in the UI; prefect's `runtime.flow_run.ui_url` is one that leads on to it."""
     return f"{PREFECT_UI_URL.value() or ''}/runs/flow-run/{flow_run_id}"
 
 
@@ -67,17 +55,15 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
 
     Args:
         silence: how long the server waits for a heartbeat.
-
     Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
     heartbeat = "prefect.flow-run.heartbeat"
+    flows = {"prefect.resource.role": "flow", "prefect.resource.name": ["retrain", "classify"]}
     trigger = EventTrigger(
         after={"prefect.flow-run.Pending", heartbeat},
         expect={heartbeat, *(f"prefect.flow-run.{name}" for name in _LAST_STATES)},
         match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        match_related=ResourceSpecification(
-            {"prefect.resource.role": "flow", "prefect.resource.name": ["retrain", "classify"]}
-        ),
+        match_related=ResourceSpecification(flows),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -85,12 +71,9 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     )
     minutes = silence / timedelta(minutes=1)
     message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
-    automation = AutomationCore(
-        name=_AUTOMATION,
-        description="Marks a run of cnnpipe whose process is gone as Crashed.",
-        trigger=trigger,
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
-    )
+    crash = ChangeFlowRunState(state=StateType.CRASHED, message=message)
+    about = "Marks a run of cnnpipe whose process is gone as Crashed."
+    automation = AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash])
     try:
         with get_client(sync_client=True) as client:
             found = client.read_automations_by_name(_AUTOMATION)
@@ -117,7 +100,7 @@ def send_library_logs() -> None:
 
 @contextmanager
 def progress_artifact(key: str) -> Iterator[ProgressCallback]:
-    """Give a callback `(label, done, total)` that moves a progress artifact of the current run.
+    """Give a callback `(label, done, total)` that moves a progress artifact of the current run, and writes to its log.
 
     A total of 0 means that it is not known yet. The artifact ends at 100 % when the block ends without an error. The
     latest progress is sent from a thread of its own: a slow or lost server neither delays the work nor ends it.
@@ -125,49 +108,28 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
     Args:
         key: of the artifact, lowercase letters, digits and dashes.
     """
-    sender = _ProgressSender(key)
-    try:
-        yield sender.update
-        sender.latest = (100.0, sender.latest[1] or "nothing was to be done")
-    finally:
-        sender.finish()
+    latest = (0.0, "starting")  # percent, and what the artifact says
+    logged = time.monotonic()
+    stages, finished = StageProgress(), threading.Event()
 
+    def update(label: str, done: int, total: int) -> None:
+        nonlocal latest, logged
+        stages.report(label, done, total)
+        latest = (100.0 * min(done / total, 1.0) if total else 0.0, stages.text())
+        if time.monotonic() - logged >= _SECONDS_BETWEEN_LINES:
+            logged = time.monotonic()
+            logger.info(latest[1])
 
-class _ProgressSender:
-    """Sends the latest progress to the server every few seconds, and now and then a line to the run's log."""
-
-    def __init__(self, key: str) -> None:
-        self.latest = (0.0, "")  # percent, and what the artifact says
-        self._key = key
-        self._stages = StageProgress()
-        self._logged = time.monotonic()
-        self._finished = threading.Event()
-        # With the context of the run, which has the address of the server.
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._send,), daemon=True)
-        self._thread.start()
-
-    def update(self, label: str, done: int, total: int) -> None:
-        self._stages.report(label, done, total)
-        text = self._stages.text()
-        self.latest = (100.0 * min(done / total, 1.0) if total else 0.0, text)
-        if time.monotonic() - self._logged >= _SECONDS_BETWEEN_LINES:
-            self._logged = time.monotonic()
-            logger.info(text)
-
-    def finish(self) -> None:
-        self._finished.set()
-        self._thread.join(_SECONDS_FOR_LAST_UPDATE)
-
-    def _send(self) -> None:
+    def send() -> None:
         artifact: UUID | None = None
         sent: tuple[float, str] | None = None
-        warned = finished = False
-        while not finished:
-            percent, text = progress = self.latest
+        warned = last = False
+        while not last:
+            last = finished.is_set()  # read first: what is sent after it is the latest for good
+            percent, text = progress = latest
             try:
                 if artifact is None:
-                    made = create_progress_artifact(percent, key=self._key, description=text or "starting")
-                    artifact = cast("UUID", made)  # typed as awaitable too
+                    artifact = cast("UUID", create_progress_artifact(percent, key=key, description=text))
                 elif progress != sent:
                     update_progress_artifact(artifact, percent, text)
                 sent = progress
@@ -175,5 +137,14 @@ class _ProgressSender:
                 if not warned:
                     logger.warning("the server does not take the progress of this run: %s", one_line(error))
                 warned = True
-            finished = self._finished.is_set() and (sent == self.latest or warned)
-            self._finished.wait(_SECONDS_BETWEEN_UPDATES)
+            finished.wait(_SECONDS_BETWEEN_UPDATES)
+
+    # With the context of the run, which has the address of the server.
+    sender = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
+    sender.start()
+    try:
+        yield update
+        latest = (100.0, "nothing was to be done" if latest == (0.0, "starting") else latest[1])
+    finally:
+        finished.set()
+        sender.join(_SECONDS_FOR_LAST_UPDATE)

@@ -13,11 +13,9 @@ from flows.commands import run_command, run_flow
 if TYPE_CHECKING:
     from prefect.client.schemas import State
 
-_SECTIONS = tuple(RetrainSettings.model_fields)
-
 
 @command
-@takes_settings(RetrainSettings, "dataset", _SECTIONS)
+@takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
 def _retrain(
     settings: RetrainSettings,
     data: DataOption = Path("data"),
@@ -31,11 +29,9 @@ def _retrain(
 
         from flows.retrain_flow import retrain
 
-        sections = {name: getattr(settings, name) for name in _SECTIONS}
+        folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts))}
         with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(
-                **sections, data=escape_path(str(data)), artifacts=escape_path(str(artifacts)), return_state=True
-            )
+            state: State[Any] = retrain(**dict(settings), **folders, return_state=True)
         return state
 
     run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)

@@ -7,6 +7,7 @@ finished stages are not repeated. Every task calls one function of cnnpipe and p
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ _ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
 
 def _run_name() -> str:
     """Name a run by its dataset and the time it was meant to start, such as digits-2026-11-22-0200."""
-    parameters = runtime.flow_run.parameters
-    settings = PrepareSettings.model_validate(parameters.get("prepare") or {})
-    start = runtime.flow_run.scheduled_start_time
-    return f"{settings.resolved_name}-{start:%Y-%m-%d-%H%M}"
+    settings = PrepareSettings.model_validate(runtime.flow_run.parameters.get("prepare") or {})
+    return f"{settings.resolved_name}-{runtime.flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
 
 
 @flow(name="retrain", flow_run_name=_run_name, persist_result=True)
@@ -64,8 +63,7 @@ def retrain(
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    prepared = prepare_dataset(prepare, data)
-    run = train_model(settings, prepared, artifacts)
+    run = train_model(settings, prepare_dataset(prepare, data), artifacts)
     evaluate_model(run)
     plot_training(run)
     export_model(run)
@@ -125,8 +123,6 @@ def export_model(run: str) -> float:
 @task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
 def promote_model(run: str) -> dict[str, Any]:
     """Complete the run, and make it the champion if it passes the gate; return the decision."""
-    from dataclasses import asdict
-
     from cnnpipe.promote.gate import conclude_run
 
     decision = conclude_run(Path(run))

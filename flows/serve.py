@@ -12,7 +12,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -37,19 +38,15 @@ if TYPE_CHECKING:
 
 __all__ = ["build_deployments", "local_timezone", "parse_schedule"]
 
-_SECTIONS: Final = tuple(RetrainSettings.model_fields)
 _SECONDS_TO_SCHEDULE: Final = 120.0
 """Seconds that the server has for scheduling the first run; it takes 5 s, or a minute if the server is busy."""
 
-CronOption = Annotated[str, typer.Option("--cron", help="When to retrain: minute hour day month weekday.")]
-TimezoneOption = Annotated[
-    str | None,
-    typer.Option("--timezone", help="IANA name, such as Europe/Berlin; Default: this machine's.", show_default=False),
-]
+CronOption = Annotated[str, typer.Option(help="When to retrain: minute hour day month weekday.")]
+TimezoneOption = Annotated[str | None, typer.Option(help="IANA name, such as Europe/Berlin. Default: this machine's.")]
 
 
 @command
-@takes_settings(RetrainSettings, "dataset", _SECTIONS)
+@takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
 def _serve(
     settings: RetrainSettings,
     cron: CronOption = "0 2 * * *",
@@ -70,50 +67,41 @@ def _serve(
         raise ServerError(f"process {other} serves these deployments already; end it first: {server.how_to_stop}")
     pidfile.write(os.getpid(), server.api_url)
     deployments = build_deployments(settings, schedule, data.resolve(), artifacts.resolve())
-    for line in _introduction(server, settings, schedule):
-        typer.echo(line)
+    typer.echo("\n".join(_introduction(server, settings, schedule)))
+
+    from flows.flow_runs import crash_silent_runs
+
+    crash_silent_runs()
     log = f"at {server.ui_url}" if server.pid is None else str(server_log(home))
-    _serve_until_stopped(deployments, log)
+    asyncio.run(_serve_until_stopped(deployments, log))
 
 
-def _serve_until_stopped(deployments: Sequence[RunnerDeployment], log: str) -> None:
-    """Print the next run as soon as the server has scheduled it, and execute runs until Ctrl-C or SIGTERM.
+async def _serve_until_stopped(deployments: Iterable[RunnerDeployment], log: str) -> None:
+    """Print the next run as soon as the server has scheduled it, then execute runs until Ctrl-C or SIGTERM.
 
     Args:
-        log: where the log of the server is, for the message.
-    Raises:
-        ServerError: the server schedules no run.
+        log: where the log of the server is, for the error if it schedules no run.
     """
     from prefect.client.orchestration import get_client
     from prefect.runner import Runner
 
-    from flows.flow_runs import crash_silent_runs
-
-    async def print_next_run(runner: Runner) -> None:
-        deadline = time.monotonic() + _SECONDS_TO_SCHEDULE
-        with get_client(sync_client=True) as client:
-            while (upcoming := await asyncio.to_thread(next_run, client.request)) is None:
-                if runner.stopping:
-                    return
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"the server has scheduled no run of retrain/nightly in {_SECONDS_TO_SCHEDULE:.0f} s; "
-                        f"look into its log, {log}, and check --cron"
-                    )
-                await asyncio.sleep(1)
-        typer.echo(f"next run:    {upcoming}")
-
-    async def run() -> None:
-        runner = Runner()
-        for deployment in deployments:
-            await runner.aadd_deployment(deployment)
-        # Ctrl-C does what SIGTERM does: cancels the runs under way. A shell that starts this process in the
-        # background has SIGINT ignored.
-        signal.signal(signal.SIGINT, runner.handle_sigterm)
-        await asyncio.gather(runner.start(), print_next_run(runner))
-
-    crash_silent_runs()
-    asyncio.run(run())
+    runner = Runner()
+    for deployment in deployments:
+        await runner.aadd_deployment(deployment)
+    deadline = time.monotonic() + _SECONDS_TO_SCHEDULE
+    with get_client(sync_client=True) as client:
+        while (upcoming := next_run(client.request)) is None:
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the server has scheduled no run of retrain/nightly in {_SECONDS_TO_SCHEDULE:.0f} s; "
+                    f"look into its log, {log}, and check --cron"
+                )
+            await asyncio.sleep(0.5)
+    typer.echo(f"next run:    {upcoming}")
+    # Ctrl-C does what SIGTERM does: cancels the runs under way. A shell that starts this process in the background has
+    # SIGINT ignored.
+    signal.signal(signal.SIGINT, runner.handle_sigterm)
+    await runner.start()
     typer.echo("the schedule has ended")
 
 
@@ -135,17 +123,18 @@ def build_deployments(
     from flows.classify_flow import classify
     from flows.retrain_flow import retrain
 
-    folders = {"artifacts": str(artifacts)}
+    folders = {"artifacts": escape_path(str(artifacts))}
+    one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    # Typed as awaitable too, which they are only inside of an event loop.
     nightly = retrain.to_deployment(
         "nightly",
         schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
         parameters={**settings.model_dump(mode="json"), "data": escape_path(str(data)), **folders},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        concurrency_limit=one,
         tags=["retrain", settings.prepare.resolved_name],
         version=cnnpipe.__version__,
     )
     bulk = classify.to_deployment("bulk", parameters=dict(folders), tags=["classify"], version=cnnpipe.__version__)
-    # Typed as awaitable too, which they are only inside of an event loop.
     return cast("RunnerDeployment", nightly), cast("RunnerDeployment", bulk)
 
 
@@ -159,16 +148,13 @@ def parse_schedule(cron: str, timezone: str) -> CronSchedule:
 
     try:
         ZoneInfo(timezone)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise UsageError(
-            f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
-        ) from error
-    try:
         return CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
-        raise UsageError(
-            f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
-        ) from error
+        wanted = f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
+        raise UsageError(wanted) from error
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        wanted = f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
+        raise UsageError(wanted) from error
 
 
 def local_timezone() -> str:
@@ -177,23 +163,16 @@ def local_timezone() -> str:
     Raises:
         UsageError: the machine does not name it.
     """
-    try:
-        name = get_localzone_name()
-    except ZoneInfoNotFoundError:  # its settings contradict each other
-        name = None
-    if not name and not Path("/etc/localtime").exists():
-        name = "UTC"  # what the C library takes where nothing is set
-    if not name:
-        raise UsageError("this machine does not name its timezone; give --timezone, such as Europe/Berlin")
-    return name
+    with suppress(ZoneInfoNotFoundError):  # its settings contradict each other
+        if name := get_localzone_name():
+            return name
+    if not Path("/etc/localtime").exists():
+        return "UTC"  # what the C library takes where nothing is set
+    raise UsageError("this machine does not name its timezone; give --timezone, such as Europe/Berlin")
 
 
 def _with_absolute_dataset(settings: RetrainSettings) -> RetrainSettings:
-    """Return the settings with the dataset's absolute path.
-
-    Raises:
-        DatasetError: the folder does not exist; better said now than at night.
-    """
+    """Return the settings with the dataset's absolute path; fail now rather than at night if there is none."""
     if settings.prepare.dataset in BUILT_IN_DATASETS:
         return settings
     folder = expand_path(settings.prepare.dataset).resolve()
@@ -205,7 +184,9 @@ def _with_absolute_dataset(settings: RetrainSettings) -> RetrainSettings:
 
 def _introduction(server: Server, settings: RetrainSettings, schedule: CronSchedule) -> list[str]:
     """Return the lines that are printed first."""
-    run = f"PREFECT_API_URL={server.api_url} {shlex.quote(_prefect_command())} deployment run"
+    prefect = Path(sys.executable).parent / "prefect"
+    shown = os.path.relpath(prefect) if prefect.is_relative_to(Path.cwd()) else str(prefect)
+    run = f"PREFECT_API_URL={server.api_url} {shlex.quote(shown)} deployment run"
     nightly = f"{settings.prepare.resolved_name}, preset {settings.train.preset}, {schedule.cron!r} {schedule.timezone}"
     order = {"folder": "/path/to/photos"}
     return [
@@ -217,16 +198,5 @@ def _introduction(server: Server, settings: RetrainSettings, schedule: CronSched
     ]
 
 
-def _prefect_command() -> str:
-    """Return the path of the `prefect` command of this environment, as short as it can be typed here."""
-    path = Path(sys.executable).parent / "prefect"
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def main() -> None:
-    """Run the command of `flows.serve`."""
-    run_command(_serve)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(_serve)

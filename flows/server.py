@@ -1,10 +1,9 @@
 """The Prefect server that the flows report to: the one that is configured, or the one of the artifacts folder.
 
-1. `PREFECT_API_URL`, wherever Prefect reads it from: that server is used. If it does not answer, that is an error.
+1. `PREFECT_API_URL`, wherever Prefect reads it from. If nothing answers there, that is an error.
 2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
    it may be stopped, or started with another database, in the middle of a run.
-3. Else one is started on 127.0.0.1, with its SQLite file and its log in `<artifacts>/.prefect`. It outlives the
-   process that started it, so that runs can be looked at, until `make stop`.
+3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`.
 
 This module imports no prefect, because prefect reads its settings from the environment when it is imported.
 """
@@ -21,14 +20,14 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from dotenv import dotenv_values
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError, one_line
@@ -36,8 +35,7 @@ from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pi
 from cnnpipe.paths import escape_path
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["Server", "app", "configured_api_url", "ensure_server", "prepare_environment", "running_server",
-           "stop_server"]  # fmt: skip
+__all__ = ["Server", "configured_api_url", "ensure_server", "prepare_environment", "running_server", "stop_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
@@ -49,7 +47,6 @@ _STOP_SECONDS: Final = 15.0
 _SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
 _LOCAL_PROBE_SECONDS: Final = 5.0
 _REMOTE_PROBE_SECONDS: Final = 15.0
-_POLL_SECONDS: Final = 0.1
 _MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
 
@@ -105,10 +102,17 @@ class Server:
     pid: int | None
     how_to_stop: str
 
-    @classmethod
-    def own(cls, home: Path, api_url: str, pid: int, *, started: bool) -> Server:
-        """Return a server of this project, whose folder is `home`."""
-        return cls(api_url, api_url.removesuffix("/api"), started, pid, _stop_command(home))
+
+def _own_server(home: Path, api_url: str, pid: int, *, started: bool) -> Server:
+    """Return the server of a folder, with the shortest command that stops it, to be typed where this process runs."""
+    stop = shlex.join([sys.executable, "-m", "flows.server", "stop"])
+    if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
+        stop = "make stop"
+    elif home.name == ".prefect":
+        stop += f" --artifacts {shlex.quote(str(home.parent))}"
+    else:
+        stop = f"PREFECT_HOME={shlex.quote(str(home))} {stop}"
+    return Server(api_url, api_url.removesuffix("/api"), started, pid, stop)
 
 
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
@@ -129,20 +133,30 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     if (shown := escape_path(str(home))) != str(home):
         raise UsageError(f"a flow needs a folder whose path is UTF-8, received {shown}; rename it, or use `cnnpipe`")
     prepare_environment(home)
-    configured = configured_api_url()
-    if configured is None:
+    api_url, origin = configured_api_url() or (None, "")
+    if api_url is None:
         make_folder(home)
         with _one_at_a_time(home):
-            own = running_server(home)
-            alive = own is not None and _wait_until_healthy(own.api_url, home)
-            server = own if own and alive else _start_server(home, port)
+            server = running_server(home)
+            if server is None or not _wait_until_healthy(server.api_url, home):
+                server = _start_server(home, port)
+    elif problem := _problem_at(api_url, _REMOTE_PROBE_SECONDS):
+        raise ServerError(
+            f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
+            "PREFECT_API_URL to have a local one started"
+        )
     else:
-        _check_configured(*configured)
-        own = running_server(home)
-        ui_url = os.environ.get("PREFECT_UI_URL") or configured[0].removesuffix("/api")
-        foreign = Server(configured[0], ui_url, False, None, how_to_stop="where it was started, which was not here")
-        server = own if own is not None and own.api_url == configured[0] else foreign
-    _point_prefect_at(server)
+        server = running_server(home)
+        if server is None or server.api_url != api_url:
+            ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
+            server = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
+    os.environ["PREFECT_API_URL"] = server.api_url
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
+        hosts = [each for each in os.environ.get(name, "").split(",") if each]
+        if _HOST not in hosts and "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, _HOST])
+    if "prefect.context" in sys.modules:
+        importlib.import_module("prefect.context").refresh_global_settings_context()
     return server
 
 
@@ -163,7 +177,7 @@ def prepare_environment(home: Path) -> None:
 def running_server(home: Path) -> Server | None:
     """Return the server that this project started earlier, whether or not it answers; None if it does not run."""
     record = server_pidfile(home).read()
-    return None if record is None else Server.own(home, record["api_url"], record["pid"], started=False)
+    return None if record is None else _own_server(home, record["api_url"], record["pid"], started=False)
 
 
 def stop_server(home: Path) -> list[str]:
@@ -178,8 +192,7 @@ def stop_server(home: Path) -> list[str]:
     if not home.is_dir():
         return []
     stopped = []
-    serve_pid = serve_pidfile(home).stop(_SERVE_STOP_SECONDS)
-    if serve_pid is not None:
+    if (serve_pid := serve_pidfile(home).stop(_SERVE_STOP_SECONDS)) is not None:
         stopped.append(f"stopped the scheduler (process {serve_pid})")
     with _one_at_a_time(home):
         server = running_server(home)
@@ -197,79 +210,55 @@ def configured_api_url() -> tuple[str, str] | None:
     Raises:
         ServerError: one of the files cannot be read.
     """
-    return next(((url.rstrip("/"), origin) for url, origin in _api_urls() if url), None)
+
+    def places() -> Iterator[tuple[str | None, str]]:
+        yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
+        yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
+        yield _read_toml("prefect.toml").get("api", {}).get("url"), "the api url in prefect.toml"
+        tool = _read_toml("pyproject.toml").get("tool", {})
+        yield tool.get("prefect", {}).get("api", {}).get("url"), "the api url in pyproject.toml"
+        home = os.environ.get("PREFECT_HOME") or "~/.prefect"
+        profiles = _read_toml(os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml")
+        name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+        url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
+        yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
+
+    # A later place is not read if an earlier one decides.
+    return next(((url.rstrip("/"), origin) for url, origin in places() if url), None)
 
 
-def _api_urls() -> Iterator[tuple[str | None, str]]:
-    """Yield what each place says, and its name; a later place is not read if an earlier one decides."""
-    yield os.environ.get("PREFECT_API_URL"), "PREFECT_API_URL"
-    yield dotenv_values(".env").get("PREFECT_API_URL"), "PREFECT_API_URL in .env"
-    yield _read_toml(Path("prefect.toml")).get("api", {}).get("url"), "the api url in prefect.toml"
-    tool = _read_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {})
-    yield tool.get("api", {}).get("url"), "the api url in pyproject.toml"
-    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    profiles = _read_toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
-    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
-    url = profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")
-    yield url, f"PREFECT_API_URL of the Prefect profile {name!r}"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ServerError(f"cannot read Prefect's settings from {path}: {one_line(error)}; fix that file") from error
 
 
-def _check_configured(api_url: str, origin: str) -> None:
-    """Make sure that a Prefect API answers at the configured address.
+def _problem_at(api_url: str, timeout_seconds: float) -> str | None:
+    """Return why an address is not that of a Prefect API that answers, or None.
 
-    Whether it lets this client in is left to prefect, which has the keys and the certificates.
-
-    Args:
-        origin: where the address is set, for the message.
-    Raises:
-        ServerError: nothing answers there, or something else does.
+    Whether the API lets this client in is left to prefect, which has the keys and the certificates.
     """
     import httpx
 
     try:
-        with http_client(api_url, _REMOTE_PROBE_SECONDS) as client:
+        with http_client(api_url, timeout_seconds) as client:
             answer = client.get("/health", follow_redirects=True)
-        # Prefect Cloud asks for the key first.
-        if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
-            return
-        problem = f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        if "CERTIFICATE" in str(error):
-            return
-        problem = f"no answer ({one_line(error)})"
-    raise ServerError(
-        f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
-        "PREFECT_API_URL to have a local one started"
-    )
-
-
-def _answers_health(api_url: str) -> bool:
-    import httpx
-
-    try:
-        with http_client(api_url, _LOCAL_PROBE_SECONDS) as client:
-            return client.get("/health").json() is True
-    except (httpx.HTTPError, ValueError):
-        return False
+        return None if "CERTIFICATE" in str(error) else f"no answer ({one_line(error)})"
+    # Prefect Cloud asks for the key first.
+    if answer.text == "true" or answer.status_code in (401, 403) or "/workspaces/" in api_url:
+        return None
+    return f"what answers ({answer.status_code}) is not a Prefect API; does the address end in /api?"
 
 
 def _start_server(home: Path, port: int | None) -> Server:
     """Start a server that outlives this process, and wait until it answers.
 
     Args:
-        home: existing folder for its database, its log and its record.
         port: port to listen on; None for 4200, or any free one if that is taken.
-    Raises:
-        ServerError: it does not come up.
     """
     for _ in range(_START_ATTEMPTS):
         chosen = _free_port(port or _DEFAULT_PORT) or (None if port else _free_port(0))
@@ -281,31 +270,38 @@ def _start_server(home: Path, port: int | None) -> Server:
         try:
             server_pidfile(home).write(process.pid, api_url)
             if _wait_until_healthy(api_url, home, process):
-                return Server.own(home, api_url, process.pid, started=True)
+                return _own_server(home, api_url, process.pid, started=True)
         except BaseException:  # also Ctrl-C: no half-started server stays
             process.kill()
             process.wait()
             raise
     log = server_log(home)
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = filter(None, map(str.strip, log.read_text(encoding="utf-8", errors="replace").splitlines()))
     raise ServerError(
         f"the Prefect server did not come up: it ended with status {process.returncode}; "
-        f"its log {log} ends with: {' / '.join(lines[-4:]) or '(nothing)'}"
+        f"its log {log} ends with: {' / '.join([*lines][-4:]) or '(nothing)'}"
     )
 
 
 def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start a server's process, detached from this terminal."""
+    """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
+    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE")
+    user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
+    # The page in the browser learns from the host and the port, not from the command line, where the API is.
+    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_HOST": _HOST, "PREFECT_SERVER_API_PORT": str(port)}
+    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in user):
+        # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
+        own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     log, lock = server_log(home), server_pidfile(home).lock_path
-    arguments = [str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
+    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
     with storage_errors(log):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-c", _HOLD_LOCK_AND_SERVE, *arguments],
+                [sys.executable, *arguments],
                 cwd=home,  # prefect reads settings from files in its working directory
-                env=_server_environment(home, port),
+                env={**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **user, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -313,38 +309,14 @@ def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
             )
 
 
-def _server_environment(home: Path, port: int) -> dict[str, str]:
-    """Return the environment of the server: the user's, without what belongs to clients and to runs."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE") and not name.startswith("PREFECT__")
-    }
-    if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in kept):
-        # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
-        kept["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
-    own = {
-        "PREFECT_HOME": str(home),
-        # The page in the browser learns from these, not from the command line, where the API is.
-        "PREFECT_SERVER_API_HOST": _HOST,
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
-    return {**_PREFECT_ENVIRONMENT, **_SERVER_ENVIRONMENT, **kept, **own}
-
-
 def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[bytes] | None = None) -> bool:
-    """Wait until a server that is starting or busy answers.
+    """Wait until the server of a folder, which may be starting or busy, answers; return False if it has ended.
 
     Args:
-        home: folder of the server.
         process: its process if this process started it.
-    Returns:
-        False if it has ended.
-    Raises:
-        ServerError: it lives but does not answer in time.
     """
     deadline = time.monotonic() + _START_SECONDS
-    while not _answers_health(api_url):
+    while _problem_at(api_url, _LOCAL_PROBE_SECONDS):
         if (process.poll() is not None) if process else not server_pidfile(home).is_running():
             return False
         if time.monotonic() > deadline:
@@ -352,31 +324,17 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
                 f"the Prefect server at {api_url} has not answered for {_START_SECONDS:.0f} s; its log is "
                 f"{server_log(home)}; run `make stop` and try again"
             )
-        time.sleep(_POLL_SECONDS)
+        time.sleep(0.1)
     return True
 
 
 def _free_port(port: int) -> int | None:
     """Return the port, or any free one for 0; None if another program listens on it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+    with socket.socket() as listener, suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left counts as free
-        try:
-            listener.bind((_HOST, port))
-        except OSError:
-            return None
-        found: int = listener.getsockname()[1]
-        return found
-
-
-def _point_prefect_at(server: Server) -> None:
-    """Give prefect the server's address, for this process and for the flow runs it starts."""
-    os.environ["PREFECT_API_URL"] = server.api_url
-    for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
-        hosts = [each for each in os.environ.get(name, "").split(",") if each]
-        if _HOST not in hosts and "*" not in hosts:
-            os.environ[name] = ",".join([*hosts, _HOST])
-    if "prefect.context" in sys.modules:
-        importlib.import_module("prefect.context").refresh_global_settings_context()
+        listener.bind((_HOST, port))
+        return int(listener.getsockname()[1])
+    return None
 
 
 @contextmanager
@@ -384,31 +342,16 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
     """Let one process at a time start or stop a server; the others wait, and then find it."""
     lock = FileLock(home / "server.lock")
     with storage_errors(home):
-        try:
-            lock.acquire(timeout=2 * _START_SECONDS)
-        except Timeout as error:  # inside, because it is an OSError too
-            raise ServerError(
-                f"another process has been starting a Prefect server for minutes; end what holds {lock.lock_file}"
-            ) from error
+        lock.acquire(timeout=2 * _START_SECONDS)
     try:
         yield
     finally:
         lock.release()
 
 
-def _stop_command(home: Path) -> str:
-    """Return the shortest command that stops the server of a folder, to be typed where this process runs."""
-    if home == (_ARTIFACTS / ".prefect").resolve() and Path("Makefile").is_file():
-        return "make stop"
-    command_line = shlex.join([sys.executable, "-m", "flows.server", "stop"])
-    if home.name == ".prefect":
-        return f"{command_line} --artifacts {shlex.quote(str(home.parent))}"
-    return f"PREFECT_HOME={shlex.quote(str(home))} {command_line}"
-
-
 app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")
 
-PortOption = Annotated[int | None, typer.Option(help="Port; default: 4200, or any free one.", min=1, max=65535)]
+PortOption = Annotated[int | None, typer.Option(help="Port. Default: 4200, or any free one.", min=1, max=65535)]
 
 
 @app.command()
@@ -434,10 +377,8 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     """Show what this project runs in the background, the next run, and the last error of the server."""
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
-    values = {
-        "server": None if server is None else {**asdict(server), "healthy": nightly.healthy},
-        **{name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")},
-    }
+    values: dict[str, Any] = {name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")}
+    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.healthy}
     show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 
 

@@ -1,22 +1,30 @@
-"""The flows under a real Prefect server: states, caching of finished stages, artifacts, logs, parameters."""
+"""The flows under a real Prefect server: states, caching of finished stages, artifacts, logs, parameters; a flow run
+crashes if its process is killed, and goes on if its progress cannot be sent.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import numpy as np
 import pytest
 from PIL import Image
-from prefect import State
+from prefect import Flow, State, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -28,7 +36,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
-from prefect.states import AwaitingRetry
+from prefect.settings import PREFECT_API_URL
+from prefect.states import AwaitingRetry, Completed, Pending, Running
 from tiny_models import write_digits, write_model
 
 import flows.classify_flow
@@ -41,11 +50,22 @@ from cnnpipe.settings import ClassifySettings, PrepareSettings, PromoteSettings,
 from flows import flow_runs
 from flows.artifacts import _code, _text
 from flows.classify_flow import classify
+from flows.flow_runs import crash_silent_runs, progress_artifact
 from flows.retrain_flow import retrain
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-ONE_EPOCH = TrainSettings(epochs=1)
+ENDLESS_RUN: Final = """
+import time
+from prefect import flow, runtime
+
+@flow(name="retrain")
+def retrain():
+    print(runtime.flow_run.id, flush=True)
+    time.sleep(3600)
+
+retrain()
+"""
 
 
 @pytest.fixture
@@ -86,21 +106,63 @@ def task_states(client: SyncPrefectClient, state: State[Any]) -> dict[str, list[
     return states
 
 
+@dataclass(frozen=True)
+class Retried:
+    """A retraining whose last stage failed, and which was then retried; its run folder, and its files before that."""
+
+    failed: State[Any]
+    retried: State[Any]
+    artifacts: Path
+    before: dict[str, int]
+    """Time of modification of each file of the run folder, in nanoseconds."""
+
+    @property
+    def run(self) -> Path:
+        (run,) = list_runs(self.artifacts, "digits")
+        return run
+
+    def files(self) -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in self.run.iterdir()}
+
+
+def retry(work: Flow[..., Any], failed: State[Any]) -> State[Any]:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
+        state = run_flow(work, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+    assert isinstance(state, State)
+    return state
+
+
 @pytest.fixture(scope="module")
-def promoted(prefect_server: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[State[Any], Path]:
-    """The state of a retraining that made a champion, and its artifacts."""
-    artifacts = tmp_path_factory.mktemp("promoted")
-    return run_retrain(train=ONE_EPOCH, data=str(data), artifacts=str(artifacts)), artifacts
+def retrained(prefect_server: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Retried:
+    """The one training of these tests."""
+    artifacts = tmp_path_factory.mktemp("retrained")
+    alias = artifacts / "digits" / "champion"
+    alias.parent.mkdir()
+    alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
+    promote = PromoteSettings(min_accuracy=1.0)
+    failed = run_retrain(train=TrainSettings(epochs=1), promote=promote, data=str(data), artifacts=str(artifacts))
+    before = Retried(failed, failed, artifacts, {}).files()
+    alias.unlink()
+    return Retried(failed, retry(retrain, failed), artifacts, before)
 
 
-def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
-    client: SyncPrefectClient, promoted: tuple[State[Any], Path]
-) -> None:
-    state, artifacts = promoted
-    assert (state.type.value, state.name) == ("COMPLETED", "Promoted")
-    run = champion_run(artifacts, "digits")
-    assert run is not None
-    assert state.result()["run"] == str(run)
+def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpromoted(retrained: Retried) -> None:
+    with pytest.raises(RegistryError, match="20200101T000000Z"):
+        retrained.failed.result()
+
+    state = retrained.retried
+    assert (state.type.value, state.name) == ("COMPLETED", "NotPromoted")
+    assert "below the floor of 1.0000" in (state.message or "")
+    assert state.result()["run"] == str(retrained.run)
+    assert champion_run(retrained.artifacts, "digits") is None
+    after = retrained.files()
+    assert set(after) - set(retrained.before) == {"promotion.json", "manifest.json"}
+    assert after.items() >= retrained.before.items()
+
+
+def test_retrain_chains_every_stage_and_shows_it_in_the_ui(client: SyncPrefectClient, retrained: Retried) -> None:
+    state = retrained.retried
     assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote"}
     flow_run = client.read_flow_run(flow_run_id(state))
     assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
@@ -110,14 +172,17 @@ def test_retrain_chains_every_stage_and_shows_it_in_the_ui(
     assert keys <= set(shown)
     assert shown["training-report"].count("](data:image/png;base64,") == 4
     assert shown["confusion-matrix"].count("](data:image/png;base64,") == 1
-    assert shown["promotion-decision"].startswith("# Promoted")
+    assert shown["promotion-decision"].startswith("# Not promoted\n\nTest accuracy ")
+    assert [cells(line)[0] for line in shown["promotion-decision"].splitlines() if line.startswith("| fp32")] == [
+        "fp32"
+    ]
     assert shown["training-progress"] == 100.0
 
 
-def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, promoted: tuple[State[Any], Path]) -> None:
-    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(promoted[0])]))
+def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, retrained: Retried) -> None:
+    own = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id(retrained.retried)]))
     text, deadline = "", time.monotonic() + 20
-    while "promoted:" not in text and time.monotonic() < deadline:
+    while "not promoted:" not in text and time.monotonic() < deadline:
         time.sleep(0.5)  # logs are sent in batches, every two seconds
         text = "\n".join(log.message for log in client.read_logs(log_filter=own, limit=200))
     assert "319,178" in text
@@ -173,34 +238,6 @@ def test_text_in_a_report_begins_no_markup() -> None:
     )
 
 
-def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpromoted(
-    client: SyncPrefectClient, data: Path, tmp_path: Path
-) -> None:
-    alias = tmp_path / "digits" / "champion"
-    alias.parent.mkdir()
-    alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
-    promote = PromoteSettings(min_accuracy=1.0)
-    failed = run_retrain(train=ONE_EPOCH, promote=promote, data=str(data), artifacts=str(tmp_path))
-    with pytest.raises(RegistryError, match="20200101T000000Z"):
-        failed.result()
-    (run,) = list_runs(tmp_path, "digits")
-    before = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
-
-    alias.unlink()
-    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
-    retried = run_flow(retrain, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
-
-    assert isinstance(retried, State)
-    assert (retried.type.value, retried.name) == ("COMPLETED", "NotPromoted")
-    assert "below the floor of 1.0000" in (retried.message or "")
-    assert champion_run(tmp_path, "digits") is None
-    assert list_runs(tmp_path, "digits") == [run]
-    after = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
-    assert set(after) - set(before) == {"promotion.json", "manifest.json"}
-    del after["promotion.json"], after["manifest.json"]
-    assert after == before
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -230,13 +267,19 @@ def test_the_form_offers_every_setting_with_its_description() -> None:
     assert all(field.get("description") for field in classify.parameters.properties.values())
 
 
-def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path) -> None:
+def test_classify_shows_its_summary(
+    client: SyncPrefectClient, retrained: Retried, photos: Path, tmp_path: Path
+) -> None:
     report = tmp_path / "sheet.html"
     settings = ClassifySettings(
-        folder=str(photos), output=str(tmp_path / "table.csv"), min_probability=1.0, report=str(report)
+        folder=str(photos),
+        model=str(retrained.run),
+        output=str(tmp_path / "table.csv"),
+        min_probability=1.0,
+        report=str(report),
     )
 
-    state = run_classify(settings, artifacts)
+    state = run_classify(settings, tmp_path)
 
     summary = state.result()
     assert summary["found"] == 13
@@ -251,6 +294,7 @@ def test_classify_shows_its_summary(client: SyncPrefectClient, artifacts: Path, 
     assert [f"uncertain: a probability below {1:g}", str(summary["uncertain"])] in rows
     assert all([name, str(count)] in rows for name, count in summary["classes"].items())
     assert ["not_an_image", "1"] in rows
+    assert rows[-1] == ["in all (stages overlap)", f"{summary['seconds']['total']:,.2f}"]
     assert f"in {summary['precision']}; slowest stage: {summary['slowest_stage']}." in text
     assert f"Contact sheet, with thumbnails of each class and of the errors: `{report}`." in text
 
@@ -274,10 +318,8 @@ def test_a_failed_classification_that_is_retried_goes_on_from_its_shards(
     assert 0 < artifacts_of(client, failed)["classification-progress"] < 100
     assert re.search(r"classify: 0 failed: \d+/75 images, \d+ %, [\d,]+ images/s, [\d:]+ left", caplog.text)
 
-    client.set_flow_run_state(flow_run_id(failed), AwaitingRetry(), force=True)
-    retried = run_flow(classify, flow_run=client.read_flow_run(flow_run_id(failed)), return_type="state")
+    retried = retry(classify, failed)
 
-    assert isinstance(retried, State)
     summary = retried.result()
     assert (summary["found"], summary["resumed"] % 16, summary["resumed"] >= 16) == (75, 0, True)
     assert Path(summary["table"]).read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
@@ -301,11 +343,13 @@ def progress_until_the_disk_is_full(key: str) -> Iterator[ProgressCallback]:
 
 
 def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
-    client: SyncPrefectClient, artifacts: Path, photos: Path, tmp_path: Path
+    client: SyncPrefectClient, retrained: Retried, photos: Path, tmp_path: Path
 ) -> None:
-    settings = ClassifySettings(folder=str(photos), output=str(tmp_path / "table.csv"), max_failure_rate=0.0)
+    settings = ClassifySettings(
+        folder=str(photos), model=str(retrained.run), output=str(tmp_path / "table.csv"), max_failure_rate=0.0
+    )
 
-    state = run_classify(settings, artifacts)
+    state = run_classify(settings, tmp_path)
 
     assert state.type.value == "FAILED"
     with pytest.raises(FailureBudgetError, match="1 of 13 files failed") as caught:
@@ -314,3 +358,73 @@ def test_too_many_failures_fail_the_run_but_leave_table_and_summary(
     assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "table.csv.summary.json").read_bytes())
     assert (tmp_path / "table.csv").exists()
     assert "classification-summary" in artifacts_of(client, state)
+
+
+@flow(name="somebody else's")
+def foreign() -> None:
+    pass
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def test_a_run_whose_process_is_killed_crashes_and_no_other_one_does() -> None:
+    crash_silent_runs(timedelta(seconds=10))  # Prefect takes no less
+    with get_client(sync_client=True) as client:
+        settings = {"settings": {"folder": "photos"}}
+        pending = client.create_flow_run(classify, parameters=settings, state=Pending()).id
+        other = client.create_flow_run(foreign, state=Pending()).id
+        finished = client.create_flow_run(retrain, state=Pending()).id
+        client.set_flow_run_state(finished, Running())
+        client.set_flow_run_state(finished, Completed(name="Promoted"))
+
+        def has_heartbeat(run: UUID) -> bool:
+            wanted = {
+                "event": {"name": ["prefect.flow-run.heartbeat"]},
+                "any_resource": {"id": [f"prefect.flow-run.{run}"]},
+            }
+            return bool(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])
+
+        environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+        command = [sys.executable, "-c", ENDLESS_RUN]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            killed = UUID(process.stdout.readline().strip())
+            _wait_for(lambda: has_heartbeat(killed))
+            assert client.read_flow_run(killed).state_name == "Running"
+            process.kill()
+
+        _wait_for(lambda: all(client.read_flow_run(each).state_name == "Crashed" for each in (killed, pending)))
+        states = [client.read_flow_run(each).state_name for each in (other, finished)]
+        # One that goes on, because it was the server that was away, still ends in its own state.
+        client.set_flow_run_state(pending, Completed(name="Promoted"))
+        assert client.read_flow_run(pending).state_name == "Promoted"
+    assert states == ["Pending", "Promoted"]
+
+
+def test_progress_that_cannot_be_sent_ends_no_work_and_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flow_runs, "_SECONDS_BETWEEN_UPDATES", 0.05)
+    attempts = threading.Semaphore(0)
+
+    def lose(*_: object) -> None:
+        attempts.release()
+        raise OSError("no route to the server")
+
+    monkeypatch.setattr(flow_runs, "update_progress_artifact", lose)
+
+    @flow
+    def work() -> str:
+        with progress_artifact("work-progress") as update:
+            for done in range(3):
+                update("train", done, 10)
+                assert attempts.acquire(timeout=30)
+        return "done"
+
+    assert work() == "done"
+    assert caplog.text.count("the server does not take the progress of this run: no route to the server") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,14 @@ def test_nightly_retrains_with_the_settings_on_schedule(tmp_path: Path) -> None:
     sections = {name: value for name, value in (nightly.parameters or {}).items() if name not in folders}
     assert RetrainSettings.model_validate(sections) == SETTINGS
     retrain.validate_parameters(nightly.parameters or {})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are text there")
+def test_folders_whose_path_is_not_text_can_be_sent_to_the_server() -> None:
+    folder = Path(os.fsdecode(b"/F\xe9"))
+    nightly, bulk = build_deployments(SETTINGS, SCHEDULE, folder, folder)
+    values = {**(nightly.parameters or {}), "bulk": (bulk.parameters or {})["artifacts"]}
+    assert [values[name] for name in ("data", "artifacts", "bulk")] == [r"/F\xe9"] * 3
 
 
 def test_nightly_never_overlaps_itself_nor_queues_up(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The server: found or started, by real processes with folders and a port of their own; and what is served on it."""
+"""The server, the commands that run a flow on it, and the schedule: real processes, with one server for all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,14 +17,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 from zoneinfo import ZoneInfo
 
+import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound
 from servers import assert_quiet, clean_environment, free_port
 
-from cnnpipe.errors import ServerError
-from cnnpipe.nightly import logged_errors, server_log
-from flows.server import configured_api_url
+from cnnpipe.errors import ServerError, UsageError
+from cnnpipe.nightly import logged_errors, look_at_nightly, server_log
+from flows.commands import _lost_server
+from flows.server import Server, configured_api_url, ensure_server, stop_server
 
 ROOT: Final = Path(__file__).parents[2]
 NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
@@ -62,18 +67,21 @@ def toy():
 toy()
 """
 
+LATER_STARTS: Final = """
+import json, os, sys
+from dataclasses import asdict
+from pathlib import Path
+from flows.server import ensure_server
 
-def _run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    environment = clean_environment(**variables)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+home, other = map(Path, sys.argv[1:])
+found = ensure_server(home)  # from here on it is configured, too
+print(json.dumps([asdict(each) for each in (found, ensure_server(home), ensure_server(other))]))
+"""
 
 
-def _server(action: str, artifacts: Path, *options: str, **variables: str) -> dict[str, Any]:
-    result = _run("-m", "flows.server", action, "--artifacts", str(artifacts), "--json", *options, **variables)
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
-    return answer
+def _restore_sigint() -> None:
+    """Undo what a shell does to the processes it starts in the background: they would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -83,7 +91,7 @@ def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(response)
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -91,74 +99,246 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 @dataclass(frozen=True)
-class Started:
+class Place:
+    """Where commands run: their artifacts, and the port of their server."""
+
     artifacts: Path
     port: int
-    answers: list[dict[str, Any]]
 
     @property
     def home(self) -> Path:
         return self.artifacts / ".prefect"
 
     @property
-    def data(self) -> Path:
-        return self.artifacts.parent / "data"
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def api_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api"
+        return f"{self.url}/api"
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Start Python in a process group of its own, with SIGINT as in the foreground of a terminal."""
+        folders = {"CNNPIPE_ARTIFACTS": str(self.artifacts), "CNNPIPE_DATA": str(self.artifacts.parent / "data")}
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=clean_environment(**folders, **variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_restore_sigint,
+        )
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*arguments, **variables) as process:
+            stdout, stderr = process.communicate(timeout=200)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def server(self, *arguments: str, **variables: str) -> dict[str, Any]:
+        """Return the JSON answer of a command of `flows.server`."""
+        result = self.run("-m", "flows.server", *arguments, "--json", **variables)
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
+        return answer
+
+    def flow_run(self, address: str) -> dict[str, Any]:
+        """Return what the API tells of the run whose address in the UI a command has printed."""
+        return dict(_ask(f"{self.api_url}/flow_runs/{address.removeprefix(f'{self.url}/runs/flow-run/')}"))
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+def starts() -> list[dict[str, Any]]:
+    """What the two commands have answered that started the server of `place`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """One server for the module, started by two processes at once."""
-    artifacts = tmp_path_factory.mktemp("server") / "My%20 a?b#c é"  # all that a URL quotes
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "flows.server",
-        "start",
-        "--json",
-        "--port",
-        str(port),
-        "--artifacts",
-        str(artifacts),
-    ]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    place = Place(tmp_path_factory.mktemp("server") / "My%20 a?b#c é", free_port())  # all that a URL quotes
+    processes = [place.start("-m", "flows.server", "start", "--json", "--port", str(place.port)) for _ in range(2)]
     try:
-        answers = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
-        yield Started(artifacts, port, answers)
+        starts += [json.loads(process.communicate(timeout=200)[0]) for process in processes]
+        yield place
     finally:
-        _run("-m", "flows.server", "stop", "--artifacts", str(artifacts))
-    assert_quiet(server_log(artifacts / ".prefect"), NO_DATE)
+        place.run("-m", "flows.server", "stop")
+    assert_quiet(server_log(place.home), NO_DATE)
 
 
-def test_two_starts_at_once_make_one_server(started: Started) -> None:
-    assert sorted(answer["started"] for answer in started.answers) == [False, True]
-    assert {answer["api_url"] for answer in started.answers} == {started.api_url}
-    assert len({answer["pid"] for answer in started.answers}) == 1
+@pytest.fixture
+def _clean_environment() -> Iterator[None]:
+    with mock.patch.dict(os.environ, clean_environment(), clear=True):
+        yield
 
 
-def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown(started: Started) -> None:
-    impatient = "import flows.serve; flows.serve._SECONDS_TO_SCHEDULE = 8; flows.serve.main()"
-    folders = ("--artifacts", str(started.artifacts), "--data", str(started.data))
-    result = _run("-c", impatient, "--cron", "0 2 30 2 *", *folders)
-    assert result.returncode == 1
-    log = re.escape(str(server_log(started.home)))
-    assert re.search(
-        rf"^error: the server has scheduled no run .* in 8 s; look into its log, {log}, ", result.stderr, re.M
-    )
+def test_two_starts_at_once_make_one_server(place: Place, starts: list[dict[str, Any]]) -> None:
+    assert sorted(answer["started"] for answer in starts) == [False, True]
+    assert {answer["api_url"] for answer in starts} == {place.api_url}
+    assert len({answer["pid"] for answer in starts}) == 1
+
+
+def test_later_start_uses_the_running_server_configured_or_not(
+    place: Place, starts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    result = place.run("-c", LATER_STARTS, str(place.home), str(tmp_path / ".prefect"))
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout)
+    own = (place.api_url, False, starts[0]["pid"])
+    assert [(each["api_url"], each["started"], each["pid"]) for each in answers] == [own, own, (*own[:2], None)]
+
+
+def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(place: Place) -> None:
+    settings = _ask(f"{place.api_url}/admin/settings")
+    assert settings["home"] == str(place.home)
+    assert settings["server"]["analytics_enabled"] is False
+    assert (place.home / "prefect.db").is_file()
+    assert _ask(f"{place.url}/ui-settings")["api_url"] == place.api_url, "the page asks its own server"
+
+
+@pytest.mark.usefixtures("_clean_environment")
+def test_server_of_another_project_is_left_alone(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match=rf"port {place.port} on 127\.0\.0\.1 is taken by another program"):
+        ensure_server(tmp_path, port=place.port)
+    assert stop_server(tmp_path) == []
+    assert _ask(f"{place.api_url}/health") is True
+
+
+def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "toy.py"
+    script.write_text(TOY_FLOW)
+    result = place.run(str(script), str(place.home), PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
+    assert "Error" not in result.stderr
 
-    (error,) = logged_errors(server_log(started.home))
-    assert re.fullmatch(NO_DATE, error)
-    assert _server("status", started.artifacts)["last_error"] == error
-    doctor = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts))
-    assert re.search(rf"^nightly\.last error +{re.escape(error)}$", doctor.stdout, re.MULTILINE)
+    (run,) = _ask(f"{place.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
+    assert run["state_type"] == "COMPLETED"
+    of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    assert [each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)] == ["toy-report"]
+
+    logs = _ask(f"{place.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    library = {each["message"]: each["task_run_id"] is not None for each in logs if each["name"].startswith("cnnpipe")}
+    assert library == {"in flow": False, "in task 0": True, "in task 1": True, "in task 2": True, "last words": False}
+
+    def counted() -> dict[str, int]:
+        by_run = {"any_resource": {"id": [f"prefect.flow-run.{run['id']}"]}}
+        events = _ask(f"{place.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
+        names = [event["event"].removeprefix("prefect.") for event in events]
+        return {name: names.count(name) for name in ("flow-run.Completed", "task-run.Completed", "artifact.created")}
+
+    # The server writes events in batches, every five seconds.
+    _wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
+
+
+@pytest.fixture(scope="module")
+def retrained(place: Place) -> subprocess.CompletedProcess[str]:
+    """A retraining of one epoch that made a champion."""
+    return place.run("-m", "flows.retrain", "digits", "--epochs", "1")
+
+
+def _address(stderr: str) -> str:
+    (address,) = re.findall(r"^look at this run:   (\S+)$", stderr, re.MULTILINE)
+    return str(address)
+
+
+def _errors(stderr: str) -> list[str]:
+    assert "Traceback" not in stderr
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.lock
+def test_retrain_prints_the_run_its_address_and_how_to_stop_the_server(
+    place: Place, retrained: subprocess.CompletedProcess[str]
+) -> None:
+    assert (retrained.returncode, _errors(retrained.stderr)) == (0, [])
+    result = dict(line.split(maxsplit=1) for line in retrained.stdout.splitlines())
+    assert list(result) == ["run", "accuracy", "promoted", "reason"]
+    assert (Path(result["run"]) / "manifest.json").is_file()
+    address = _address(retrained.stderr)
+    assert place.flow_run(address)["state_name"] == "Promoted"
+    (automation,) = _ask(f"{place.api_url}/automations/filter", {})
+    assert automation["name"] == "cnnpipe: crash runs without a heartbeat"
+    assert f"this run in the Prefect UI: {address}\n" in retrained.stderr
+    assert re.search(r"^to stop the server: \S+ -m flows\.server stop --artifacts ", retrained.stderr, re.MULTILINE)
+
+
+def test_a_failing_flow_is_one_line_and_with_json_an_object(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "only class").mkdir()
+    (tmp_path / "only class" / "image.png").touch()
+    result = place.run("-m", "flows.retrain", str(tmp_path), "--json")
+    assert result.returncode == 1
+    (error,) = _errors(result.stderr)
+    assert "need at least two classes" in error
+    failure = json.loads(result.stdout)
+    assert (failure["status"], failure["kind"]) == ("failed", "DatasetError")
+    assert error == f"error: {failure['error']}"
+    assert place.flow_run(_address(result.stderr))["state_type"] == "FAILED"
+
+
+@pytest.mark.lock
+@pytest.mark.usefixtures("retrained")
+def test_too_many_failures_are_exit_status_3_after_the_result(place: Place, photos: Path, tmp_path: Path) -> None:
+    options = ("--output", str(tmp_path / "table.csv"), "--max-failure-rate", "0", "--json")
+    result = place.run("-m", "flows.classify", str(photos), *options)
+    assert result.returncode == 3
+    (error,) = _errors(result.stderr)
+    assert error.startswith("error: 1 of 13 files failed")
+    (line,) = result.stdout.splitlines()
+    summary = json.loads(line)
+    assert (summary.pop("status"), summary.pop("ui")) == ("too_many_failures", _address(result.stderr))
+    assert summary == json.loads((tmp_path / "table.csv.summary.json").read_bytes())
+    assert place.flow_run(_address(result.stderr))["state_type"] == "FAILED"
+
+
+def _hear(process: subprocess.Popen[str], text: str) -> str:
+    """Return what a command prints on stderr until a text comes, with that line."""
+    assert process.stderr is not None
+    heard = ""
+    while text not in heard:
+        line = process.stderr.readline()
+        assert line, heard
+        heard += line
+    return heard
+
+
+@pytest.mark.usefixtures("retrained")
+def test_a_training_goes_on_without_its_server_until_ctrl_c_which_is_one_line_and_leaves_no_process(
+    place: Place,
+) -> None:
+    impatient = {"PREFECT_CLIENT_MAX_RETRIES": "0"}  # else Prefect would wait for the server for a minute
+    with place.start("-m", "flows.retrain", "digits", "--epochs", "100000", **impatient) as process:
+        heard = _hear(process, "epoch 1/")
+        os.kill(json.loads((place.home / "server.json").read_text())["pid"], signal.SIGKILL)
+        heard += _hear(process, "the server does not take the progress of this run: ")
+        assert place.server("start", "--port", str(place.port))["started"]
+        (address,) = re.findall(r"this run in the Prefect UI: (\S+)", heard)
+        _hear(process, "epoch ")
+        assert place.flow_run(address)["state_name"] == "Running"
+
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    ended = [line for line in stderr.splitlines() if not line.startswith("epoch ")]
+    assert ended == ["interrupted; finished work is kept"]
+    assert stdout == ""
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert place.flow_run(address)["state_type"] in ("CRASHED", "CANCELLED")
+
+
+def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown(place: Place) -> None:
+    impatient = "import flows.serve as s; s._SECONDS_TO_SCHEDULE = 8; s.run_command(s._serve)"
+    result = place.run("-c", impatient, "--cron", "0 2 30 2 *")
+    assert result.returncode == 1
+    (error,) = _errors(result.stderr)
+    log = re.escape(str(server_log(place.home)))
+    assert re.match(rf"error: the server has scheduled no run .* in 8 s; look into its log, {log}, ", error)
+
+    (logged,) = logged_errors(server_log(place.home))
+    assert re.fullmatch(NO_DATE, logged)
+    assert look_at_nightly(place.home).last_error == logged
 
 
 @dataclass(frozen=True)
@@ -171,114 +351,90 @@ class Serving:
 
     def next_run(self) -> str:
         """Return what is printed as the next run, as soon as it is."""
-        _wait_for(lambda: "next run:" in self.output(), 60)
+        _wait_for(lambda: "next run:" in self.output() or self.process.poll() is not None)
         (found,) = re.findall(r"^next run:    (.*)$", self.output(), re.MULTILINE)
         return str(found)
 
 
 @pytest.fixture(scope="module")
-def serving(started: Started, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Start `flows.serve` with a short training every minute; the clock goes on while other tests run."""
     printed = tmp_path_factory.mktemp("serve") / "output"
-    command = [sys.executable, "-m", "flows.serve", "digits", "--epochs", "1", "--cron", "* * * * *"]
-    folders = ["--artifacts", str(started.artifacts), "--data", str(started.data), "--timezone", "Europe/Rome"]
+    command = [sys.executable, "-m", "flows.serve", "digits", "--name", "nightly", "--epochs", "1"]
+    schedule = ["--cron", "* * * * *", "--timezone", "Europe/Rome"]
+    folders = ["--artifacts", str(place.artifacts), "--data", str(place.artifacts.parent / "data")]
     with printed.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *folders], cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+            [*command, *schedule, *folders], cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
         )
     yield Serving(process, printed)
     process.terminate()
     process.wait(timeout=60)
 
 
-def test_serve_offers_both_deployments_and_prints_the_run_that_is_scheduled(started: Started, serving: Serving) -> None:
+def test_serve_offers_both_deployments_and_prints_the_run_that_is_scheduled(place: Place, serving: Serving) -> None:
     announced = serving.next_run()
     introduction = serving.output().partition("\nnext run:")[0].splitlines()
     assert introduction[0].startswith("Prefect UI:  ")
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
-    assert f"PREFECT_API_URL={started.api_url}" in serving.output()
-    paused = {each["name"]: each["paused"] for each in _ask(f"{started.api_url}/deployments/filter", {})}
+    assert f"PREFECT_API_URL={place.api_url}" in serving.output()
+    paused = {each["name"]: each["paused"] for each in _ask(f"{place.api_url}/deployments/filter", {})}
     assert paused == {"nightly": False, "bulk": False}
-    next_runs = [_server("status", started.artifacts)["next_run"]]
-    doctor = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts), "--json")
-    next_runs.append(json.loads(doctor.stdout)["nightly"]["next_run"])
-    assert [announced, *next_runs] == sorted([announced, *next_runs])
+    status = place.server("status")
+    assert status["server"]["healthy"] is True
+    doctor = json.loads(place.run("-m", "cnnpipe.cli", "doctor", "--json").stdout)["nightly"]
+    assert re.fullmatch(NO_DATE, doctor["last_error"])
+    next_runs = [announced, status["next_run"], doctor["next_run"]]
+    assert next_runs == sorted(next_runs)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d Europe/Rome", each) for each in next_runs)
 
 
-def test_later_start_uses_the_running_server(started: Started) -> None:
-    again = _server("start", started.artifacts)
-    assert (again["api_url"], again["started"]) == (started.api_url, False)
-    assert _server("status", started.artifacts)["server"]["healthy"] is True
-
-
-def test_page_asks_the_api_of_its_own_server(started: Started) -> None:
-    assert _ask(f"http://127.0.0.1:{started.port}/ui-settings")["api_url"] == started.api_url
-
-
-def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(started: Started) -> None:
-    settings = _ask(f"{started.api_url}/admin/settings")
-    assert settings["home"] == str(started.home)
-    assert settings["server"]["analytics_enabled"] is False
-    assert (started.home / "prefect.db").is_file()
-
-
-def test_server_of_another_project_is_left_alone(started: Started, tmp_path: Path) -> None:
-    answer = _server("start", tmp_path / "other", "--port", str(started.port))
-    assert answer["error"].startswith(f"port {started.port} on 127.0.0.1 is taken by another program")
-    assert _server("stop", tmp_path / "other")["stopped"] == []
-    assert _ask(f"{started.api_url}/health") is True
-
-
-def test_configured_server_is_used(started: Started, tmp_path: Path) -> None:
-    answer = _server("start", tmp_path, PREFECT_API_URL=started.api_url)
-    assert (answer["api_url"], answer["started"], answer["pid"]) == (started.api_url, False, None)
-
-
-def test_own_server_is_known_when_it_is_configured_too(started: Started) -> None:
-    answer = _server("start", started.artifacts, PREFECT_API_URL=started.api_url)
-    assert answer["pid"] == started.answers[0]["pid"]
-
-
-def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(started: Started, tmp_path: Path) -> None:
-    script = tmp_path / "toy.py"
-    script.write_text(TOY_FLOW)
-    result = _run(str(script), str(started.home), PYTHONPATH=str(ROOT))
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Error" not in result.stderr
-
-    (run,) = _ask(f"{started.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
-    assert run["state_type"] == "COMPLETED"
-    of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-    assert [each["key"] for each in _ask(f"{started.api_url}/artifacts/filter", of_run)] == ["toy-report"]
-
-    logs = _ask(f"{started.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-    library = {each["message"]: each["task_run_id"] is not None for each in logs if each["name"].startswith("cnnpipe")}
-    assert library == {"in flow": False, "in task 0": True, "in task 1": True, "in task 2": True, "last words": False}
-
-    def counted() -> dict[str, int]:
-        by_run = {"any_resource": {"id": [f"prefect.flow-run.{run['id']}"]}}
-        events = _ask(f"{started.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
-        names = [event["event"].removeprefix("prefect.") for event in events]
-        return {name: names.count(name) for name in ("flow-run.Completed", "task-run.Completed", "artifact.created")}
-
-    # The server writes events in batches, every five seconds.
-    _wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
-
-
-def test_second_serve_is_an_error(started: Started, serving: Serving) -> None:
+def test_second_serve_is_an_error(place: Place, serving: Serving) -> None:
     serving.next_run()
-    second = _run("-m", "flows.serve", "--artifacts", str(started.artifacts))
+    second = place.run("-m", "flows.serve")
     assert second.returncode == 1
     assert re.search(rf"process {serving.process.pid} serves these deployments already; end it first: ", second.stderr)
+
+
+@pytest.mark.lock
+def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(place: Place, serving: Serving) -> None:
+    day, minute, timezone = serving.next_run().split()
+    due = datetime.fromisoformat(f"{day} {minute}").replace(tzinfo=ZoneInfo(timezone))
+
+    def run() -> dict[str, Any]:
+        runs = _ask(f"{place.api_url}/flow_runs/filter", NIGHTLY)
+        (found,) = (each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
+        return dict(found)
+
+    assert run()["auto_scheduled"] is True
+    _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
+    assert run()["state_name"] == "Promoted", serving.output()
+    of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
+    keys = {each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)}
+    assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
+    assert (place.artifacts / "nightly" / "champion").is_file()
+    _wait_for(lambda: "Finished in state Promoted(" in serving.output())
+
+
+def test_stop_ends_serve_and_the_server(place: Place, serving: Serving) -> None:
+    stopped = place.server("stop")["stopped"]
+    assert serving.process.wait(timeout=30) == 0
+    assert serving.output().endswith("the schedule has ended\n")
+    assert "Traceback" not in serving.output()
+    assert [line.partition(" (")[0] for line in stopped] == [
+        "stopped the scheduler",
+        f"stopped the Prefect server at {place.url}",
+    ]
+    assert stop_server(place.home) == []
+    status = place.server("status")
+    assert (status["server"], status["scheduler_pid"], status["next_run"]) == (None, None, None)
 
 
 @pytest.fixture
 def web_server() -> Iterator[int]:
     """The port of a web server that is not Prefect."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NoPrefect)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server.server_address[1]
     server.shutdown()
     server.server_close()
@@ -294,50 +450,62 @@ class _NoPrefect(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.usefixtures("_clean_environment")
 @pytest.mark.parametrize(
     ("api_url", "message"),
     [
         ("http://127.0.0.1:1/api", r"no Prefect server at http://127\.0\.0\.1:1/api, which PREFECT_API_URL names: no "),
         ("127.0.0.1:4200/api", r"is missing an 'http://' or 'https://' protocol"),
+        ("http://127.0.0.1:{port}", r"what answers \(200\) is not a Prefect API; does the address end in /api\?"),
     ],
 )
-def test_configured_server_that_does_not_answer_is_an_error(api_url: str, message: str, tmp_path: Path) -> None:
-    answer = _server("start", tmp_path, PREFECT_API_URL=api_url)
-    assert answer["kind"] == "ServerError"
-    assert re.search(message, answer["error"])
+def test_configured_address_without_prefect_is_an_error(
+    api_url: str, message: str, web_server: int, tmp_path: Path
+) -> None:
+    os.environ["PREFECT_API_URL"] = api_url.format(port=web_server)
+    with pytest.raises(ServerError, match=message):
+        ensure_server(tmp_path / ".prefect")
     assert not (tmp_path / ".prefect").exists()
 
 
-def test_configured_address_without_prefect_is_an_error(web_server: int, tmp_path: Path) -> None:
-    answer = _server("start", tmp_path, PREFECT_API_URL=f"http://127.0.0.1:{web_server}")
-    assert re.search(r"what answers \(200\) is not a Prefect API; does the address end in /api\?", answer["error"])
-
-
-def test_taken_port_is_an_error(web_server: int, tmp_path: Path) -> None:
-    answer = _server("start", tmp_path, "--port", str(web_server))
-    assert re.search(rf"port {web_server} on 127\.0\.0\.1 is taken by another program", answer["error"])
-
-
 def test_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_path: Path) -> None:
-    home = tmp_path / ".prefect"
-    home.mkdir()
-    (home / "prefect.db").write_text("this is no database")
-    answer = _server("start", tmp_path, "--port", str(free_port()))
-    assert re.search(r"did not come up: it ended with status \d+; its log .*server\.log ends with: ", answer["error"])
-    assert "\n" not in answer["error"]
-    assert _server("status", tmp_path)["server"] is None
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect" / "__init__.py").touch()
+    (tmp_path / "prefect" / "__main__.py").write_text("raise SystemExit('starting\\n\\nthe database is damaged')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    place = Place(tmp_path / "artifacts", free_port())
+    answer = place.server("start", "--port", str(place.port), PYTHONPATH=path)
+    log = re.escape(str(server_log(place.home)))
+    ending = "starting / the database is damaged"
+    assert re.search(rf"did not come up: it ended with status 1; its log {log} ends with: .*{ending}$", answer["error"])
+    assert look_at_nightly(place.home).shown()["server"] == "not running"
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+@pytest.mark.usefixtures("_clean_environment")
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are text there")
 def test_a_folder_whose_path_is_not_text_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    answer = _server("start", Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9")))
-    assert "a flow needs a folder whose path is UTF-8, received " in answer["error"]
+    with pytest.raises(UsageError, match="a flow needs a folder whose path is UTF-8, received "):
+        ensure_server(Path(os.fsdecode(os.fsencode(tmp_path) + b"/F\xe9")))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_server_module_loads_no_prefect() -> None:
-    result = _run("-c", "import sys, flows.server, flows.commands, flows.serve; print('prefect' in sys.modules)")
+    code = "import sys, flows.server, flows.commands, flows.serve; print('prefect' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ObjectNotFound(http_exc=ValueError("404")), "does not know this run any more, and this run has ended with it"),
+        (httpx.ConnectError("refused"), r"has stopped answering \(refused\), and this run has ended with it"),
+    ],
+)
+def test_a_server_that_is_lost_between_stages_is_one_line(error: Exception, message: str) -> None:
+    server = Server("http://127.0.0.1:1/api", "http://127.0.0.1:1", started=False, pid=None, how_to_stop="by hand")
+    with pytest.raises(ServerError, match=rf"at http://127\.0\.0\.1:1 {message}"), _lost_server(server):
+        raise error
 
 
 @pytest.mark.parametrize(
@@ -374,39 +542,3 @@ def test_settings_of_prefect_that_cannot_be_read_are_an_error(tmp_path: Path, mo
     (tmp_path / "prefect.toml").write_text("api = [")
     with pytest.raises(ServerError, match=r"cannot read Prefect's settings from prefect\.toml: .*; fix that file"):
         configured_api_url()
-
-
-@pytest.mark.lock
-def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(started: Started, serving: Serving) -> None:
-    day, minute, timezone = serving.next_run().split()
-    due = datetime.fromisoformat(f"{day} {minute}").replace(tzinfo=ZoneInfo(timezone))
-
-    def run() -> dict[str, Any]:
-        runs = _ask(f"{started.api_url}/flow_runs/filter", NIGHTLY)
-        (found,) = (each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
-        return dict(found)
-
-    assert run()["auto_scheduled"] is True
-    _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
-    assert run()["state_name"] == "Promoted", serving.output()
-    of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
-    keys = {each["key"] for each in _ask(f"{started.api_url}/artifacts/filter", of_run)}
-    assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
-    assert (started.artifacts / "digits" / "champion").is_file()
-    _wait_for(lambda: "Finished in state Promoted(" in serving.output())
-
-
-def test_stop_ends_serve_and_the_server(started: Started, serving: Serving) -> None:
-    stopped = _server("stop", started.artifacts)["stopped"]
-    assert serving.process.wait(timeout=30) == 0
-    assert serving.output().endswith("the schedule has ended\n")
-    assert "Traceback" not in serving.output()
-    assert [line.partition(" (")[0] for line in stopped] == [
-        "stopped the scheduler",
-        f"stopped the Prefect server at http://127.0.0.1:{started.port}",
-    ]
-    assert _server("stop", started.artifacts)["stopped"] == []
-    status = _server("status", started.artifacts)
-    assert (status["server"], status["scheduler_pid"], status["next_run"]) == (None, None, None)
-    shown = _run("-m", "cnnpipe.cli", "doctor", "--artifacts", str(started.artifacts))
-    assert re.search(r"^nightly\.server +not running$", shown.stdout, re.MULTILINE)
