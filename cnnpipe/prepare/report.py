@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +15,8 @@ from PIL import Image
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
+from cnnpipe.prepare.sources import SPLITS, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
-
-if TYPE_CHECKING:
-    from cnnpipe.prepare.sources import SourceImages
-
-__all__ = [
-    "DataReport",
-    "Leak",
-    "Unreadable",
-    "build_report",
-    "check_limits",
-    "compute_statistics",
-    "warn_of_unreadable",
-]
 
 _CHUNK_BYTES = 2**22
 
@@ -44,17 +30,6 @@ _DARK = 16
 """Mean brightness, 0-255, that an image with 16-bit values below 4,096 cannot reach."""
 _SAMPLE_FILES = 20
 """Number of files that are read again to find the range of their values."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A source file that is not an image, or a damaged one."""
-
-    path: str
-    kind: str
-    """One of `cnnpipe.images.decode.ERROR_KINDS`."""
-    message: str
-    """Error message, one line."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +110,6 @@ def _warn(offenders: Sequence[str], text: str) -> list[str]:
     return [f"{text}: {first_few(offenders)}"] if offenders else []
 
 
-def first_few(items: Sequence[str], number: int = 3) -> str:
-    """Return the first items of a list as text."""
-    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
-
-
 def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
     """Return a warning if some files are unreadable, else nothing."""
     number, total = len(unreadable), num_readable + len(unreadable)
@@ -158,7 +128,7 @@ def _find_leaks(
     splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
+    first: list[dict[str, int]] = [{} for _ in SPLITS]
     duplicates = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
         if (original := first[split].setdefault(digest, index)) != index:

@@ -1,8 +1,9 @@
-"""Where images come from: the built-in digits, the archive of CIFAR-10, or a user's folder.
+"""Where images come from: the built-in digits or a user's folder; the third source is in `cnnpipe.prepare.cifar10`.
 
 A source describes its content in two ways: `content()` returns the digest of it all, as cheaply as possible; `read()`
 returns the images, and the same digest with them. Without anything to compare with, a caller reads at once, so that
-everything is read only once.
+everything is read only once. `read()` takes the model's (height, width), for sources that decode, and the path of a
+file to write pixels to, which must outlive the result.
 
 A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which val and test may be missing, or
 `<root>/<class>/*`. In the folder of a class a file may lie at any depth. Names that begin with a dot, those that
@@ -12,7 +13,6 @@ A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which v
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import unicodedata
 from collections import Counter
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +31,16 @@ from cnnpipe.images.decode import read_file
 from cnnpipe.images.find import FileFilter, find_files
 from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out, name_leftover
 from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
-from cnnpipe.machine import usable_cores
-from cnnpipe.paths import escape_path, expand_path
-from cnnpipe.prepare.cifar10 import Archive, fetch_archive, read_cifar10
-from cnnpipe.prepare.report import Unreadable, first_few
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
+from cnnpipe.paths import escape_path
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.storage import storage_errors
 
-__all__ = ["FolderSource", "Source", "SourceImages", "list_image_folder", "list_scored_folder", "open_source"]
+SPLITS: Final = ("train", "val", "test")
+"""What images are for: to learn from, to choose the checkpoint by, and to judge the model on."""
+
+TRAIN: Final = 0
+VAL: Final = 1
+TEST: Final = 2
 
 _NOT_IMAGES: Final = frozenset({
     ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".rst", ".xml", ".xmp", ".aae", ".yaml", ".yml", ".toml",
@@ -69,7 +69,16 @@ _LAYOUTS: Final = "need <root>/{train,val,test}/<class>/* or <root>/<class>/*"
 _CHUNK_FILES: Final = 128
 _MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
 
-_logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A source file that is not an image, or a damaged one."""
+
+    path: str
+    kind: str
+    """One of `cnnpipe.images.decode.ERROR_KINDS`."""
+    message: str
+    """Error message, one line."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class SourceImages:
     """All readable images of a source, N of them, in its own order."""
 
     content: str
-    """SHA-256 of the source, as `Source.content` returns it."""
+    """SHA-256 of the source, as its `content()` returns it."""
     class_names: tuple[str, ...]
     pixels: npt.NDArray[np.uint8]
     """Pixels, (N, H, W, 3) RGB; those of a folder have the model's size, others their own."""
@@ -95,45 +104,7 @@ class SourceImages:
     warnings: tuple[str, ...] = ()
 
 
-class Source(Protocol):
-    """Interface of a source."""
-
-    kind: str
-
-    def content(self) -> str:
-        """Return the SHA-256 of everything that the prepared images are made from."""
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        """Read all images.
-
-        Args:
-            image_size: the model's (height, width), for sources that decode.
-            scratch: path of a file to write pixels to; it must outlive the result.
-        """
-
-
-def open_source(
-    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
-) -> Source:
-    """Return the source that `settings.dataset` names.
-
-    Raises:
-        DatasetError: it is a folder that cannot be a dataset.
-    """
-    name = settings.dataset
-    if name in BUILT_IN_DATASETS and Path(name).is_dir():
-        _logger.warning(
-            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s", name, name
-        )
-    if name == "digits":
-        return _DigitsSource()
-    if name == "cifar10":
-        return _Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(expand_path(name), FileFilter(settings.include, settings.exclude))
-    return FolderSource(folder, workers or usable_cores(), progress)
-
-
-class _DigitsSource:
+class DigitsSource:
     """The 1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
 
     kind = "digits"
@@ -141,7 +112,7 @@ class _DigitsSource:
     def content(self) -> str:
         return self.read((8, 8), Path()).content
 
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as all sources
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -155,40 +126,14 @@ class _DigitsSource:
             pixels=pixels,
             labels=labels,
             paths=[f"digits/{index:04d}" for index in range(len(labels))],
-            digests=_hash_pixels(pixels),
+            digests=hash_pixels(pixels),
             given_split=np.full(len(labels), TRAIN, np.int8),
             given_splits=frozenset(),
         )
 
 
-class _Cifar10Source:
-    """The official archive, from `data/raw` or the network, with its own split of train and test."""
-
-    kind = "cifar10"
-
-    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
-        self._archive = archive
-        self._raw = raw
-        self._progress = progress
-
-    def content(self) -> str:
-        return self._archive.sha256  # known without the file: what is prepared outlives a tidied data/raw
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
-        cifar10 = read_cifar10(fetch_archive(self._archive, self._raw, self._progress))
-        return SourceImages(
-            content=self._archive.sha256,
-            class_names=cifar10.class_names,
-            pixels=cifar10.pixels,
-            labels=cifar10.labels,
-            paths=cifar10.paths,
-            digests=_hash_pixels(cifar10.pixels),
-            given_split=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
-            given_splits=frozenset({TRAIN, TEST}),
-        )
-
-
-def _hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
+def hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
+    """Return the SHA-256 of each image, (N, H, W, 3)."""
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
 
@@ -208,13 +153,9 @@ class FolderSource:
         outcomes: list[str] = []
         # Threads: reading and hashing release the interpreter, and processes would have to be started.
         with ThreadPoolExecutor(self._workers) as threads:
-            try:
-                for chunk in threads.map(self._hash_files, chunks):
-                    outcomes += chunk
-                    self._progress("hash", len(outcomes), len(paths))
-            except BaseException:  # such as Ctrl-C: the rest need not be read before it takes effect
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+            for chunk in threads.map(self._hash_files, chunks):
+                outcomes += chunk
+                self._progress("hash", len(outcomes), len(paths))
         return _hash_folder(paths, outcomes)
 
     def _hash_files(self, paths: Sequence[str]) -> list[str]:
@@ -228,41 +169,35 @@ class FolderSource:
         return outcomes
 
     def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        files = self._decode_to(scratch, image_size)
-        readable = np.array([not file.error_kind for file in files], np.bool_)
-        if not readable.any():
+        folder, files = self._folder, self._decode_to(scratch, image_size)
+        images = [file for file in files if file.has_image]
+        if not images:
             raise DatasetError(
-                f"none of the {len(files):,} files in {self._folder.root} can be read as an image; "
+                f"none of the {len(files):,} files in {folder.root} can be read as an image; "
                 f"the first, {escape_path(files[0].path)}: {files[0].error}"
             )
+        readable = np.array([file.has_image for file in files])
+        failed = [file for file in files if not file.has_image]
         return SourceImages(
-            content=_hash_folder(self._folder.paths, [file.sha256 or file.error_kind for file in files]),
-            class_names=self._folder.class_names,
-            pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
-            labels=self._folder.labels[readable],
-            paths=[escape_path(file.path) for file in files if not file.error_kind],
-            digests=[file.sha256 for file in files if not file.error_kind],
-            given_split=self._folder.given_split[readable],
-            given_splits=self._folder.given_splits,
-            unreadable=tuple(
-                Unreadable(escape_path(file.path), file.error_kind, escape_path(file.error))
-                for file in files
-                if file.error_kind
-            ),
-            warnings=self._folder.warnings,
+            content=_hash_folder(folder.paths, [file.sha256 or file.error_kind for file in files]),
+            class_names=folder.class_names,
+            pixels=np.memmap(scratch, np.uint8, "r", shape=(len(images), *image_size, 3)),
+            labels=folder.labels[readable],
+            paths=[escape_path(file.path) for file in images],
+            digests=[file.sha256 for file in images],
+            given_split=folder.given_split[readable],
+            given_splits=folder.given_splits,
+            unreadable=tuple(Unreadable(escape_path(f.path), f.error_kind, escape_path(f.error)) for f in failed),
+            warnings=folder.warnings,
         )
 
     def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
         """Decode all files, and write the pixels of those that are images to `scratch`, one after the other."""
         files: list[DecodedFile] = []
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
-        with storage_errors(scratch):
-            file = scratch.open("wb")
-        with file, closing(self._decode_chunks(image_size)) as chunks:
+        with storage_errors(scratch), scratch.open("wb") as file, closing(self._decode_chunks(image_size)) as chunks:
             for chunk in chunks:
-                with storage_errors(scratch):
-                    file.write(chunk.images.tobytes())
-                    file.flush()  # reports a full disk here and not when the file is closed
+                file.write(chunk.images.data)
                 files += chunk.files
                 self._progress("decode", len(files), len(self._folder.paths))
         return files
@@ -278,12 +213,7 @@ class FolderSource:
 
 
 def _hash_folder(paths: Sequence[str], outcomes: Sequence[str]) -> str:
-    """Return a digest of a folder's paths and content, whatever the order in which they were listed or read.
-
-    Args:
-        paths: relative to the folder.
-        outcomes: for each path the SHA-256 of the file's bytes, or why they could not be read.
-    """
+    """Return a digest of a folder's paths and, for each, the file's SHA-256 or error, in whatever order they came."""
     content = hashlib.sha256()
     for path, outcome in sorted(zip(map(os.fsencode, paths), outcomes, strict=True)):
         content.update(b"%d:%b%b\n" % (len(path), path, outcome.encode()))
@@ -317,11 +247,9 @@ def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFold
             a class in val or test that train lacks.
     """
     listing = _Listing(root, wanted or FileFilter())
-    folders, files = _list_names(root)
-    if not folders:
-        holds = f"{len(files)} files and no folders" if files else "nothing"
-        raise DatasetError(f"{root} holds {holds}; {_LAYOUTS}")
     folders = listing.class_folders("")
+    if not folders:
+        raise DatasetError(f"{root} holds no folders of images; {_LAYOUTS}")
     splits = _find_splits(root, folders)
     if not splits:
         listing.add_split(TRAIN, "", folders)
@@ -340,8 +268,7 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     Args:
         class_names: the model's, which determine the labels; None takes the folder's own.
     Raises:
-        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model does
-            not know.
+        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model lacks.
     """
     listing = _Listing(root, FileFilter())
     folders = listing.class_folders("")
@@ -361,7 +288,7 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     names = class_names or tuple(sorted(filled, key=os.fsencode))
     if unknown := sorted(filled - set(names)):
         raise DatasetError(
-            f"{root} has folders of classes that the model does not know: {_show(unknown)}; it knows "
+            f"{root} has folders of classes that the model does not have: {_show(unknown)}; it has "
             f"{_show(names)}; rename or remove the others"
         )
     if missing := [name for name in names if name not in filled]:
@@ -371,6 +298,11 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
 
 def _show(names: Iterable[str]) -> str:
     return first_few([escape_path(name) for name in names], 5)
+
+
+def first_few(items: Sequence[str], number: int = 3) -> str:
+    """Return the first items of a list as text."""
+    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
 
 
 class _Listing:
@@ -512,20 +444,13 @@ def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[st
         filled = {name for name, found in files[split].items() if found}
         if not filled:
             raise DatasetError(f"{root / folders[split]} holds no images in class folders; fill it, or remove it")
-        if unknown := sorted(filled - set(train)):
-            raise _unknown_class(root, folders[split], unknown[0], train)
+        if name := min(filled - set(train), default=None):
+            similar = sorted(train, key=lambda other: _appearance(other) != _appearance(name))
+            raise DatasetError(
+                f"class {_spell(name)} of {root} is in {folders[split]}, but not in train, which has "
+                f"{first_few([_spell(other) for other in similar])}; add it to train, or rename or remove it"
+            )
     return tuple(train)
-
-
-def _unknown_class(root: Path, folder: str, name: str, train: Iterable[str]) -> DatasetError:
-    twin = next((other for other in train if _appearance(other) == _appearance(name)), None)
-    if twin is None:
-        return DatasetError(
-            f"class {name!r} of {root} is in {folder}, but not in train; add it to train, or remove it there"
-        )
-    return DatasetError(
-        f"class {_spell(name)} of {root} is in {folder}, but not in train, which has {_spell(twin)}; rename one of them"
-    )
 
 
 def _warn_of_look_alikes(class_names: Iterable[str]) -> list[str]:
