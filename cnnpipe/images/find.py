@@ -142,7 +142,7 @@ class _Walk:
         if any(identity == folder.identity for folder in walking):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         skipped: Counter[str] = Counter()
-        names = _read_names(full_path, os.scandir(full_path), after, skipped)
+        names = read_names(full_path, os.scandir(full_path), after, skipped)
         if path or self.in_order:
             first = list(islice(names, _MAX_NAMES_IN_MEMORY))
             if path and is_own_folder(chain(first, map(os.fsencode, skipped))):
@@ -154,12 +154,16 @@ class _Walk:
         return _Folder(path + b"/" if path else b"", identity, names)
 
 
-def _read_names(
+def read_names(
     folder: bytes, entries: AbstractContextManager[Iterator[os.DirEntry[bytes]]], after: bytes, skipped: Counter[str]
 ) -> Iterator[bytes]:
-    """Yield the names in a folder that sort after `after`, in no order, those of folders with `_FOLDER_MARK`.
+    """Yield the names in a folder that sort after `after`, in no order, those of folders with a NUL at the end.
 
     A link to a folder counts as a folder. Only links are looked at one by one; for the rest the listing says enough.
+
+    Args:
+        entries: the listing of the folder, opened by the caller, who so has the errors of opening it.
+        skipped: counts what is never an input, by what to call it.
     """
     with entries as listed:
         for entry in listed:

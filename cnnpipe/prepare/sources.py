@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import read_file
-from cnnpipe.images.find import FileFilter, find_files
-from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out, name_leftover
+from cnnpipe.images.find import FileFilter, find_files, read_names
+from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out
 from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
 from cnnpipe.paths import escape_path
 from cnnpipe.progress import ProgressCallback
@@ -253,8 +253,8 @@ def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFold
     splits = _find_splits(root, folders)
     if not splits:
         listing.add_split(TRAIN, "", folders)
-    elif others := [escape_path(name) for name in folders if name not in splits.values()]:
-        listing.warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
+    elif others := [name for name in folders if name not in splits.values()]:
+        listing.warnings.append(f"folders beside train were left out: {first_few(others)}")
     for split, folder in splits.items():
         listing.add_split(split, folder, listing.class_folders(folder))
     class_names = _check_classes(root, splits, listing.files)
@@ -275,7 +275,7 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     splits = {
         name: _SPLIT_NAMES[name.lower()]
         for name in folders
-        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name)[0]
+        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name, Counter())[0]
     }
     tests = [name for name, split in splits.items() if split == TEST]
     for name in tests or (splits if list(splits) == folders else []):
@@ -288,21 +288,17 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     names = class_names or tuple(sorted(filled, key=os.fsencode))
     if unknown := sorted(filled - set(names)):
         raise DatasetError(
-            f"{root} has folders of classes that the model does not have: {_show(unknown)}; it has "
-            f"{_show(names)}; rename or remove the others"
+            f"{root} has folders of classes that the model does not have: {first_few(unknown, 5)}; it has "
+            f"{first_few(names, 5)}; rename or remove the others"
         )
     if missing := [name for name in names if name not in filled]:
-        listing.warnings.append(f"{root} has no images of these classes of the model: {_show(missing)}")
+        listing.warnings.append(f"{root} has no images of these classes of the model: {first_few(missing, 5)}")
     return listing.finish(names, frozenset())
-
-
-def _show(names: Iterable[str]) -> str:
-    return first_few([escape_path(name) for name in names], 5)
 
 
 def first_few(items: Sequence[str], number: int = 3) -> str:
     """Return the first items of a list as text."""
-    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
+    return ", ".join(map(escape_path, items[:number])) + (", …" if len(items) > number else "")
 
 
 class _Listing:
@@ -321,8 +317,10 @@ class _Listing:
         """Return the names of the folders in a folder; warn of the files that lie beside them."""
         folders, files = _list_names(self._root / folder, self._passed_over)
         if files:
-            where, shown = escape_path(str(self._root / folder)), first_few([escape_path(name) for name in files])
-            self.warnings.append(f"{len(files)} files in {where} are in no class folder and were left out: {shown}")
+            where = escape_path(str(self._root / folder))
+            self.warnings.append(
+                f"{len(files)} files in {where} are in no class folder and were left out: {first_few(files)}"
+            )
         return folders
 
     def add_split(self, split: int, folder: str, classes: Iterable[str]) -> None:
@@ -339,13 +337,12 @@ class _Listing:
         except UnicodeEncodeError as error:
             name = escape_path(PurePosixPath(folder).name)
             raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
-        path, passed_over = self._root / folder, Counter[str]()
+        files, all_wanted, passed_over = [], True, Counter[str]()
         with suppress(OSError):  # `find_files` reports it
-            if is_own_folder(map(os.fsencode, os.listdir(path))):
+            if is_own_folder(map(os.fsencode, os.listdir(self._root / folder))):
                 self._passed_over[OWN] += 1
                 return None
-        files, all_wanted = [], True
-        for file in find_files(path, passed_over=passed_over):
+        for file in find_files(self._root / folder, passed_over=passed_over):
             suffix = PurePosixPath(file).suffix.lower()
             if file.startswith(".") or "/." in file:
                 passed_over[_HIDDEN] += 1
@@ -382,28 +379,21 @@ class _Listing:
         )
 
 
-def _list_names(folder: Path, passed_over: Counter[str] | None = None) -> tuple[list[str], list[str]]:
+def _list_names(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the other entries in a folder, each sorted bytewise."""
-    folders: list[str] = []
-    files: list[str] = []
     shown = escape_path(str(folder))
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                leftover = name_leftover(os.fsencode(folder), os.fsencode(entry.name), entry.is_dir())
-                if not leftover and not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
-                elif passed_over is not None:
-                    passed_over[leftover or _HIDDEN] += 1
+        names = sorted(read_names(os.fsencode(folder), os.scandir(os.fsencode(folder)), b"", passed_over))
     except FileNotFoundError as error:
-        raise DatasetError(
-            f"there is no dataset {shown}; need digits, cifar10 or the path of a folder of images"
-        ) from error
-    except NotADirectoryError as error:
-        raise DatasetError(f"{shown} is a file; {_LAYOUTS}") from error
+        raise DatasetError(f"there is no dataset {shown}; need digits, cifar10 or the path of a folder") from error
     except OSError as error:
-        raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
-    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+        raise DatasetError(f"cannot list {shown}: {error.strerror}; {_LAYOUTS}") from error
+    passed_over.update(_HIDDEN for name in names if name.startswith(b"."))
+    visible = [os.fsdecode(name) for name in names if not name.startswith(b".")]
+    return (
+        [name.removesuffix("\0") for name in visible if name.endswith("\0")],
+        [name for name in visible if not name.endswith("\0")],
+    )
 
 
 def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
@@ -413,7 +403,7 @@ def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
     folders itself, or lie beside nothing but splits.
     """
     named = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
-    has_splits = any(_list_names(root / name)[0] for name, split in named.items() if split == TRAIN)
+    has_splits = any(_list_names(root / name, Counter())[0] for name, split in named.items() if split == TRAIN)
     if not has_splits and len(named) < len(folders):
         return {}
     splits: dict[int, str] = {}

@@ -159,6 +159,13 @@ def test_a_folder_called_like_a_built_in_dataset_is_told_and_can_be_named(
     )
 
 
+def test_a_link_in_a_circle_beside_the_classes_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    (root / "circle").symlink_to("circle")
+    dataset = prepare(root, tmp_path / "data")
+    assert dataset.report.warnings[0] == f"1 files in {root} are in no class folder and were left out: circle"
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     root = tmp_path / "vehicles"
     for label, name in enumerate(("car", "train", "bus")):
@@ -438,7 +445,7 @@ def spoil_all(root: Path) -> None:
     ("spoil", "message"),
     [
         (shutil.rmtree, "there is no dataset .*root; need digits, cifar10 or the path of a folder"),
-        (file_instead, "root is a file; need <root>"),
+        (file_instead, "cannot list .*root: Not a directory; need <root>"),
         (empty_root, "root holds no folders of images; need <root>/{train,val,test}/<class>"),
         (only_files, "root holds no folders of images; need"),
         (remove_class, "need at least two classes, received only 'digit0'"),
