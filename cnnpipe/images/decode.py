@@ -67,15 +67,10 @@ _SIGNS: Final = {
 """Kind of error -> parts of the messages that mean it."""
 
 # Source: EXIF 2.32, tag 0x0112; 1 is upright, values outside 2-8 are ignored.
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_UPRIGHT: Final = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
 _SIDEWAYS: Final = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 
 # Source: ITU-T T.81, table B.1. Frames: baseline, extended sequential and progressive, Huffman coded.
@@ -89,13 +84,10 @@ _frame_header = struct.Struct(">HBHHB").unpack_from  # length, bits a sample, he
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PICTURE: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-"""Chunks of a PNG file that determine its pixels; all others are metadata or later frames.
+# All other chunks are metadata or later frames. Source: https://www.w3.org/TR/png-3/#11Chunks
 
-Source: https://www.w3.org/TR/png-3/#11Chunks
-"""
-
+# Pixels of a band in which a transparent image is laid over white, which saves four copies of the whole.
 _BAND_PIXELS: Final = 2**20
-"""Pixels of a band in which a transparent image is laid over white, which saves four copies of the whole."""
 
 
 def read_file(path: Path | str) -> bytes:
@@ -204,10 +196,8 @@ def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
     Returns:
         RGB array, shape (height, width, 3), uint8; `pixels` itself if it has that size already.
     """
-    height, width = image_size
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(_resize(Image.fromarray(pixels), (width, height)))
+    same = pixels.shape[:2] == image_size
+    return pixels if same else np.asarray(_resize(Image.fromarray(pixels), image_size[::-1]))
 
 
 def _despite_metadata(read: Callable[[bytes, *_Arguments], _Result], data: bytes, *arguments: *_Arguments) -> _Result:
@@ -259,8 +249,7 @@ def _decode_plain_jpeg(data: bytes, target: tuple[int, int]) -> Image.Image | No
     Returns:
         The image; None for a file that is unusual or damaged, which is left to `_decode_any`.
     """
-    header = _plain_jpeg_header(data)
-    if header is None:
+    if not (header := _plain_jpeg_header(data)):
         return None
     mode, size = header
     _check_pixels(*size)
@@ -320,9 +309,7 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Stretch to (width, height); average whole blocks first if that is far smaller."""
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def _image_error(error: Exception) -> ImageError:

@@ -62,12 +62,9 @@ _FIRST_CHUNK_FILES: Final = 8
 _MAX_CHUNK_FILES: Final = 128
 _MAX_CHUNK_BYTES: Final = 2**24
 
+# A worker answers after this time with the files it has finished, so that the time limit can be that of one file.
 _MAX_REPLY_SECONDS: Final = 1.0
-"""Seconds after which a worker answers with the files it has finished, so that the time limit can be that of one file:
-a run of slow files is not killed."""
-
-_MAX_TICK_SECONDS: Final = 1.0
-"""Seconds between two checks of the time limit, which is therefore kept to within two of these."""
+_MAX_TICK_SECONDS: Final = 1.0  # between two checks of the time limit, which is kept to within two of these
 
 _logger = logging.getLogger(__name__)
 
@@ -172,7 +169,7 @@ def _hash_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: A
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Message to a worker: the arguments of `decode_files`."""
+    """Message to a worker: the arguments of `decode_files`; no decoder means that of the pool."""
 
     root: Path
     paths: Sequence[str]
@@ -180,10 +177,8 @@ class _Request:
     known_digests: Sequence[str]
     max_seconds: float
     decoder: Decoder | None = None
-    """None for the decoder of the pool, which the worker has already."""
 
     def part(self, start: int, stop: int | None = None) -> _Request:
-        """Return the request for some of the files."""
         return replace(self, paths=self.paths[start:stop], known_digests=self.known_digests[start:stop])
 
 
@@ -213,9 +208,9 @@ def run_worker() -> None:
             replies.flush()
             request: _Request = pickle.load(requests)  # noqa: S301
             decoder = request.decoder or pool_decoder
-            options = (decoder, request.known_digests, request.max_seconds)
+            options = (request.image_size, decoder, request.known_digests, request.max_seconds)
             try:
-                reply = replace(decode_files(request.root, request.paths, request.image_size, *options), paths=())
+                reply = replace(decode_files(request.root, request.paths, *options), paths=())
             except RuntimeError:
                 reply = traceback.format_exc()
     os._exit(0)  # nothing to clean up, and a broken pipe must not be flushed again
@@ -246,10 +241,13 @@ class _WorkerLateError(_WorkerDiedError):
 
 
 class _Worker:
-    """One decoding process, seen from the parent; it ends by itself when the parent is gone."""
+    """One decoding process, seen from the parent; it ends by itself when the parent is gone.
+
+    The time limit is for the first byte of a reply. A worker that something outside stops (SIGSTOP) while it sends the
+    rest, or before it has read a request of over 64 KB, is waited for: whoever stopped it can continue or kill it.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
-        message = pickle.dumps(decoder, protocol=pickle.HIGHEST_PROTOCOL)  # a decoder without a name fails here
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *sys.path],
@@ -267,9 +265,8 @@ class _Worker:
         self._poll = select.poll()
         self._poll.register(self._replies, select.POLLIN)
         self._is_ready = False
-        with suppress(OSError):  # a worker that is dead already shows it at the first request
-            self._requests.write(message)
-            self._requests.flush()
+        with suppress(OSError):  # a worker that has died shows it by its reply
+            self._send(decoder)
 
     def decode(self, request: _Request, max_seconds: float) -> DecodedChunk:
         """Have the worker call `decode_files`; the chunk has the first files of the request, at least one.
@@ -285,22 +282,20 @@ class _Worker:
             except _WorkerDiedError as error:
                 raise CnnpipeError(f"a decoding process did not start: {error}; see its message above") from error
             self._is_ready = True
-        try:
-            pickle.dump(request, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
-            self._requests.flush()
-        except OSError as error:
-            raise _WorkerDiedError(self._end()) from error
+        with suppress(OSError):  # a worker that has died shows it by its reply
+            self._send(request)
         reply = self._receive(max_seconds)
         if isinstance(reply, DecodedChunk):
             return replace(reply, paths=request.paths[: len(reply.sha256)])
         raise RuntimeError(f"a bug in the decoder, from a worker process:\n{reply}")
 
-    def _receive(self, max_seconds: float) -> Any:
-        """Return the next message, whose first byte must come in time.
+    def _send(self, message: Decoder | _Request) -> None:
+        pickle.dump(message, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
+        self._requests.flush()
 
-        The time is counted in ticks, not taken from a clock: when this process is suspended and continued (Ctrl-Z), the
-        time between must not count as the worker's.
-        """
+    def _receive(self, max_seconds: float) -> Any:
+        # The time is counted in ticks, not taken from a clock: when this process is suspended and continued (Ctrl-Z),
+        # the time between must not count as the worker's.
         tick = min(_MAX_TICK_SECONDS, max_seconds / 10)
         try:
             while not self._poll.poll(tick * 1000):
@@ -400,8 +395,8 @@ class DecoderPool:
             if not pending:
                 return
             chunk = pending.popleft().result()
-            num_files = round(_CHUNK_SECONDS * len(chunk.paths) / max(chunk.seconds, 1e-6))
-            num_files = max(1, min(num_files, max_files))
+            rate = len(chunk.paths) / max(chunk.seconds, 1e-6)
+            num_files = max(1, min(round(_CHUNK_SECONDS * rate), max_files))
             yield chunk
 
     def _decode_chunk(self, request: _Request) -> DecodedChunk:

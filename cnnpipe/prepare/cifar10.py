@@ -42,7 +42,6 @@ class Archive:
     file_name: str
     """Name of the file in `data/raw`."""
     num_bytes: int
-    """Size of the file."""
 
 
 CIFAR10_ARCHIVE: Final = Archive(
@@ -53,8 +52,7 @@ CIFAR10_ARCHIVE: Final = Archive(
 )
 
 _RETRIED_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_PROGRESS_BYTES: Final = 2**20
-"""Bytes that an attempt must add for the count of failures to start again."""
+_PROGRESS_BYTES: Final = 2**20  # that must be added for the count of failures to start again
 
 _FOLDER: Final = "cifar-10-batches-py"
 _TEST_BATCH: Final = "test_batch"
@@ -148,15 +146,10 @@ def fetch_archive(
     """
     path = raw / archive.file_name
     if not path.exists():
-        make_folder(raw)
-        with storage_errors(raw):
-            lock = FileLock(raw / f".{archive.file_name}.lock")
-            lock.acquire()  # two processes must not write one partial file
-        try:
+        lock = FileLock(make_folder(raw) / f".{archive.file_name}.lock")
+        with storage_errors(raw), lock:  # two processes must not write one partial file
             if not path.exists():  # else another process has fetched it while this one waited
                 _Download(archive, path, progress, policy or RetryPolicy()).run()
-        finally:
-            lock.release()
     received = sha256_file(path)
     if received != archive.sha256:
         raise DatasetError(
@@ -275,10 +268,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, bytes and NumPy arrays; refuses whatever else a pickle asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ADMITTED[module, name]
 
 
 def _unpickle(data: bytes, path: Path, name: str) -> dict[bytes, Any]:

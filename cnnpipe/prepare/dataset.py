@@ -166,7 +166,7 @@ def _find_prepared(source: Source, settings: PrepareSettings, prepared: Path) ->
     The digest of a folder costs reading it all, so it is computed only if there is something to compare it with.
     """
     name = re.compile(re.escape(settings.resolved_name) + r"-[0-9a-f]{12}")
-    if not prepared.is_dir() or not any(name.fullmatch(folder.name) for folder in prepared.iterdir()):
+    if not prepared.is_dir() or not any(name.fullmatch(entry) for entry in os.listdir(prepared)):
         return None
     path = _prepared_path(prepared, settings, _fingerprint(source.kind, source.content(), settings))
     if (dataset := _load_if_complete(path)) is not None:

@@ -83,7 +83,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """All readable images of a source, N of them, in its own order."""
+    """All N readable images of a source, in its own order."""
 
     content: str
     """SHA-256 of the source, as its `content()` returns it."""
@@ -192,7 +192,7 @@ class FolderSource:
         )
 
     def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
-        """Decode all files, and write the pixels of those that are images to `scratch`, one after the other."""
+        """Decode all files, and write the pixels of the images to `scratch`, one after the other."""
         files: list[DecodedFile] = []
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
         with storage_errors(scratch), scratch.open("wb") as file, closing(self._decode_chunks(image_size)) as chunks:
@@ -362,18 +362,18 @@ class _Listing:
             self.warnings.append(f"{number}: {list_left_out(self._suffixes)}")
         if self._passed_over:
             self.warnings.append(describe_passed_over(self._passed_over))
-        rows = [
-            (path, label, split)
+        groups = [
+            (split, label, classes.get(name, []))
             for split, classes in self.files.items()
             for label, name in enumerate(class_names)
-            for path in classes.get(name, [])
         ]
+        sizes = [len(paths) for _, _, paths in groups]
         return ImageFolder(
             root=self._root,
             class_names=class_names,
-            paths=[path for path, _, _ in rows],
-            labels=np.array([label for _, label, _ in rows], np.int64),
-            given_split=np.array([split for _, _, split in rows], np.int8),
+            paths=[path for _, _, paths in groups for path in paths],
+            labels=np.repeat(np.array([label for _, label, _ in groups], np.int64), sizes),
+            given_split=np.repeat(np.array([split for split, _, _ in groups], np.int8), sizes),
             given_splits=given_splits,
             warnings=tuple(self.warnings),
         )
@@ -409,9 +409,7 @@ def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
     splits: dict[int, str] = {}
     for name, split in sorted(named.items(), key=lambda item: item[1]):
         if (other := splits.setdefault(split, name)) != name:
-            raise DatasetError(
-                f"{root} has {other} and {name}, and both mean {SPLITS[split]}; merge them, or rename one"
-            )
+            raise DatasetError(f"{root} has {other} and {name}, both mean {SPLITS[split]}; merge or rename them")
     if TRAIN not in splits:
         raise DatasetError(f"{root} has {' and '.join(named)}, but no train; {_LAYOUTS}")
     return splits
@@ -421,9 +419,8 @@ def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[st
     """Return the class names, which are those of train; check that the other splits have no others."""
     train = files[TRAIN]
     if not train:
-        raise DatasetError(
-            f"{root / folders.get(TRAIN, '')} has no class folders with files that are wanted; {_LAYOUTS}"
-        )
+        where = root / folders.get(TRAIN, "")
+        raise DatasetError(f"{where} has no class folders with files that are wanted; {_LAYOUTS}")
     if empty := [name for name, found in train.items() if not found]:
         raise DatasetError(
             f"class {', '.join(map(repr, empty[:5]))} of {root} has no images in train; add some, or remove its folder"

@@ -470,8 +470,8 @@ def test_a_folder_that_is_not_a_dataset_says_why_in_one_line(
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, and both mean val; merge them, or rename one"),
-        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, and both mean test; merge them, or rename one"),
+        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, both mean val; merge or rename them"),
+        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, both mean test; merge or rename them"),
         ({"test": 15, "val": 3}, "has test and val, but no train"),
     ],
 )
