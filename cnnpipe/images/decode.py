@@ -264,9 +264,9 @@ def _decode_plain_jpeg(data: bytes, target: tuple[int, int]) -> Image.Image | No
 
 def _plain_jpeg_header(data: bytes) -> tuple[str, tuple[int, int]] | None:
     """Return the mode and the (width, height) of a JPEG file without EXIF or anything unusual, else None."""
+    header: tuple[str, tuple[int, int]] | None = None
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    header: tuple[str, tuple[int, int]] | None = None
     at, end = 2, len(data) - 10  # a frame's header can be read anywhere before
     while at < end and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]

@@ -228,9 +228,8 @@ class FileFilter:
 
     def admits(self, path: str) -> bool:
         """Return whether a file is wanted; `path` is relative to the folder, as `find_files` yields it."""
-        if self.include and not _matches(self.include, path):
-            return False
-        return not (self.exclude and _matches(self.exclude, path))
+        excluded = self.exclude and _matches(self.exclude, path)
+        return not excluded and (not self.include or _matches(self.include, path))
 
 
 def _matches(patterns: tuple[str, ...], path: str) -> bool:
@@ -260,8 +259,7 @@ def check_file_list(source: str, root: Path) -> None:
     if source == "-" or (path := expand_path(source)).is_fifo() or path.is_char_device():
         return
     names = read_file_list(source)
-    first = next(names, None)
-    if first is not None and not any(_may_be_file(root, name) for name in chain([first], names)):
+    if (first := next(names, None)) and not any(_may_be_file(root, name) for name in chain([first], names)):
         raise no_listed_file(source, root, first)
 
 

@@ -310,13 +310,10 @@ def _held_out(count: int, test_fraction: float | None, val_fraction: float | Non
     num_splits = 1 + (test_fraction is not None) + (val_fraction is not None)
     if count < num_splits:
         return 0, 0
-    num_test = num_val = 0
-    if test_fraction is not None:
-        num_test = min(max(round(count * test_fraction), 1), count - (num_splits - 1))
-    if val_fraction is not None:
-        rest = count - num_test
-        num_val = min(max(round(rest * val_fraction), 1), rest - 1)
-    return num_test, num_val
+    max_test = count - (num_splits - 1)
+    num_test = 0 if test_fraction is None else min(max(round(count * test_fraction), 1), max_test)
+    rest = count - num_test
+    return num_test, 0 if val_fraction is None else min(max(round(rest * val_fraction), 1), rest - 1)
 
 
 def _write_dataset(

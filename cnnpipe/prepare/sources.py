@@ -61,8 +61,7 @@ _SPLIT_NAMES: Final = {
 }  # fmt: skip
 """Name of a folder, in lower case -> the split that it means."""
 
-_HIDDEN: Final = ".*"
-"""How files and folders that begin with a dot are called in counts."""
+_HIDDEN: Final = ".*"  # how files and folders that begin with a dot are called in counts
 
 _LAYOUTS: Final = "need <root>/{train,val,test}/<class>/* or <root>/<class>/*"
 
