@@ -235,9 +235,9 @@ def test_evaluate_leaves_out_what_it_cannot_read_and_says_so(
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
-        ({"": "0", "cat": "1"}, ("cat", "does not know", "0, 1, 2, 3, 4, …")),
-        ({"test/dog": "0", "test/cat": "1", "train": "01"}, ("cat, dog", "does not know")),
-        ({"train/x/y": "0", "other": "1"}, ("other, train", "does not know")),
+        ({"": "0", "cat": "1"}, ("cat", "does not have", "0, 1, 2, 3, 4, …")),
+        ({"test/dog": "0", "test/cat": "1", "train": "01"}, ("cat, dog", "does not have")),
+        ({"train/x/y": "0", "other": "1"}, ("other, train", "does not have")),
     ],
     ids=str,
 )

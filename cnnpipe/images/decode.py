@@ -7,6 +7,7 @@ stretched (not cropped) to the model's size with an antialiasing bilinear filter
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -14,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, TypeVarTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +23,8 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageEr
 
 from cnnpipe.errors import ImageError, one_line
 
-__all__ = [
-    "ERROR_KINDS",
-    "MAX_FILE_BYTES",
-    "MAX_PIXELS",
-    "RGBImage",
-    "decode_image",
-    "highest_value",
-    "read_file",
-    "resize_pixels",
-    "upright_size",
-]
-
 _Result = TypeVar("_Result")
+_Arguments = TypeVarTuple("_Arguments")
 
 RGBImage = npt.NDArray[np.uint8]  # (H, W, 3), red green blue, 0-255
 
@@ -62,29 +52,25 @@ MAX_PIXELS: Final = 178_956_970
 Source: https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.MAX_IMAGE_PIXELS
 """
 
-# `_open` enforces MAX_PIXELS itself and reports one row; Pillow's own check would also print warnings below it.
+# `_check_pixels` enforces MAX_PIXELS and reports one row; Pillow's own check would also print warnings below it.
 Image.MAX_IMAGE_PIXELS = None
 
 # What Pillow's plugins raise on damaged data, found by fuzzing them; anything else is a bug and is not hidden.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, AssertionError,
-                   AttributeError, RuntimeError, ArithmeticError, struct.error, zlib.error)  # fmt: skip
+                   AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)  # fmt: skip
 
-_TRUNCATED: Final = ("truncated", "but only got", "unexpected end", "requires a buffer of at least")
-_NO_MEMORY: Final = ("out of memory", "too much memory", "data too large")
-_UNSUPPORTED: Final = ("unsupported", "not supported", "cannot find loader")
+_SIGNS: Final = {
+    "truncated": ("truncated", "but only got", "unexpected end", "requires a buffer of at least"),
+    "too_large": ("out of memory", "too much memory", "data too large"),
+    "unsupported": ("unsupported", "not supported", "cannot find loader"),
+}
+"""Kind of error -> parts of the messages that mean it."""
 
 # Source: EXIF 2.32, tag 0x0112; 1 is upright, values outside 2-8 are ignored.
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_POSTSCRIPT: Final = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # the second opens an EPS file with a preview
-
+_UPRIGHT: Final = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
 _SIDEWAYS: Final = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 
 # Source: ITU-T T.81, table B.1. Frames: baseline, extended sequential and progressive, Huffman coded.
@@ -98,13 +84,10 @@ _frame_header = struct.Struct(">HBHHB").unpack_from  # length, bits a sample, he
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PICTURE: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-"""Chunks of a PNG file that determine its pixels; all others are metadata or later frames.
+# All other chunks are metadata or later frames. Source: https://www.w3.org/TR/png-3/#11Chunks
 
-Source: https://www.w3.org/TR/png-3/#11Chunks
-"""
-
+# Pixels of a band in which a transparent image is laid over white, which saves four copies of the whole.
 _BAND_PIXELS: Final = 2**20
-"""Pixels of a band in which a transparent image is laid over white, which saves four copies of the whole."""
 
 
 def read_file(path: Path | str) -> bytes:
@@ -121,14 +104,13 @@ def read_file(path: Path | str) -> bytes:
         finally:
             os.close(descriptor)
     except FileNotFoundError as error:
-        raise ImageError("not_found", "no such file, or a link to nothing") from error
+        raise ImageError("not_found", "no such file, or a broken link") from error
     except OSError as error:
-        # A socket cannot be opened at all (ENXIO); its type says more than the errno.
-        regular = _is_regular(path)
-        kind = "unreadable" if regular else "not_a_file"
-        raise ImageError(kind, error.strerror if regular and error.strerror else "not a regular file") from error
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket
+            raise ImageError("not_a_file", "not a regular file") from error
+        raise ImageError("unreadable", error.strerror or str(error)) from error
     except ValueError as error:  # from a list of files
-        raise ImageError("not_found", "no file has a NUL byte in its path") from error
+        raise ImageError("not_found", "a path with a NUL byte cannot be the name of a file") from error
     if not data:
         raise ImageError("empty", "the file has no bytes")
     return data
@@ -137,30 +119,20 @@ def read_file(path: Path | str) -> bytes:
 def _read_regular(descriptor: int) -> bytes:
     """Read an open regular file to its end; by plain system calls, because there may be millions of files."""
     status = os.fstat(descriptor)
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError("not_a_file", "a folder that cannot be walked")
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError("not_a_file", "not a regular file")
+        is_folder = stat.S_ISDIR(status.st_mode)
+        raise ImageError("not_a_file", "a folder that cannot be walked" if is_folder else "not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise ImageError("too_large", f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,}")
     data = os.read(descriptor, status.st_size + 1)
     if len(data) == status.st_size:  # one byte less than asked for, so this is the end
         return data
     parts = [data]  # the file grows while it is read, or the read was cut short
-    received = len(data)
-    while part := os.read(descriptor, 2**20):
-        parts.append(part)
-        received += len(part)
-        if received > MAX_FILE_BYTES:
-            raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
+    while len(parts[-1]) and sum(map(len, parts)) <= MAX_FILE_BYTES:
+        parts.append(os.read(descriptor, 2**20))
+    if parts[-1]:
+        raise ImageError("too_large", f"more than {MAX_FILE_BYTES:,} bytes")
     return b"".join(parts)
-
-
-def _is_regular(path: Path | str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return True  # forbidden or a link in a circle: the error that was raised says it better
 
 
 def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
@@ -176,19 +148,11 @@ def decode_image(data: bytes, image_size: tuple[int, int]) -> RGBImage:
     """
     height, width = image_size
     try:
-        rgb = _decode_plain_jpeg(data, (width, height)) or _despite_metadata(
-            lambda content: _decode_any(content, (width, height)), data
-        )
+        rgb = _decode_plain_jpeg(data, (width, height)) or _despite_metadata(_decode_any, data, (width, height))
         # Half the time of np.asarray(rgb), which asks the image for its array interface first.
         return np.frombuffer(rgb.tobytes(), np.uint8).reshape(height, width, 3)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", "no image format that can be read") from error
-    except MemoryError as error:
-        raise ImageError("too_large", "not enough memory to unpack it") from error
     except _DECODER_ERRORS as error:
-        raise ImageError(_error_kind(error), _one_line(error)) from error
+        raise _image_error(error) from error
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -198,14 +162,10 @@ def upright_size(data: bytes) -> tuple[int, int]:
         ImageError: its header cannot be read.
     """
     try:
-        return _despite_metadata(_read_upright_size, data)
+        with _despite_metadata(_open, data) as image:
+            return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
     except _DECODER_ERRORS as error:
-        raise ImageError(_error_kind(error), _one_line(error)) from error
-
-
-def _read_upright_size(data: bytes) -> tuple[int, int]:
-    with _open(data) as image:
-        return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+        raise _image_error(error) from error
 
 
 def highest_value(data: bytes) -> tuple[int, int]:
@@ -222,7 +182,7 @@ def highest_value(data: bytes) -> tuple[int, int]:
             high_bytes = ";16" in str(image.tile) and not image.mode.startswith("I")
             values = np.asarray(image if image.mode.startswith("I") else _to_rgb(image))
     except _DECODER_ERRORS as error:
-        raise ImageError(_error_kind(error), _one_line(error)) from error
+        raise _image_error(error) from error
     highest = int(values.max()) << 8 | 255 if high_bytes else int(values.max())
     return highest, 65_535 if high_bytes or image.mode.startswith("I") else 255
 
@@ -236,24 +196,22 @@ def resize_pixels(pixels: RGBImage, image_size: tuple[int, int]) -> RGBImage:
     Returns:
         RGB array, shape (height, width, 3), uint8; `pixels` itself if it has that size already.
     """
-    height, width = image_size
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(_resize(Image.fromarray(pixels), (width, height)))
+    same = pixels.shape[:2] == image_size
+    return pixels if same else np.asarray(_resize(Image.fromarray(pixels), image_size[::-1]))
 
 
-def _despite_metadata(read: Callable[[bytes], _Result], data: bytes) -> _Result:
+def _despite_metadata(read: Callable[[bytes, *_Arguments], _Result], data: bytes, *arguments: *_Arguments) -> _Result:
     """Call `read` with a file; if that fails on a PNG file, call it again without the file's metadata.
 
     Pillow refuses the whole file for a damaged text, profile or date, and for text beyond its limit on memory.
     """
     try:
-        return read(data)
+        return read(data, *arguments)
     except _DECODER_ERRORS:
         picture = _png_picture(data) if data.startswith(_PNG_SIGNATURE) else b""
         if b"IDAT" not in picture:
             raise
-    return read(picture)
+    return read(picture, *arguments)
 
 
 def _png_picture(data: bytes) -> bytes:
@@ -272,7 +230,7 @@ def _png_picture(data: bytes) -> bytes:
 def _decode_any(data: bytes, target: tuple[int, int]) -> Image.Image:
     """Decode whatever Pillow reads to RGB of size `target` (width, height)."""
     with _open(data) as image:
-        _check_pixels(image.size)
+        _check_pixels(*image.size)
         _check_strips(image)
         orientation = _orientation(image)
         size = target[::-1] if orientation in _SIDEWAYS else target
@@ -291,11 +249,10 @@ def _decode_plain_jpeg(data: bytes, target: tuple[int, int]) -> Image.Image | No
     Returns:
         The image; None for a file that is unusual or damaged, which is left to `_decode_any`.
     """
-    header = _plain_jpeg_header(data)
-    if header is None:
+    if not (header := _plain_jpeg_header(data)):
         return None
     mode, size = header
-    _check_pixels(size)
+    _check_pixels(*size)
     scale = _jpeg_scale(size, target)
     shrunk = (-(-size[0] // scale), -(-size[1] // scale))
     try:
@@ -307,9 +264,9 @@ def _decode_plain_jpeg(data: bytes, target: tuple[int, int]) -> Image.Image | No
 
 def _plain_jpeg_header(data: bytes) -> tuple[str, tuple[int, int]] | None:
     """Return the mode and the (width, height) of a JPEG file without EXIF or anything unusual, else None."""
+    header: tuple[str, tuple[int, int]] | None = None
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    header: tuple[str, tuple[int, int]] | None = None
     at, end = 2, len(data) - 10  # a frame's header can be read anywhere before
     while at < end and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
@@ -332,8 +289,7 @@ def _jpeg_scale(size: tuple[int, int], target: tuple[int, int]) -> int:
     return 8 if factor >= 8 else 4 if factor >= 4 else 2 if factor >= 2 else 1
 
 
-def _check_pixels(size: tuple[int, int]) -> None:
-    width, height = size
+def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError("too_large", f"{width}x{height} pixels; at most {MAX_PIXELS:,} in all")
 
@@ -353,19 +309,19 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Stretch to (width, height); average whole blocks first if that is far smaller."""
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
-def _error_kind(error: Exception) -> str:
-    """Return the kind of a decoder's error; Pillow tells kinds of damage apart by their text only."""
+def _image_error(error: Exception) -> ImageError:
+    """Return a decoder's error with its kind; Pillow tells kinds of damage apart by their text only."""
+    if isinstance(error, UnidentifiedImageError):
+        return ImageError("not_an_image", "no image format that can be read")
+    if isinstance(error, MemoryError):
+        return ImageError("too_large", "not enough memory to unpack it")
     text = str(error).lower()
-    if isinstance(error, EOFError) or any(sign in text for sign in _TRUNCATED):
-        return "truncated"
-    if any(sign in text for sign in _NO_MEMORY):
-        return "too_large"
-    return "unsupported" if any(sign in text for sign in _UNSUPPORTED) else "corrupt"
+    kinds = [kind for kind, signs in _SIGNS.items() if any(sign in text for sign in signs)]
+    kind = "truncated" if isinstance(error, EOFError) else next(iter(kinds), "corrupt")
+    return ImageError(kind, one_line(error) or type(error).__name__)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -376,7 +332,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else one for each core, in each of as many worker processes
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    if data.startswith(_POSTSCRIPT):
+    if data.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # the second opens an EPS file with a preview
         # Pillow would hand it to Ghostscript, which would run a stranger's program on this machine.
         raise ImageError("unsupported", "PostScript is a program, which is not run; convert it to PNG")
     return Image.open(io.BytesIO(data))
@@ -400,11 +356,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if mode.startswith("I;16"):
+    # Pillow scales PPM to 16 bits, whatever its maximum.
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
         high_byte = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
-    if mode == "I" and image.format == "PPM":  # Pillow scales these to 16 bits, whatever their maximum
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
         raise ImageError("unsupported", f"32-bit pixels (mode {mode}) have no agreed range; convert it to 8 bits")
     if image.has_transparency_data:
@@ -422,8 +377,3 @@ def _lay_over_white(image: Image.Image) -> Image.Image:
         band = image.crop(box).convert("RGBA")
         rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), box)
     return rgb
-
-
-def _one_line(error: Exception) -> str:
-    """Return an exception's text as one short line."""
-    return one_line(error) or type(error).__name__

@@ -11,7 +11,6 @@ import errno
 import fnmatch
 import os
 import re
-import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,24 +28,14 @@ from cnnpipe.paths import escape_path, expand_path
 if TYPE_CHECKING:
     from io import BufferedReader
 
-__all__ = [
-    "FileFilter",
-    "check_file_list",
-    "count_files",
-    "find_files",
-    "has_files",
-    "no_listed_file",
-    "read_file_list",
-]
-
 _FOLDER_MARK: Final = b"\0"
 """End of a folder's name in a listing; no name contains this byte and it sorts lowest, so the order stays."""
 
 _MAX_NAMES_IN_MEMORY: Final = 1_000_000
 """Names of one folder that are sorted in memory, about 80 MB; more are sorted in a temporary file."""
 
-_MAX_RECORD_BYTES: Final = 2**16
-"""Longest record of a list of files; a path has at most 4,096 bytes on Linux."""
+_MAX_RECORD: Final = 2**16
+"""Longest record of a list of files, in characters; a path has at most 4,096 bytes on Linux."""
 
 
 def find_files(
@@ -72,7 +61,7 @@ def find_files(
     """
     walk = _Walk(os.fsencode(root), Counter() if passed_over is None else passed_over, in_order)
     # A stack of folders, not recursion: trees may be deeper than Python's recursion limit.
-    stack = walk.start(os.fsencode(after).split(b"/") if after is not None else [])
+    stack = walk.start(os.fsencode(after or "").split(b"/"))
     encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     while stack:
         folder = stack[-1]
@@ -90,20 +79,6 @@ def find_files(
                 break
         else:
             stack.pop()
-
-
-def count_files(root: Path, wanted: FileFilter | None = None) -> int:
-    """Return the number of files that `find_files` yields, for the display of progress.
-
-    Args:
-        wanted: counts only the files that it admits.
-    Returns:
-        The number of files; 0 if `root` cannot be listed.
-    """
-    try:
-        return sum(wanted is None or wanted.admits(path) for path in find_files(root, in_order=False))
-    except DatasetError:
-        return 0
 
 
 def has_files(root: Path, number: int = 1) -> bool:
@@ -136,13 +111,14 @@ class _Walk:
 
     def start(self, after: list[bytes]) -> list[_Folder]:
         """Return the folders that are being walked when the walk has just passed the path with the parts `after`."""
-        shown = escape_path(os.fsdecode(self.root))
-        if problem := _folder_problem(self.root):
-            raise DatasetError(f"need a folder of images, received {shown}: {problem}; check the path")
         try:
-            stack = [self.enter(b"", [], after[0] if after else b"")]
+            stack = [self.enter(b"", [], after[0])]
         except OSError as error:
-            raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
+            problems = {errno.ENOENT: "it does not exist", errno.ENOTDIR: "it is a file"}
+            raise DatasetError(
+                f"need a folder of images, received {escape_path(os.fsdecode(self.root))}: "
+                f"{problems.get(error.errno or 0, error.strerror)}; check the path and its permissions"
+            ) from error
         for part, next_part in pairwise([*after, b""]):
             if part in (b"", b".", b".."):  # in no path that a walk yields, and `..` would lead out of the root
                 break
@@ -153,11 +129,10 @@ class _Walk:
         return stack
 
     def enter(self, path: bytes, walking: list[_Folder], after: bytes = b"") -> _Folder:
-        """List a folder.
+        """List the names in a folder that sort after `after`; none if cnnpipe made it and it is not the root.
 
         Args:
-            path: relative to the root.
-            after: leave out the names up to this one.
+            path: relative to the root, which is empty itself.
         Raises:
             OSError: it cannot be listed, or a link has led back to a folder that is being walked.
         """
@@ -166,42 +141,29 @@ class _Walk:
         identity = (status.st_dev, status.st_ino)
         if any(identity == folder.identity for folder in walking):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        return _Folder(path + b"/" if path else b"", identity, self._names(full_path, after, is_root=not path))
-
-    def _names(self, folder: bytes, after: bytes, *, is_root: bool) -> Iterator[bytes]:
-        """Return the names in a folder that sort after `after`; none if cnnpipe made it and it is not the root."""
         skipped: Counter[str] = Counter()
-        names = _read_names(folder, os.scandir(folder), after, skipped)
-        if is_root and not self.in_order:
-            return names
-        first = list(islice(names, _MAX_NAMES_IN_MEMORY))
-        if not is_root and is_own_folder(chain(first, map(os.fsencode, skipped))):
-            self.passed_over[OWN] += 1
-            return iter(())
-        if not self.in_order:
-            return chain(first, names)
-        too_many = len(first) == _MAX_NAMES_IN_MEMORY
-        ordered = _sort_in_file(chain(first, names)) if too_many else iter(sorted(first))
+        names = read_names(full_path, os.scandir(full_path), after, skipped)
+        if path or self.in_order:
+            first = list(islice(names, _MAX_NAMES_IN_MEMORY))
+            if path and is_own_folder(chain(first, map(os.fsencode, skipped))):
+                first, names, skipped = [], iter(()), Counter({OWN: 1})
+            elif len(first) == _MAX_NAMES_IN_MEMORY and self.in_order:
+                names, first = _sort_in_file(chain(first, names)), []
+            names = chain(sorted(first), names)
         self.passed_over.update(skipped)
-        return ordered
+        return _Folder(path + b"/" if path else b"", identity, names)
 
 
-def _folder_problem(path: bytes) -> str:
-    """Return why a path is not that of a folder; empty if it is."""
-    try:
-        return "" if stat.S_ISDIR(os.stat(path).st_mode) else "it is a file"
-    except FileNotFoundError:
-        return "it does not exist"
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def _read_names(
+def read_names(
     folder: bytes, entries: AbstractContextManager[Iterator[os.DirEntry[bytes]]], after: bytes, skipped: Counter[str]
 ) -> Iterator[bytes]:
-    """Yield the names in a folder that sort after `after`, in no order, those of folders with `_FOLDER_MARK`.
+    """Yield the names in a folder that sort after `after`, in no order, those of folders with a NUL at the end.
 
     A link to a folder counts as a folder. Only links are looked at one by one; for the rest the listing says enough.
+
+    Args:
+        entries: the listing of the folder, opened by the caller, who so has the errors of opening it.
+        skipped: counts what is never an input, by what to call it.
     """
     with entries as listed:
         for entry in listed:
@@ -266,9 +228,8 @@ class FileFilter:
 
     def admits(self, path: str) -> bool:
         """Return whether a file is wanted; `path` is relative to the folder, as `find_files` yields it."""
-        if self.include and not _matches(self.include, path):
-            return False
-        return not (self.exclude and _matches(self.exclude, path))
+        excluded = self.exclude and _matches(self.exclude, path)
+        return not excluded and (not self.include or _matches(self.include, path))
 
 
 def _matches(patterns: tuple[str, ...], path: str) -> bool:
@@ -295,17 +256,11 @@ def check_file_list(source: str, root: Path) -> None:
     Raises:
         DatasetError: as `read_file_list`, or none of its paths is a file.
     """
-    if source == "-":
+    if source == "-" or (path := expand_path(source)).is_fifo() or path.is_char_device():
         return
-    path = expand_path(source)
-    if path.is_dir() or not os.access(path, os.R_OK):
-        reason = "it is a folder" if path.is_dir() else "permission denied" if path.exists() else "no such file"
-        raise DatasetError(f"cannot read the list of files from {escape_path(source)}: {reason}; check the path")
-    if path.is_file():
-        names = read_file_list(source)
-        first = next(names, None)
-        if first is not None and not any(_may_be_file(root, name) for name in chain([first], names)):
-            raise no_listed_file(source, root, first)
+    names = read_file_list(source)
+    if (first := next(names, None)) and not any(_may_be_file(root, name) for name in chain([first], names)):
+        raise no_listed_file(source, root, first)
 
 
 def no_listed_file(source: str, root: Path, first: str) -> DatasetError:
@@ -328,7 +283,7 @@ def _may_be_file(root: Path, name: str) -> bool:
 def read_file_list(source: str) -> Iterator[str]:
     """Yield the paths in a list as they come, each as it is written there without a leading `./`.
 
-    Records end with a newline, or with a NUL if there is one in the first 64 KiB, so that both `find` and
+    Records end with a newline, or with a NUL if there is one in the first 65,536 characters, so that both `find` and
     `find -print0` are understood. A byte order mark at the start, and a carriage return at the end of a line, are not
     part of a path. A list in UTF-16, as PowerShell writes it, is recognised by its byte order mark.
 
@@ -337,63 +292,52 @@ def read_file_list(source: str) -> Iterator[str]:
     Yields:
         Paths with undecodable bytes as surrogates (PEP 383); not checked, and empty ones left out.
     Raises:
-        DatasetError: the list cannot be read, a record exceeds 64 KiB, or its UTF-16 is not valid.
+        DatasetError: the list cannot be read, a record exceeds 65,536 characters, or its UTF-16 is not valid.
     """
+    shown = _shown(source)
     try:
         if source != "-":
             with expand_path(source).open("rb") as file:
-                yield from _read_records(file, _shown(source))
+                yield from _read_records(file, shown)
         else:
-            yield from _read_records(cast("BufferedReader", sys.stdin.buffer), _shown(source))
-    except OSError as error:
-        raise DatasetError(
-            f"cannot read the list of files from {_shown(source)}: {error.strerror}; check the path"
-        ) from error
-
-
-def _read_records(file: BufferedReader, shown: str) -> Iterator[str]:
-    """Yield the paths in an open list as they come."""
-    blocks = _read_utf8(file, shown)
-    block = b""
-    while b"\0" not in block and len(block) < _MAX_RECORD_BYTES and (more := next(blocks, b"")):
-        block += more
-    separator = b"\0" if b"\0" in block else b"\n"
-    rest = b""
-    while block or rest:
-        *records, rest = (rest + (block or separator)).split(separator)
-        if max(map(len, (*records, rest))) > _MAX_RECORD_BYTES:
-            raise DatasetError(
-                f"{shown} is not a list of files: a record exceeds {_MAX_RECORD_BYTES:,} bytes; give one path a line"
-            )
-        for record in records:
-            if path := _strip(record, separator):
-                yield os.fsdecode(path)
-        block = block and next(blocks, b"")
-
-
-def _read_utf8(file: BufferedReader, shown: str) -> Iterator[bytes]:
-    """Yield an open list as UTF-8 without its byte order mark; `read1` returns what has come and waits for no more."""
-    start = b""
-    while len(start) < len(codecs.BOM_UTF8) and (more := file.read1(_MAX_RECORD_BYTES)):
-        start += more
-    blocks = chain([start], iter(lambda: file.read1(_MAX_RECORD_BYTES), b""))
-    if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        yield from filter(None, chain([next(blocks).removeprefix(codecs.BOM_UTF8)], blocks))
-        return
-    decoder = codecs.getincrementaldecoder("utf-16")()
-    try:
-        yield from (text.encode() for block in blocks if (text := decoder.decode(block)))
-        decoder.decode(b"", final=True)
+            yield from _read_records(cast("BufferedReader", sys.stdin.buffer), shown)
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{shown} is not valid UTF-16, which its byte order mark announces: {error.reason}; save it as UTF-8"
         ) from error
+    except OSError as error:
+        raise DatasetError(f"cannot read the list of files from {shown}: {error.strerror}; check the path") from error
 
 
-def _strip(record: bytes, separator: bytes) -> bytes:
-    """Return the path in a record: `./a` is the row `a`, as it is when the folder itself is searched."""
-    if separator == b"\n":
-        record = record.removesuffix(b"\r")
-    if record.startswith(b"./"):
-        return record[2:].lstrip(b"/") or record  # `.//a` is not an absolute path
-    return record
+def _read_records(file: BufferedReader, shown: str) -> Iterator[str]:
+    blocks = _read_text(file)
+    block = ""
+    while "\0" not in block and len(block) < _MAX_RECORD and (more := next(blocks, "")):
+        block += more
+    separator = "\0" if "\0" in block else "\n"
+    rest = ""
+    for text in chain([block], blocks, [separator]):
+        *records, rest = (rest + text).split(separator)
+        if max(map(len, (*records, rest))) > _MAX_RECORD:
+            raise DatasetError(
+                f"{shown} is not a list of files: a record exceeds {_MAX_RECORD:,} characters; give one path a line"
+            )
+        for record in records:
+            path = record.removesuffix("\r") if separator == "\n" else record
+            if path.startswith("./"):  # as the row is called when the folder itself is searched
+                path = path[2:].lstrip("/") or path  # `.//a` is not an absolute path
+            if path:
+                yield path
+
+
+def _read_text(file: BufferedReader) -> Iterator[str]:
+    """Yield the text of an open list, never empty; `read1` returns what has come and waits for no more."""
+    start = b""
+    while len(start) < len(codecs.BOM_UTF8) and (more := file.read1(_MAX_RECORD)):
+        start += more
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        decoder = codecs.getincrementaldecoder("utf-16")()
+    else:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    yield from filter(None, map(decoder.decode, chain([start], iter(lambda: file.read1(_MAX_RECORD), b""))))
+    yield from filter(None, [decoder.decode(b"", True)])

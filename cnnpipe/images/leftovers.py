@@ -10,27 +10,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from cnnpipe.paths import escape_path
-
-__all__ = [
-    "JOB_FILE",
-    "OWN",
-    "REPORT_MARK",
-    "SORTED_MARK",
-    "SUMMARY_SUFFIX",
-    "TABLE_SUFFIXES",
-    "TELLING_NAMES",
-    "UNFINISHED",
-    "describe_passed_over",
-    "is_own_folder",
-    "list_left_out",
-    "name_leftover",
-    "summary_path",
-]
 
 OWN: Final = "written by cnnpipe"
 """Name that `name_leftover` gives to everything that cnnpipe wrote."""
@@ -53,10 +37,7 @@ SORTED_MARK: Final = ".cnnpipe-sorted"
 """File in a folder that `--sort-into` made: the images in it are second names of others."""
 
 REPORT_MARK: Final = b'<meta name="generator" content="cnnpipe">'
-"""Within the first bytes of a contact sheet."""
-
-_HEAD_BYTES: Final = 512
-_COUNTS_SHOWN: Final = 10
+"""Text within the first 512 bytes of a contact sheet."""
 
 _FOLDERS: Final = {
     **{os.fsencode(name.lower()): name for name in (
@@ -89,9 +70,6 @@ _PATTERNS: Final = re.compile(
     re.DOTALL,
 )
 
-_STREAM: Final = b":Zone.Identifier"
-"""Ends the name of a file that Windows keeps with each download, where that was copied to another system."""
-
 _ORDINARY: Final = (b".jpg", b".jpeg", b".png", b".JPG", b".JPEG", b".PNG")
 """Nearly all of millions of files end so, and need no look at the lists if they begin with a letter."""
 
@@ -105,8 +83,7 @@ _MARKS: Final = (
 )
 """Files that together are in no folder but one of cnnpipe's."""
 
-TELLING_NAMES: Final = frozenset[bytes]().union(*_MARKS)
-"""All the names that `is_own_folder` looks for."""
+_ALL_MARKS: Final = frozenset[bytes]().union(*_MARKS)
 
 
 def name_leftover(folder: bytes, name: bytes, is_folder: bool) -> str:
@@ -126,49 +103,27 @@ def name_leftover(folder: bytes, name: bytes, is_folder: bool) -> str:
         return UNFINISHED
     if name.endswith(_TOLD_BY_CONTENT):
         return OWN if _is_own_file(Path(os.fsdecode(folder), os.fsdecode(name))) else ""
-    if name.endswith(_STREAM):
-        return "*" + os.fsdecode(_STREAM)
+    if name.endswith(b":Zone.Identifier"):  # Windows keeps one with each download, and other systems show it
+        return "*:Zone.Identifier"
     return _FILES.get(name.lower(), "")
 
 
 def is_own_folder(names: Iterable[bytes]) -> bool:
-    """Return whether cnnpipe made a folder for itself: a run, a prepared dataset, sorted images.
-
-    Args:
-        names: of the files in it.
-    """
-    there = TELLING_NAMES.intersection(names)
+    """Return whether cnnpipe made a folder for itself, by the names in it: a run, a prepared dataset, sorted images."""
+    there = _ALL_MARKS.intersection(names)
     return any(marks <= there for marks in _MARKS)
 
 
 def describe_passed_over(counts: Counter[str]) -> str:
     """Say in a line how many files and folders were passed over, and what they are called."""
-    return (
-        f"{counts.total():,} files and folders that systems leave or cnnpipe wrote were passed over: "
-        f"{list_left_out(counts)}"
-    )
+    number = f"{counts.total():,} files and folders that systems leave or cnnpipe wrote were passed over"
+    return f"{number}: {list_left_out(counts)}"
 
 
-def list_left_out(counts: Mapping[str, int]) -> str:
-    """Return counts of what was left out as text, such as `.json (48), .csv (1)`."""
-    largest = Counter(counts).most_common(_COUNTS_SHOWN)
-    shown = ", ".join(f"{escape_path(name.strip())} ({count:,})" for name, count in largest)
-    return shown + (", …" if len(counts) > _COUNTS_SHOWN else "")
-
-
-def _is_own_file(path: Path) -> bool:
-    """Return whether a file is a table with its summary, a summary, or a contact sheet."""
-    if path.suffix in TABLE_SUFFIXES:
-        return _is_own_summary(summary_path(path))
-    if path.name.endswith(SUMMARY_SUFFIX):
-        return _is_own_summary(path)
-    try:
-        if not path.is_file():  # a pipe would never end
-            return False
-        with path.open("rb") as file:
-            return REPORT_MARK in file.read(_HEAD_BYTES)
-    except OSError:
-        return False
+def list_left_out(counts: Counter[str]) -> str:
+    """Return the ten largest counts of what was left out as text, such as `.json (48), .csv (1)`."""
+    shown = ", ".join(f"{escape_path(name.strip())} ({count:,})" for name, count in counts.most_common(10))
+    return shown + (", …" if len(counts) > 10 else "")
 
 
 def summary_path(table: Path) -> Path:
@@ -176,11 +131,16 @@ def summary_path(table: Path) -> Path:
     return table.with_name(table.name + SUMMARY_SUFFIX)
 
 
-def _is_own_summary(path: Path) -> bool:
-    """Return whether a file is the summary of a table: JSON that names the table which the file is called after."""
+def _is_own_file(path: Path) -> bool:
+    """Return whether a file is a table with its summary, a summary, or a contact sheet."""
+    if path.suffix in TABLE_SUFFIXES:
+        path = summary_path(path)
     try:
         if not path.is_file():  # a pipe would never end
             return False
+        if not path.name.endswith(SUMMARY_SUFFIX):
+            with path.open("rb") as file:
+                return REPORT_MARK in file.read(512)
         table = Path(json.loads(path.read_bytes())["table"])
     except (OSError, ValueError, TypeError, KeyError):  # cannot be read, or is anybody's JSON
         return False

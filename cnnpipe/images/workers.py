@@ -4,10 +4,10 @@
 A worker that crashes, hangs or asks for too much memory takes nobody with it: its files are tried again one by one,
 and the file to blame becomes a row with its error.
 
-The workers are plain subprocesses that import this module, NumPy, Pillow and the decoder, and nothing else. A
-`ProcessPoolExecutor` would not do: its children import the parent's main module again, which under `python -m flows.…`
-is Prefect (seconds a worker), and one child that dies breaks the whole pool. A worker is there to survive crashes; it
-is not a security boundary, because the parent unpickles what it sends.
+The workers are plain subprocesses that import this module, NumPy, Pillow and the decoder, and nothing else. Those of a
+`ProcessPoolExecutor` import the parent's main module again, which under `python -m flows.…` is Prefect (seconds a
+worker), and one that dies breaks the whole pool. A worker is there to survive crashes; it is not a security boundary,
+because the parent unpickles what it sends.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ from cnnpipe.errors import CnnpipeError, ImageError
 from cnnpipe.images.decode import RGBImage, decode_image, read_file
 from cnnpipe.paths import escape_path
 
-__all__ = ["MAX_WORKER_BYTES", "DecodedChunk", "DecodedFile", "Decoder", "DecoderPool", "decode_files", "run_worker"]
-
 Decoder = Callable[[bytes, tuple[int, int]], RGBImage]
 """Function from a file's bytes and (height, width) to pixels; raises ImageError. Workers import it by its name."""
 
@@ -64,18 +62,15 @@ _FIRST_CHUNK_FILES: Final = 8
 _MAX_CHUNK_FILES: Final = 128
 _MAX_CHUNK_BYTES: Final = 2**24
 
+# A worker answers after this time with the files it has finished, so that the time limit can be that of one file.
 _MAX_REPLY_SECONDS: Final = 1.0
-"""Seconds after which a worker answers with the files it has finished, so that the time limit can be that of one file:
-a run of slow files is not killed."""
-
-_MAX_TICK_SECONDS: Final = 1.0
-"""Seconds between two checks of the time limit, which is therefore kept to within two of these."""
+_MAX_TICK_SECONDS: Final = 1.0  # between two checks of the time limit, which is kept to within two of these
 
 _logger = logging.getLogger(__name__)
 
 
 class DecodedFile(NamedTuple):
-    """The outcome of one file."""
+    """Outcome of one file."""
 
     path: str
     """Path relative to the folder, as `find_files` yields it."""
@@ -90,7 +85,7 @@ class DecodedFile(NamedTuple):
 
     @property
     def has_image(self) -> bool:
-        """Whether the file was decoded."""
+        """Return whether the file was decoded."""
         return not (self.error_kind or self.unchanged)
 
 
@@ -169,12 +164,12 @@ def decode_files(
 
 def _hash_only(data: bytes, image_size: tuple[int, int]) -> RGBImage:  # noqa: ARG001
     """Refuse to decode: the decoder for files that are only to be read and hashed."""
-    raise ImageError("unsupported", "only read")
+    raise ImageError("unsupported", "not decoded: only its SHA-256 was wanted")
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Message to a worker: the arguments of `decode_files`."""
+    """Message to a worker: the arguments of `decode_files`; no decoder means that of the pool."""
 
     root: Path
     paths: Sequence[str]
@@ -182,10 +177,8 @@ class _Request:
     known_digests: Sequence[str]
     max_seconds: float
     decoder: Decoder | None = None
-    """None for the decoder of the pool, which the worker has already."""
 
     def part(self, start: int, stop: int | None = None) -> _Request:
-        """Return the request for some of the files."""
         return replace(self, paths=self.paths[start:stop], known_digests=self.known_digests[start:stop])
 
 
@@ -215,9 +208,9 @@ def run_worker() -> None:
             replies.flush()
             request: _Request = pickle.load(requests)  # noqa: S301
             decoder = request.decoder or pool_decoder
-            options = (decoder, request.known_digests, request.max_seconds)
+            options = (request.image_size, decoder, request.known_digests, request.max_seconds)
             try:
-                reply = replace(decode_files(request.root, request.paths, request.image_size, *options), paths=())
+                reply = replace(decode_files(request.root, request.paths, *options), paths=())
             except RuntimeError:
                 reply = traceback.format_exc()
     os._exit(0)  # nothing to clean up, and a broken pipe must not be flushed again
@@ -225,11 +218,10 @@ def run_worker() -> None:
 
 def _limit_memory() -> None:
     """Make an allocation that goes too far fail in this process, where it costs one row and not the whole machine."""
-    if sys.platform == "darwin":  # accepts the limit and ignores it
-        return
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MAX_WORKER_BYTES if hard_limit == resource.RLIM_INFINITY else min(MAX_WORKER_BYTES, hard_limit)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
+    if sys.platform != "darwin":  # which accepts the limit and ignores it
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        limit = MAX_WORKER_BYTES if hard_limit == resource.RLIM_INFINITY else min(MAX_WORKER_BYTES, hard_limit)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
 
 
 def _end_with_parent(requests: int) -> None:
@@ -249,10 +241,13 @@ class _WorkerLateError(_WorkerDiedError):
 
 
 class _Worker:
-    """One decoding process, seen from the parent; it ends by itself when the parent is gone."""
+    """One decoding process, seen from the parent; it ends by itself when the parent is gone.
+
+    The time limit is for the first byte of a reply. A worker that something outside stops (SIGSTOP) while it sends the
+    rest, or before it has read a request of over 64 KB, is waited for: whoever stopped it can continue or kill it.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
-        message = pickle.dumps(decoder, protocol=pickle.HIGHEST_PROTOCOL)  # a decoder without a name fails here
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *sys.path],
@@ -270,19 +265,16 @@ class _Worker:
         self._poll = select.poll()
         self._poll.register(self._replies, select.POLLIN)
         self._is_ready = False
-        with suppress(OSError):  # a worker that is dead already shows it at the first request
-            self._send(message)
+        with suppress(OSError):  # a worker that has died shows it by its reply
+            self._send(decoder)
 
     def decode(self, request: _Request, max_seconds: float) -> DecodedChunk:
-        """Have the worker call `decode_files`.
+        """Have the worker call `decode_files`; the chunk has the first files of the request, at least one.
 
-        Returns:
-            The chunk of the first files of the request, at least one.
         Raises:
             CnnpipeError: the worker never started.
             RuntimeError: the decoder raised anything but ImageError.
-            _WorkerLateError: the worker took longer than `max_seconds`; it cannot be used again.
-            _WorkerDiedError: the worker ended in the middle; likewise.
+            _WorkerDiedError: it ended in the middle or, as a _WorkerLateError, took longer than `max_seconds`.
         """
         if not self._is_ready:
             try:
@@ -290,25 +282,20 @@ class _Worker:
             except _WorkerDiedError as error:
                 raise CnnpipeError(f"a decoding process did not start: {error}; see its message above") from error
             self._is_ready = True
-        try:
-            self._send(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
-        except OSError as error:
-            raise _WorkerDiedError(self._end()) from error
+        with suppress(OSError):  # a worker that has died shows it by its reply
+            self._send(request)
         reply = self._receive(max_seconds)
         if isinstance(reply, DecodedChunk):
             return replace(reply, paths=request.paths[: len(reply.sha256)])
         raise RuntimeError(f"a bug in the decoder, from a worker process:\n{reply}")
 
-    def _send(self, message: bytes) -> None:
-        self._requests.write(message)
+    def _send(self, message: Decoder | _Request) -> None:
+        pickle.dump(message, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
         self._requests.flush()
 
     def _receive(self, max_seconds: float) -> Any:
-        """Return the next message.
-
-        The time is counted in ticks, not taken from a clock: when this process is suspended and continued (Ctrl-Z), the
-        time between must not count as the worker's.
-        """
+        # The time is counted in ticks, not taken from a clock: when this process is suspended and continued (Ctrl-Z),
+        # the time between must not count as the worker's.
         tick = min(_MAX_TICK_SECONDS, max_seconds / 10)
         try:
             while not self._poll.poll(tick * 1000):
@@ -322,12 +309,11 @@ class _Worker:
 
     def _end(self) -> str:
         """Return how a worker ended whose pipe has closed."""
-        try:
-            status = self._process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "it closed its pipe"
-        return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        with suppress(subprocess.TimeoutExpired):  # the pipe closes a moment before the process has ended
+            self._process.wait(timeout=5.0)
+        self.kill()
+        number, names = -self._process.returncode, {each.value: each.name for each in signal.Signals}
+        return f"killed by {names.get(number, f'signal {number}')}" if number > 0 else f"exit status {-number}"
 
     def kill(self) -> None:
         """End the process at once: it holds nothing that could be lost."""
@@ -336,13 +322,6 @@ class _Worker:
         for pipe in (self._requests, self._replies):
             with suppress(OSError):  # bytes that could not be sent to a dead process
                 pipe.close()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 class DecoderPool:
@@ -371,22 +350,18 @@ class DecoderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with self._lock:
+            self._closed = True
+            alive = list(self._alive)
+        self._threads.shutdown(wait=False, cancel_futures=True)  # chunks that were not yet decoded are dropped
+        for worker in alive:
+            worker.kill()
+        self._threads.shutdown(wait=True)
 
     def start(self, number: int = 1) -> None:
         """Start some workers in advance, so that they are ready when the model is."""
         for worker in [self._take_worker() for _ in range(min(number, self.workers))]:
             self._return_worker(worker)
-
-    def close(self) -> None:
-        """End every worker and thread; chunks that were not yet decoded are dropped."""
-        with self._lock:
-            self._closed = True
-            alive = list(self._alive)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in alive:
-            worker.kill()
-        self._threads.shutdown(wait=True)
 
     def decode(
         self,
@@ -420,22 +395,22 @@ class DecoderPool:
             if not pending:
                 return
             chunk = pending.popleft().result()
-            num_files = round(_CHUNK_SECONDS * len(chunk.paths) / max(chunk.seconds, 1e-6))
-            num_files = max(1, min(num_files, max_files))
+            rate = len(chunk.paths) / max(chunk.seconds, 1e-6)
+            num_files = max(1, min(round(_CHUNK_SECONDS * rate), max_files))
             yield chunk
 
     def _decode_chunk(self, request: _Request) -> DecodedChunk:
+        """Decode all files of a request; one by one after a worker died, so that each takes only itself along."""
         chunks: list[DecodedChunk] = []
-        start, stop = 0, len(request.paths)
-        while start < stop:
+        while request.paths:
             try:
-                chunks.append(self._decode_once(request.part(start)))
+                chunks.append(self._decode_once(request))
             except _WorkerDiedError as error:
-                _logger.warning("a decoding process died (%s); its %d files are tried one by one", error, stop - start)
-                # Which file did it is unknown; alone, a file can take only itself along.
-                chunks += [self._decode_alone(request.part(index, index + 1)) for index in range(start, stop)]
+                number = len(request.paths)
+                _logger.warning("a decoding process died (%s); its %d files are tried one by one", error, number)
+                chunks += [self._decode_alone(request.part(index, index + 1)) for index in range(number)]
                 break
-            start += len(chunks[-1].paths)
+            request = request.part(len(chunks[-1].paths))
         if len(chunks) == 1:
             return chunks[0]
         files = [file for chunk in chunks for file in chunk.files]
@@ -444,18 +419,17 @@ class DecoderPool:
 
     def _decode_alone(self, request: _Request) -> DecodedChunk:
         """Decode one file; if the worker dies, the file is to blame."""
-        began = time.perf_counter()
+        began, (path,), sha256 = time.perf_counter(), request.paths, ""
         try:
             return self._decode_once(request)
         except _WorkerLateError:
             kind, verb, detail = "timeout", "took too long", f"more than {self._seconds_per_file:g} seconds"
         except _WorkerDiedError as error:
             kind, verb, detail = "crashed", "crashed", str(error)
-        _logger.warning("the decoder %s on %s: %s", verb, escape_path(request.paths[0]), detail)
-        sha256 = ""
+        _logger.warning("the decoder %s on %s: %s", verb, escape_path(path), detail)
         with suppress(_WorkerDiedError):  # even reading takes too long; in this process it would hold up the whole job
             (sha256,) = self._decode_once(replace(request, decoder=_hash_only)).sha256
-        file = DecodedFile(request.paths[0], sha256, kind, f"the decoder {verb}, {detail}")
+        file = DecodedFile(path, sha256, kind, f"the decoder {verb}, {detail}")
         no_image = np.empty((0, *request.image_size, 3), np.uint8)
         return DecodedChunk.of([file], no_image, time.perf_counter() - began)
 
@@ -467,7 +441,7 @@ class DecoderPool:
             with self._lock:
                 self._alive.discard(worker)
             worker.kill()
-            if self._closed:  # killed by `close`, not by a file: nobody waits for this chunk any more
+            if self._closed:  # killed by `__exit__`, not by a file: nobody waits for this chunk any more
                 raise CnnpipeError("decoding was stopped") from None
             raise
         self._return_worker(worker)

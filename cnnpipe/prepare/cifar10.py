@@ -1,4 +1,4 @@
-"""Fetch the official archive of CIFAR-10 over a network that may fail, and read it without trusting it.
+"""The source CIFAR-10: fetch the archive over a network that may fail, and read it without trusting it.
 
 The download is resumed, retried and checked against the known SHA-256. The archive is a gzipped tar of Python 2
 pickles, which are read in memory by an unpickler that knows NumPy arrays and nothing else.
@@ -16,20 +16,18 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from cnnpipe.errors import DatasetError, DownloadError, one_line
+from cnnpipe.prepare.sources import TEST, TRAIN, SourceImages, hash_pixels
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import make_folder, move_file, sha256_file, storage_errors
 
 if TYPE_CHECKING:
     import httpx
-
-__all__ = ["CIFAR10_ARCHIVE", "Archive", "Cifar10", "RetryPolicy", "fetch_archive", "read_cifar10"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ class Archive:
     file_name: str
     """Name of the file in `data/raw`."""
     num_bytes: int
-    """Size of the file."""
 
 
 CIFAR10_ARCHIVE: Final = Archive(
@@ -55,8 +52,7 @@ CIFAR10_ARCHIVE: Final = Archive(
 )
 
 _RETRIED_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_PROGRESS_BYTES: Final = 2**20
-"""Bytes that an attempt must add for the count of failures to start again."""
+_PROGRESS_BYTES: Final = 2**20  # that must be added for the count of failures to start again
 
 _FOLDER: Final = "cifar-10-batches-py"
 _TEST_BATCH: Final = "test_batch"
@@ -92,9 +88,45 @@ class RetryPolicy:
 class _TryAgainError(Exception):
     """The server cannot answer now, but may later."""
 
-    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+    retry_after_seconds = 0.0
+
+
+class Cifar10Source:
+    """The official archive, from `data/raw` or the network, with its own split of train and test."""
+
+    kind = "cifar10"
+
+    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
+        self._archive = archive
+        self._raw = raw
+        self._progress = progress
+
+    def content(self) -> str:
+        return self._archive.sha256  # known without the file: what is prepared outlives a tidied data/raw
+
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as all sources
+        path = fetch_archive(self._archive, self._raw, self._progress)
+        contents = _read_members(path, (*_BATCHES, _META))
+        class_names = tuple(name.decode() for name in _unpickle(contents[_META], path, _META)[b"label_names"])
+        batches = {name: _unpickle(contents[name], path, name) for name in _BATCHES}
+        # A row of the data is the red plane, then the green, then the blue.
+        planes = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
+        pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        files = [
+            (name, label, file.decode())
+            for name, batch in batches.items()
+            for label, file in zip(batch[b"labels"], batch[b"filenames"], strict=True)
+        ]
+        return SourceImages(
+            content=self._archive.sha256,
+            class_names=class_names,
+            pixels=pixels,
+            labels=np.array([label for _, label, _ in files], np.int64),
+            paths=[f"{name}/{class_names[label]}/{file}" for name, label, file in files],
+            digests=hash_pixels(pixels),
+            given_split=np.array([TEST if name == _TEST_BATCH else TRAIN for name, _, _ in files], np.int8),
+            given_splits=frozenset({TRAIN, TEST}),
+        )
 
 
 def fetch_archive(
@@ -114,20 +146,15 @@ def fetch_archive(
     """
     path = raw / archive.file_name
     if not path.exists():
-        make_folder(raw)
-        with storage_errors(raw):
-            lock = FileLock(raw / f".{archive.file_name}.lock")
-            lock.acquire()  # two processes must not write one partial file
-        try:
+        lock = FileLock(make_folder(raw) / f".{archive.file_name}.lock")
+        with storage_errors(raw), lock:  # two processes must not write one partial file
             if not path.exists():  # else another process has fetched it while this one waited
                 _Download(archive, path, progress, policy or RetryPolicy()).run()
-        finally:
-            lock.release()
     received = sha256_file(path)
     if received != archive.sha256:
         raise DatasetError(
             f"{path} is not the expected archive: its SHA-256 must be {archive.sha256}, received {received}; "
-            "delete it to have it downloaded"
+            "delete it to download it again"
         )
     return path
 
@@ -139,7 +166,7 @@ class _Download:
         self._archive = archive
         self._path = path
         self._part = path.with_name(path.name + ".part")
-        self._progress = progress
+        self._progress = progress or (lambda *_: None)
         self._policy = policy
 
     def run(self) -> None:
@@ -162,115 +189,63 @@ class _Download:
         """Bring the partial file to its end, over as many connections as it takes."""
         import httpx
 
-        failures, best = 0, 0
-        timeout = httpx.Timeout(self._policy.timeout_seconds)
-        with httpx.Client(follow_redirects=True, timeout=timeout) as client:
-            while True:
+        policy, failures, best = self._policy, 0, 0
+        with httpx.Client(follow_redirects=True, timeout=policy.timeout_seconds) as client:
+            while (start := self._num_received()) < self._archive.num_bytes:
                 try:
-                    self._fetch_once(client)
+                    self._fetch_once(client, start)
                     return
                 except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.TooManyRedirects) as error:
                     raise self._failure(one_line(error)) from error
                 except (httpx.TransportError, _TryAgainError) as error:
-                    if self._num_received() >= best + _PROGRESS_BYTES:
-                        failures, best = 0, self._num_received()
+                    if (received := self._num_received()) >= best + _PROGRESS_BYTES:
+                        failures, best = 0, received
                     failures += 1
                     reason = one_line(error) or type(error).__name__
-                    if failures >= self._policy.attempts:
+                    if failures >= policy.attempts:
                         raise self._failure(f"{reason}, after {failures} attempts") from error
-                    self._wait(failures, reason, getattr(error, "retry_after_seconds", 0.0))
+                    wanted = getattr(error, "retry_after_seconds", 0.0)
+                    wait = min(max(policy.backoff_seconds * 2 ** (failures - 1), wanted), policy.max_wait_seconds)
+                    logger.warning("download of %s: %s; trying again in %.1f s", self._path.name, reason, wait)
+                    time.sleep(wait)
 
-    def _fetch_once(self, client: httpx.Client) -> None:
+    def _fetch_once(self, client: httpx.Client, start: int) -> None:
         """Request what is missing, and append it; start again if the server sends everything."""
-        start = self._num_received()
-        if start >= self._archive.num_bytes:
-            return  # an earlier call had it all; the digest tells whether it is right
         headers = {"Accept-Encoding": "identity"}  # ranges and the digest are of the file, not of its transfer
         if start:
             headers["Range"] = f"bytes={start}-"
-        with client.stream("GET", self._archive.url, headers=headers) as response:
+        with client.stream("GET", self._archive.url, headers=headers) as response, storage_errors(self._part):
             status = response.status_code
             if status in _RETRIED_STATUSES:
-                wait = response.headers.get("Retry-After", "")
-                raise _TryAgainError(f"HTTP status {status}", float(wait) if wait.isdigit() else 0.0)
+                failure = _TryAgainError(f"HTTP status {status}")
+                if (wait := response.headers.get("Retry-After", "")).isdigit():
+                    failure.retry_after_seconds = float(wait)
+                raise failure
             content_range = response.headers.get("Content-Range", "")
             if status == 416 or (status == 206 and not content_range.startswith(f"bytes {start}-")):
-                with storage_errors(self._part):
-                    self._part.unlink(missing_ok=True)
+                self._part.unlink(missing_ok=True)
                 raise _TryAgainError(f"the server does not have the bytes from {start:,} on")
             if status not in (200, 206):
                 raise self._failure(f"HTTP status {status}")
-            self._append(response, start if status == 206 else 0)
-
-    def _append(self, response: httpx.Response, start: int) -> None:
-        with storage_errors(self._part), self._part.open("ab" if start else "wb") as file:
-            done = start
-            # As it comes: of blocks of a given size, httpx drops the last when the connection breaks. And raw, because
-            # some servers call the gzip of a .tar.gz a content encoding.
-            for block in response.iter_raw():
-                file.write(block)
-                done += len(block)
-                if self._progress is not None:
+            done = start if status == 206 else 0
+            with self._part.open("ab" if done else "wb") as file:
+                # As it comes: of blocks of a given size, httpx drops the last when the connection breaks. And raw,
+                # because some servers call the gzip of a .tar.gz a content encoding.
+                for block in response.iter_raw():
+                    file.write(block)
+                    done += len(block)
                     self._progress("download", done, self._archive.num_bytes)
-                if done > self._archive.num_bytes:
-                    return  # not the archive, and perhaps endless: the digest will say so
+                    if done > self._archive.num_bytes:
+                        return  # not the archive, and perhaps endless: the digest will say so
 
     def _num_received(self) -> int:
         return self._part.stat().st_size if self._part.is_file() else 0
-
-    def _wait(self, failures: int, reason: str, retry_after_seconds: float) -> None:
-        seconds = max(self._policy.backoff_seconds * 2 ** (failures - 1), retry_after_seconds)
-        seconds = min(seconds, self._policy.max_wait_seconds)
-        logger.warning("download of %s: %s; trying again in %.1f s", self._archive.file_name, reason, seconds)
-        time.sleep(seconds)
 
     def _failure(self, reason: str) -> DownloadError:
         return DownloadError(
             f"cannot download {self._archive.url}: {' '.join(reason.split())}; "
             f"try again later, or fetch it another way and put it at {self._path}"
         )
-
-
-@dataclass(frozen=True)
-class Cifar10:
-    """The whole dataset, the batches of train first."""
-
-    class_names: tuple[str, ...]
-    pixels: npt.NDArray[np.uint8]
-    """Pixels, (N, 32, 32, 3) RGB."""
-    labels: npt.NDArray[np.int64]
-    """Index into `class_names` of each image, (N,)."""
-    paths: list[str]
-    """Name of each image, `<batch>/<class>/<file name>`."""
-    is_test: npt.NDArray[np.bool_]
-    """Whether each image is one of the test batch, (N,)."""
-
-
-def read_cifar10(path: Path) -> Cifar10:
-    """Read the archive.
-
-    Args:
-        path: `cifar-10-python.tar.gz`, its digest already checked; so the form of its content is known.
-    Raises:
-        DatasetError: it cannot be read, lacks a batch, or has a pickle that asks for more than an array.
-    """
-    contents = _read_members(path, (*_BATCHES, _META))
-    class_names = tuple(name.decode() for name in _unpickle(contents[_META], path, _META)[b"label_names"])
-    batches = {name: _unpickle(contents[name], path, name) for name in _BATCHES}
-    # A row of the data is the red plane, then the green, then the blue.
-    planes = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
-    files = [
-        (name, label, file.decode())
-        for name, batch in batches.items()
-        for label, file in zip(batch[b"labels"], batch[b"filenames"], strict=True)
-    ]
-    return Cifar10(
-        class_names=class_names,
-        pixels=np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
-        labels=np.array([label for _, label, _ in files], np.int64),
-        paths=[f"{name}/{class_names[label]}/{file}" for name, label, file in files],
-        is_test=np.array([name == _TEST_BATCH for name, _, _ in files], np.bool_),
-    )
 
 
 def _read_members(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -283,9 +258,7 @@ def _read_members(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
                 if folder == _FOLDER and name in names and (file := archive.extractfile(member)):
                     contents[name] = file.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DatasetError(
-            f"{path} cannot be read as a .tar.gz: {error}; delete it to have it downloaded again"
-        ) from error
+        raise DatasetError(f"{path} cannot be read as a .tar.gz: {error}; delete it to download it again") from error
     if missing := [name for name in names if name not in contents]:
         raise DatasetError(f"{path} lacks {_FOLDER}/{missing[0]}; need the python version of CIFAR-10")
     return contents
@@ -295,15 +268,14 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, bytes and NumPy arrays; refuses whatever else a pickle asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ADMITTED[module, name]
 
 
 def _unpickle(data: bytes, path: Path, name: str) -> dict[bytes, Any]:
     try:
-        content: dict[bytes, Any] = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        return cast("dict[bytes, Any]", _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load())
     except _PICKLE_ERRORS as error:
-        raise DatasetError(f"{path}: the pickle {name} is refused: {one_line(error)}; delete the archive") from error
-    return content
+        reason = f"the pickle {name} is refused: {one_line(error)}"
+        raise DatasetError(f"{path}: {reason}; delete it to download it again") from error

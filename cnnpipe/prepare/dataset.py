@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,43 +33,37 @@ from pydantic import TypeAdapter, ValidationError
 
 from cnnpipe.errors import DatasetError
 from cnnpipe.images.decode import resize_pixels
+from cnnpipe.images.find import FileFilter
+from cnnpipe.machine import usable_cores
 from cnnpipe.manifest import TrainingStatistics
 from cnnpipe.paths import expand_path
-from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive
-from cnnpipe.prepare.report import (
-    DataReport,
-    build_report,
-    check_contrast,
-    check_limits,
-    compute_statistics,
+from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive, Cifar10Source
+from cnnpipe.prepare.report import DataReport, build_report, check_contrast, check_limits, compute_statistics
+from cnnpipe.prepare.sources import (
+    SPLITS,
+    TEST,
+    TRAIN,
+    VAL,
+    DigitsSource,
+    FolderSource,
+    SourceImages,
+    list_image_folder,
 )
-from cnnpipe.prepare.sources import Source, SourceImages, open_source
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL, assign_splits
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import PrepareSettings
+from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.storage import make_folder, storage_errors, write_folder, write_json
-
-__all__ = [
-    "DATASET_FILE",
-    "SPLITS",
-    "PreparedDataset",
-    "count_shared",
-    "load_prepared",
-    "prepare_dataset",
-    "scratch_folder",
-]
 
 DATASET_FILE: Final = "dataset.json"
 
 _FORMAT_VERSION: Final = 1
 """Part of every fingerprint; to be raised when the same source would give other arrays than before."""
 
-_BLOCK_BYTES: Final = 2**25
-
 _TEMPORARY_NAME: Final = re.compile(r"\.scratch\..{8}|\..+\.[0-9a-f]{16}")
 """Names that `scratch_folder` and `cnnpipe.storage.write_folder` give to folders that are being written."""
 
 logger = logging.getLogger(__name__)
+
+Source = DigitsSource | Cifar10Source | FolderSource
 
 
 @dataclass(frozen=True)
@@ -92,20 +87,15 @@ class PreparedDataset:
 
     def images(self, split: str) -> np.memmap[Any, np.dtype[np.uint8]]:
         """Return the images of a split, (N, H, W, 3) uint8 RGB, mapped read-only."""
-        return cast("np.memmap[Any, np.dtype[np.uint8]]", np.load(self._file(split, "images.npy"), mmap_mode="r"))
+        return cast("np.memmap[Any, np.dtype[np.uint8]]", np.load(self.path / f"{split}_images.npy", mmap_mode="r"))
 
     def labels(self, split: str) -> npt.NDArray[np.int64]:
         """Return the labels of a split, (N,) int64, indices into `class_names`."""
-        return cast("npt.NDArray[np.int64]", np.load(self._file(split, "labels.npy")))
+        return cast("npt.NDArray[np.int64]", np.load(self.path / f"{split}_labels.npy"))
 
     def paths(self, split: str) -> list[str]:
         """Return the name of each image of a split in the source."""
-        return cast("list[str]", json.loads(self._file(split, "paths.json").read_bytes()))
-
-    def _file(self, split: str, kind: str) -> Path:
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {SPLITS}, received {split!r}")
-        return self.path / f"{split}_{kind}"
+        return cast("list[str]", json.loads((self.path / f"{split}_paths.json").read_bytes()))
 
 
 def prepare_dataset(
@@ -135,8 +125,7 @@ def prepare_dataset(
         StorageError: `data/prepared` cannot be written.
     """
     progress = progress or (lambda *_: None)
-    source = open_source(settings, data / "raw", archive, workers, progress)
-    prepared = data / "prepared"
+    source, prepared = open_source(settings, data / "raw", archive, workers, progress), data / "prepared"
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
@@ -150,26 +139,44 @@ def prepare_dataset(
     return dataset
 
 
+def open_source(
+    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
+) -> Source:
+    """Return the source that `settings.dataset` names.
+
+    Raises:
+        DatasetError: it is a folder that cannot be a dataset.
+    """
+    name = settings.dataset
+    if name in BUILT_IN_DATASETS and Path(name).is_dir():
+        logger.warning(
+            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s", name, name
+        )
+    if name == "digits":
+        return DigitsSource()
+    if name == "cifar10":
+        return Cifar10Source(archive, raw, progress)
+    folder = list_image_folder(expand_path(name), FileFilter(settings.include, settings.exclude))
+    return FolderSource(folder, workers or usable_cores(), progress)
+
+
 def _find_prepared(source: Source, settings: PrepareSettings, prepared: Path) -> PreparedDataset | None:
     """Return the dataset if it is prepared already.
 
     The digest of a folder costs reading it all, so it is computed only if there is something to compare it with.
     """
     name = re.compile(re.escape(settings.resolved_name) + r"-[0-9a-f]{12}")
-    if not prepared.is_dir() or not any(name.fullmatch(folder.name) for folder in prepared.iterdir()):
+    if not prepared.is_dir() or not any(name.fullmatch(entry) for entry in os.listdir(prepared)):
         return None
-    fingerprint = _fingerprint(source.kind, source.content(), settings)
-    path = _prepared_path(prepared, settings, fingerprint)
+    path = _prepared_path(prepared, settings, _fingerprint(source.kind, source.content(), settings))
     if (dataset := _load_if_complete(path)) is not None:
         logger.info("%s is prepared already: %s", dataset.name, path)
     return dataset
 
 
 def _load_if_complete(path: Path) -> PreparedDataset | None:
-    if not path.is_dir():
-        return None
     try:
-        return load_prepared(path)
+        return load_prepared(path) if path.is_dir() else None
     except DatasetError as error:
         logger.warning("%s", error)
         return None
@@ -177,17 +184,11 @@ def _load_if_complete(path: Path) -> PreparedDataset | None:
 
 def _fingerprint(source: str, content: str, settings: PrepareSettings) -> str:
     """Return 64 hexadecimal digits; the name and the limits change no array and are not part of it."""
-    parts = {
-        "format": _FORMAT_VERSION,
-        "source": source,
-        "content": content,
-        "image_size": list(settings.image_size),
-        "val_fraction": settings.val_fraction,
-        "test_fraction": settings.test_fraction,
-        "seed": settings.seed,
-    }
+    names = ["image_size", "val_fraction", "test_fraction", "seed"]
     if settings.include or settings.exclude:  # else as before these settings existed
-        parts |= {"include": list(settings.include), "exclude": list(settings.exclude)}
+        names += ["include", "exclude"]
+    parts = {"format": _FORMAT_VERSION, "source": source, "content": content}
+    parts |= settings.model_dump(include=set(names))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,9 +208,7 @@ def _prepare(source: Source, settings: PrepareSettings, prepared: Path, progress
             test_fraction=None if TEST in images.given_splits else settings.test_fraction,
             seed=settings.seed,
         )
-        for split, name in enumerate(SPLITS):
-            if not (splits == split).any():
-                raise DatasetError(_nothing_left_for(name, settings.dataset, images))
+        _check_filled(splits, settings.dataset, images.digests)
         fingerprint = _fingerprint(source.kind, images.content, settings)
         path = _prepared_path(prepared, settings, fingerprint)
         with storage_errors(path):
@@ -249,15 +248,72 @@ def scratch_folder(prepared: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _nothing_left_for(split: str, dataset: str, images: SourceImages) -> str:
-    num_different = len(set(images.digests))
-    text = f"{dataset} leaves no readable image for {split}"
-    if num_different < len(images.digests):
+def _check_filled(splits: npt.NDArray[np.int8], dataset: str, digests: Sequence[str]) -> None:
+    """Refuse a dataset that has a split without images."""
+    if not (empty := [name for split, name in enumerate(SPLITS) if not (splits == split).any()]):
+        return
+    text = f"{dataset} leaves no readable image for {empty[0]}"
+    if (num_different := len(set(digests))) < len(digests):
         text += (
-            f": its {len(images.digests):,} images are copies of {num_different:,}, and copies stay in one split; "
+            f": its {len(digests):,} images are copies of {num_different:,}, and copies stay in one split; "
             "a class needs three different images"
         )
-    return f"{text}; add images to its classes"
+    raise DatasetError(f"{text}; add images to its classes")
+
+
+def assign_splits(
+    labels: npt.NDArray[np.int64],
+    digests: Sequence[str],
+    given_split: npt.NDArray[np.int8],
+    *,
+    val_fraction: float | None,
+    test_fraction: float | None,
+    seed: int,
+) -> npt.NDArray[np.int8]:
+    """Take test and val out of train, class by class, where the source does not come with them.
+
+    Images of the same content stay in one split: a model must not be judged on what it has learned. The order in which
+    the images of a class are taken follows from a hash of their content and the seed, not from a shuffled list, so a
+    folder that grows every night keeps nearly all of its images in their splits. Test is taken from the front of that
+    order and val after it, so that val lies between the other two: an image that changes its split as a class grows
+    hardly ever moves from train to test, and last week's champion is not judged on what it has learned.
+
+    Args:
+        labels: class of each image, (N,).
+        digests: digest of each image's content.
+        given_split: split that each image comes with, (N,), an index into `SPLITS`.
+        val_fraction: fraction of train, without test, that becomes val; None keeps the given val.
+        test_fraction: fraction of train that becomes test; None keeps the given test.
+        seed: determines the choice.
+    Returns:
+        The split of each image, (N,). A class with at least one different image for each split has one in each;
+        a class with fewer stays in train.
+    """
+    # The same content in several classes is a mistake in the labels; it counts for the class where it is seen first.
+    groups: dict[int, dict[str, list[int]]] = {}
+    first_label: dict[str, int] = {}
+    for index in np.flatnonzero(given_split == TRAIN).tolist():
+        digest = digests[index]
+        label = first_label.setdefault(digest, int(labels[index]))
+        groups.setdefault(label, {}).setdefault(digest, []).append(index)
+    splits = given_split.copy()
+    for contents in groups.values():
+        ranked = sorted(contents, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        num_test, num_val = _held_out(len(ranked), test_fraction, val_fraction)
+        for position, digest in enumerate(ranked[: num_test + num_val]):
+            splits[contents[digest]] = TEST if position < num_test else VAL
+    return splits
+
+
+def _held_out(count: int, test_fraction: float | None, val_fraction: float | None) -> tuple[int, int]:
+    """Return how many of a class's `count` different images become test and val."""
+    num_splits = 1 + (test_fraction is not None) + (val_fraction is not None)
+    if count < num_splits:
+        return 0, 0
+    max_test = count - (num_splits - 1)
+    num_test = 0 if test_fraction is None else min(max(round(count * test_fraction), 1), max_test)
+    rest = count - num_test
+    return num_test, 0 if val_fraction is None else min(max(round(rest * val_fraction), 1), rest - 1)
 
 
 def _write_dataset(
@@ -291,7 +347,7 @@ def _write_dataset(
         statistics=compute_statistics(train, images.labels[splits == TRAIN], len(images.class_names)),
         report=build_report(images, splits),
     )
-    write_json(folder / DATASET_FILE, _adapter().dump_python(dataset, mode="json", exclude={"path"}))
+    write_json(folder / DATASET_FILE, TypeAdapter(PreparedDataset).dump_python(dataset, mode="json", exclude={"path"}))
 
 
 def _write_images(
@@ -299,7 +355,7 @@ def _write_images(
 ) -> None:
     """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time."""
     shape = (*image_size, 3)
-    step = max(1, _BLOCK_BYTES // (image_size[0] * image_size[1] * 3))
+    step = max(1, 2**25 // math.prod(shape))  # blocks of 32 MiB
     with storage_errors(path), path.open("wb") as file:
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
@@ -321,7 +377,7 @@ def load_prepared(path: Path) -> PreparedDataset:
     """
     try:
         fields = json.loads((path / DATASET_FILE).read_bytes())
-        dataset = _adapter().validate_python({**fields, "path": path})
+        dataset = TypeAdapter(PreparedDataset).validate_python({**fields, "path": path})
     except FileNotFoundError as error:
         raise DatasetError(
             f"{path} is not a complete prepared dataset: it has no {DATASET_FILE}; prepare it again"
@@ -332,12 +388,6 @@ def load_prepared(path: Path) -> PreparedDataset:
     for split in SPLITS:
         _check_arrays(dataset, split)
     return dataset
-
-
-def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
-    """Return how many of some images, (N, H, W, 3), are also in these splits of a dataset, pixel by pixel."""
-    digests = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
-    return sum(hashlib.sha256(image).digest() in digests for image in images)
 
 
 def _check_arrays(dataset: PreparedDataset, split: str) -> None:
@@ -355,5 +405,7 @@ def _check_arrays(dataset: PreparedDataset, split: str) -> None:
         )
 
 
-def _adapter() -> TypeAdapter[PreparedDataset]:
-    return TypeAdapter(PreparedDataset)
+def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
+    """Return how many of some images, (N, H, W, 3), are also in these splits of a dataset, pixel by pixel."""
+    digests = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
+    return sum(hashlib.sha256(image).digest() in digests for image in images)

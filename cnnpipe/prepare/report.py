@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,45 +15,16 @@ from PIL import Image
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
+from cnnpipe.prepare.sources import SPLITS, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
-
-if TYPE_CHECKING:
-    from cnnpipe.prepare.sources import SourceImages
-
-__all__ = [
-    "DataReport",
-    "Leak",
-    "Unreadable",
-    "build_report",
-    "check_limits",
-    "compute_statistics",
-    "warn_of_unreadable",
-]
-
-_CHUNK_BYTES = 2**22
 
 # What is worth a warning; the limits in the settings, which stop the run, are others.
 _NOTABLE_IMBALANCE = 10.0
 _FEW_IMAGES = 50
 
-_LOW_STD = 1.0
-"""Standard deviation of all pixels, 0-255, below which there is nothing to learn."""
-_DARK = 16
-"""Mean brightness, 0-255, that an image with 16-bit values below 4,096 cannot reach."""
-_SAMPLE_FILES = 20
-"""Number of files that are read again to find the range of their values."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A source file that is not an image, or a damaged one."""
-
-    path: str
-    kind: str
-    """One of `cnnpipe.images.decode.ERROR_KINDS`."""
-    message: str
-    """Error message, one line."""
+_LOW_STD = 1.0  # standard deviation of all pixels, 0-255, below which there is nothing to learn
+_DARK = 16  # mean brightness, 0-255, that an image with 16-bit values below 4,096 cannot reach
+_SAMPLE_FILES = 20  # number of files that are read again to find the range of their values
 
 
 @dataclass(frozen=True)
@@ -97,18 +67,17 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
     """
     class_names, labels, digests, paths = images.class_names, images.labels, images.digests, images.paths
     leaks, duplicates = _find_leaks(splits, digests, paths)
+    pairs = Counter(zip(splits.tolist(), labels.tolist(), strict=True))
     counts = {
-        name: dict(
-            zip(class_names, np.bincount(labels[splits == split], minlength=len(class_names)).tolist(), strict=True)
-        )
-        for split, name in enumerate(SPLITS)
+        split: {name: pairs[number, label] for label, name in enumerate(class_names)}
+        for number, split in enumerate(SPLITS)
     }
     train = counts["train"]
     imbalance = max(train.values()) / max(min(train.values()), 1)  # JSON has no infinity
     found = [*images.warnings, *warn_of_unreadable(images.unreadable, len(labels))]
     for split in ("val", "test"):
-        pairs, total = _leaked_into(split, leaks), sum(counts[split].values())
-        found += _warn(pairs, f"{len(pairs):,} of {total:,} images of {split} are also in another")
+        leaked, total = _leaked_into(split, leaks), sum(counts[split].values())
+        found += _warn(leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another")
     found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
     contradictions = _find_contradictions(labels, digests, paths)
     found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
@@ -135,15 +104,10 @@ def _warn(offenders: Sequence[str], text: str) -> list[str]:
     return [f"{text}: {first_few(offenders)}"] if offenders else []
 
 
-def first_few(items: Sequence[str], number: int = 3) -> str:
-    """Return the first items of a list as text."""
-    return ", ".join(items[:number]) + (", …" if len(items) > number else "")
-
-
 def warn_of_unreadable(unreadable: Sequence[Unreadable], num_readable: int) -> list[str]:
     """Return a warning if some files are unreadable, else nothing."""
-    number, total = len(unreadable), num_readable + len(unreadable)
-    return _warn(_name_unreadable(unreadable), f"{number:,} of {total:,} files are unreadable and were left out")
+    number = f"{len(unreadable):,} of {num_readable + len(unreadable):,}"
+    return _warn(_name_unreadable(unreadable), f"{number} files are unreadable and were left out")
 
 
 def _name_unreadable(unreadable: Sequence[Unreadable]) -> list[str]:
@@ -158,7 +122,7 @@ def _find_leaks(
     splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: dict[int, dict[str, int]] = {TRAIN: {}, VAL: {}, TEST: {}}
+    first: list[dict[str, int]] = [{} for _ in SPLITS]
     duplicates = []
     for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
         if (original := first[split].setdefault(digest, index)) != index:
@@ -197,23 +161,20 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    unreadable, max_unreadable = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
-    if len(unreadable) != 1 or not max_unreadable:  # one of fewer than 100 files is over 1 %, but is no reason to stop
-        text = f"files are unreadable, more than {max_unreadable:.4g} (max_unreadable_fraction)"
+    unreadable, limit = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
+    if len(unreadable) != 1 or not limit:  # one of fewer than 100 files is over 1 %, but is no reason to stop
+        text = f"files are unreadable, more than {limit:.4g} (max_unreadable_fraction)"
         total = sum(num_images.values()) + len(unreadable)
-        _check_fraction(
-            unreadable, total, max_unreadable, text, f"fix or remove them, or raise the limit; see {details}"
-        )
+        _check_fraction(unreadable, total, limit, text, f"fix or remove them, or raise the limit; see {details}")
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(
                 f"class {name!r} has {count} images in train, need at least {settings.min_images_per_class} "
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
+    limit, remedy = settings.max_leaked_fraction, f"remove them from one, or raise the limit; see {details}"
     for split in ("val", "test"):
-        limit = settings.max_leaked_fraction
         text = f"images of {split} are also in another split, more than {limit:.4g} (max_leaked_fraction)"
-        remedy = f"remove them from one, or raise the limit; see {details}"
         _check_fraction(_leaked_into(split, report.leaks), num_images[split], limit, text, remedy)
     if report.imbalance > settings.max_imbalance:
         raise DatasetError(
@@ -273,7 +234,7 @@ def compute_statistics(
         labels: (N,), indices of classes.
     """
     num_pixels = images.shape[1] * images.shape[2]
-    step = max(1, _CHUNK_BYTES // (num_pixels * 3))
+    step = max(1, 2**22 // (num_pixels * 3))
     histogram = np.zeros((3, 256))  # for each channel; exact, and so are the sums below
     sums = np.empty(len(images))
     for start in range(0, len(images), step):
@@ -282,16 +243,13 @@ def compute_statistics(
         counted = Image.fromarray(chunk.reshape(-1, images.shape[2], 3)).histogram()
         histogram += np.array(counted).reshape(3, 256)
         sums[start : start + step] = chunk.reshape(len(chunk), -1).sum(axis=1, dtype=np.uint64)
-    total = len(images) * num_pixels
-    values = np.arange(256)
+    values, total = np.arange(256), len(images) * num_pixels
     mean = histogram @ values / total
     std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0.0))
-    brightness = sums / (3 * num_pixels)
-    counts = Counter(labels.tolist())
     return TrainingStatistics(
         num_images=len(images),
-        channel_mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        channel_std=(float(std[0]), float(std[1]), float(std[2])),
-        brightness_deciles=tuple(float(value) for value in np.percentile(brightness, range(0, 101, 10))),
-        class_shares=tuple(counts[label] / len(images) for label in range(num_classes)),
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple(std.tolist()),
+        brightness_deciles=tuple(np.percentile(sums / (3 * num_pixels), range(0, 101, 10)).tolist()),
+        class_shares=tuple((np.bincount(labels, minlength=num_classes) / len(images)).tolist()),
     )

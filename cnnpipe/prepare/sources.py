@@ -1,8 +1,9 @@
-"""Where images come from: the built-in digits, the archive of CIFAR-10, or a user's folder.
+"""Where images come from: the built-in digits or a user's folder; the third source is in `cnnpipe.prepare.cifar10`.
 
 A source describes its content in two ways: `content()` returns the digest of it all, as cheaply as possible; `read()`
 returns the images, and the same digest with them. Without anything to compare with, a caller reads at once, so that
-everything is read only once.
+everything is read only once. `read()` takes the model's (height, width), for sources that decode, and the path of a
+file to write pixels to, which must outlive the result.
 
 A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which val and test may be missing, or
 `<root>/<class>/*`. In the folder of a class a file may lie at any depth. Names that begin with a dot, those that
@@ -12,7 +13,6 @@ A folder has one of two layouts: `<root>/{train,val,test}/<class>/*`, in which v
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import unicodedata
 from collections import Counter
@@ -21,26 +21,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import read_file
-from cnnpipe.images.find import FileFilter, find_files
-from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out, name_leftover
+from cnnpipe.images.find import FileFilter, find_files, read_names
+from cnnpipe.images.leftovers import OWN, describe_passed_over, is_own_folder, list_left_out
 from cnnpipe.images.workers import DecodedChunk, DecodedFile, DecoderPool, decode_files
-from cnnpipe.machine import usable_cores
-from cnnpipe.paths import escape_path, expand_path
-from cnnpipe.prepare.cifar10 import Archive, fetch_archive, read_cifar10
-from cnnpipe.prepare.report import Unreadable, first_few
-from cnnpipe.prepare.splits import SPLITS, TEST, TRAIN, VAL
+from cnnpipe.paths import escape_path
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
 from cnnpipe.storage import storage_errors
 
-__all__ = ["FolderSource", "Source", "SourceImages", "list_image_folder", "list_scored_folder", "open_source"]
+SPLITS: Final = ("train", "val", "test")
+"""What images are for: to learn from, to choose the checkpoint by, and to judge the model on."""
+
+TRAIN: Final = 0
+VAL: Final = 1
+TEST: Final = 2
 
 _NOT_IMAGES: Final = frozenset({
     ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".rst", ".xml", ".xmp", ".aae", ".yaml", ".yml", ".toml",
@@ -61,23 +61,31 @@ _SPLIT_NAMES: Final = {
 }  # fmt: skip
 """Name of a folder, in lower case -> the split that it means."""
 
-_HIDDEN: Final = ".*"
-"""How files and folders that begin with a dot are called in counts."""
+_HIDDEN: Final = ".*"  # how files and folders that begin with a dot are called in counts
 
 _LAYOUTS: Final = "need <root>/{train,val,test}/<class>/* or <root>/<class>/*"
 
 _CHUNK_FILES: Final = 128
 _MIN_FILES_FOR_POOL: Final = 500  # fewer are decoded sooner than a second process has started
 
-_logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A source file that is not an image, or a damaged one."""
+
+    path: str
+    kind: str
+    """One of `cnnpipe.images.decode.ERROR_KINDS`."""
+    message: str
+    """Error message, one line."""
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """All readable images of a source, N of them, in its own order."""
+    """All N readable images of a source, in its own order."""
 
     content: str
-    """SHA-256 of the source, as `Source.content` returns it."""
+    """SHA-256 of the source, as its `content()` returns it."""
     class_names: tuple[str, ...]
     pixels: npt.NDArray[np.uint8]
     """Pixels, (N, H, W, 3) RGB; those of a folder have the model's size, others their own."""
@@ -95,45 +103,7 @@ class SourceImages:
     warnings: tuple[str, ...] = ()
 
 
-class Source(Protocol):
-    """Interface of a source."""
-
-    kind: str
-
-    def content(self) -> str:
-        """Return the SHA-256 of everything that the prepared images are made from."""
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        """Read all images.
-
-        Args:
-            image_size: the model's (height, width), for sources that decode.
-            scratch: path of a file to write pixels to; it must outlive the result.
-        """
-
-
-def open_source(
-    settings: PrepareSettings, raw: Path, archive: Archive, workers: int | None, progress: ProgressCallback
-) -> Source:
-    """Return the source that `settings.dataset` names.
-
-    Raises:
-        DatasetError: it is a folder that cannot be a dataset.
-    """
-    name = settings.dataset
-    if name in BUILT_IN_DATASETS and Path(name).is_dir():
-        _logger.warning(
-            "%s is the built-in dataset here, not the folder of that name; for the folder give ./%s", name, name
-        )
-    if name == "digits":
-        return _DigitsSource()
-    if name == "cifar10":
-        return _Cifar10Source(archive, raw, progress)
-    folder = list_image_folder(expand_path(name), FileFilter(settings.include, settings.exclude))
-    return FolderSource(folder, workers or usable_cores(), progress)
-
-
-class _DigitsSource:
+class DigitsSource:
     """The 1,797 handwritten digits, 8×8 grey, that come with scikit-learn: real data without a network."""
 
     kind = "digits"
@@ -141,7 +111,7 @@ class _DigitsSource:
     def content(self) -> str:
         return self.read((8, 8), Path()).content
 
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
+    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as all sources
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -155,40 +125,14 @@ class _DigitsSource:
             pixels=pixels,
             labels=labels,
             paths=[f"digits/{index:04d}" for index in range(len(labels))],
-            digests=_hash_pixels(pixels),
+            digests=hash_pixels(pixels),
             given_split=np.full(len(labels), TRAIN, np.int8),
             given_splits=frozenset(),
         )
 
 
-class _Cifar10Source:
-    """The official archive, from `data/raw` or the network, with its own split of train and test."""
-
-    kind = "cifar10"
-
-    def __init__(self, archive: Archive, raw: Path, progress: ProgressCallback) -> None:
-        self._archive = archive
-        self._raw = raw
-        self._progress = progress
-
-    def content(self) -> str:
-        return self._archive.sha256  # known without the file: what is prepared outlives a tidied data/raw
-
-    def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:  # noqa: ARG002  as the protocol has it
-        cifar10 = read_cifar10(fetch_archive(self._archive, self._raw, self._progress))
-        return SourceImages(
-            content=self._archive.sha256,
-            class_names=cifar10.class_names,
-            pixels=cifar10.pixels,
-            labels=cifar10.labels,
-            paths=cifar10.paths,
-            digests=_hash_pixels(cifar10.pixels),
-            given_split=np.where(cifar10.is_test, TEST, TRAIN).astype(np.int8),
-            given_splits=frozenset({TRAIN, TEST}),
-        )
-
-
-def _hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
+def hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
+    """Return the SHA-256 of each image, (N, H, W, 3)."""
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
 
@@ -208,13 +152,9 @@ class FolderSource:
         outcomes: list[str] = []
         # Threads: reading and hashing release the interpreter, and processes would have to be started.
         with ThreadPoolExecutor(self._workers) as threads:
-            try:
-                for chunk in threads.map(self._hash_files, chunks):
-                    outcomes += chunk
-                    self._progress("hash", len(outcomes), len(paths))
-            except BaseException:  # such as Ctrl-C: the rest need not be read before it takes effect
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+            for chunk in threads.map(self._hash_files, chunks):
+                outcomes += chunk
+                self._progress("hash", len(outcomes), len(paths))
         return _hash_folder(paths, outcomes)
 
     def _hash_files(self, paths: Sequence[str]) -> list[str]:
@@ -228,41 +168,35 @@ class FolderSource:
         return outcomes
 
     def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        files = self._decode_to(scratch, image_size)
-        readable = np.array([not file.error_kind for file in files], np.bool_)
-        if not readable.any():
+        folder, files = self._folder, self._decode_to(scratch, image_size)
+        images = [file for file in files if file.has_image]
+        if not images:
             raise DatasetError(
-                f"none of the {len(files):,} files in {self._folder.root} can be read as an image; "
+                f"none of the {len(files):,} files in {folder.root} can be read as an image; "
                 f"the first, {escape_path(files[0].path)}: {files[0].error}"
             )
+        readable = np.array([file.has_image for file in files])
+        failed = [file for file in files if not file.has_image]
         return SourceImages(
-            content=_hash_folder(self._folder.paths, [file.sha256 or file.error_kind for file in files]),
-            class_names=self._folder.class_names,
-            pixels=np.memmap(scratch, np.uint8, "r", shape=(int(readable.sum()), *image_size, 3)),
-            labels=self._folder.labels[readable],
-            paths=[escape_path(file.path) for file in files if not file.error_kind],
-            digests=[file.sha256 for file in files if not file.error_kind],
-            given_split=self._folder.given_split[readable],
-            given_splits=self._folder.given_splits,
-            unreadable=tuple(
-                Unreadable(escape_path(file.path), file.error_kind, escape_path(file.error))
-                for file in files
-                if file.error_kind
-            ),
-            warnings=self._folder.warnings,
+            content=_hash_folder(folder.paths, [file.sha256 or file.error_kind for file in files]),
+            class_names=folder.class_names,
+            pixels=np.memmap(scratch, np.uint8, "r", shape=(len(images), *image_size, 3)),
+            labels=folder.labels[readable],
+            paths=[escape_path(file.path) for file in images],
+            digests=[file.sha256 for file in images],
+            given_split=folder.given_split[readable],
+            given_splits=folder.given_splits,
+            unreadable=tuple(Unreadable(escape_path(f.path), f.error_kind, escape_path(f.error)) for f in failed),
+            warnings=folder.warnings,
         )
 
     def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
-        """Decode all files, and write the pixels of those that are images to `scratch`, one after the other."""
+        """Decode all files, and write the pixels of the images to `scratch`, one after the other."""
         files: list[DecodedFile] = []
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
-        with storage_errors(scratch):
-            file = scratch.open("wb")
-        with file, closing(self._decode_chunks(image_size)) as chunks:
+        with storage_errors(scratch), scratch.open("wb") as file, closing(self._decode_chunks(image_size)) as chunks:
             for chunk in chunks:
-                with storage_errors(scratch):
-                    file.write(chunk.images.tobytes())
-                    file.flush()  # reports a full disk here and not when the file is closed
+                file.write(chunk.images.data)
                 files += chunk.files
                 self._progress("decode", len(files), len(self._folder.paths))
         return files
@@ -278,12 +212,7 @@ class FolderSource:
 
 
 def _hash_folder(paths: Sequence[str], outcomes: Sequence[str]) -> str:
-    """Return a digest of a folder's paths and content, whatever the order in which they were listed or read.
-
-    Args:
-        paths: relative to the folder.
-        outcomes: for each path the SHA-256 of the file's bytes, or why they could not be read.
-    """
+    """Return a digest of a folder's paths and, for each, the file's SHA-256 or error, in whatever order they came."""
     content = hashlib.sha256()
     for path, outcome in sorted(zip(map(os.fsencode, paths), outcomes, strict=True)):
         content.update(b"%d:%b%b\n" % (len(path), path, outcome.encode()))
@@ -317,16 +246,14 @@ def list_image_folder(root: Path, wanted: FileFilter | None = None) -> ImageFold
             a class in val or test that train lacks.
     """
     listing = _Listing(root, wanted or FileFilter())
-    folders, files = _list_names(root)
-    if not folders:
-        holds = f"{len(files)} files and no folders" if files else "nothing"
-        raise DatasetError(f"{root} holds {holds}; {_LAYOUTS}")
     folders = listing.class_folders("")
+    if not folders:
+        raise DatasetError(f"{root} holds no folders of images; {_LAYOUTS}")
     splits = _find_splits(root, folders)
     if not splits:
         listing.add_split(TRAIN, "", folders)
-    elif others := [escape_path(name) for name in folders if name not in splits.values()]:
-        listing.warnings.append(f"folders beside train were left out: {', '.join(others[:3])}")
+    elif others := [name for name in folders if name not in splits.values()]:
+        listing.warnings.append(f"folders beside train were left out: {first_few(others)}")
     for split, folder in splits.items():
         listing.add_split(split, folder, listing.class_folders(folder))
     class_names = _check_classes(root, splits, listing.files)
@@ -340,15 +267,14 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     Args:
         class_names: the model's, which determine the labels; None takes the folder's own.
     Raises:
-        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model does
-            not know.
+        DatasetError: the folder does not exist, holds no images in class folders, or has a class that the model lacks.
     """
     listing = _Listing(root, FileFilter())
     folders = listing.class_folders("")
     splits = {
         name: _SPLIT_NAMES[name.lower()]
         for name in folders
-        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name)[0]
+        if name.lower() in _SPLIT_NAMES and name not in (class_names or ()) and _list_names(root / name, Counter())[0]
     }
     tests = [name for name, split in splits.items() if split == TEST]
     for name in tests or (splits if list(splits) == folders else []):
@@ -361,16 +287,17 @@ def list_scored_folder(root: Path, class_names: tuple[str, ...] | None) -> Image
     names = class_names or tuple(sorted(filled, key=os.fsencode))
     if unknown := sorted(filled - set(names)):
         raise DatasetError(
-            f"{root} has folders of classes that the model does not know: {_show(unknown)}; it knows "
-            f"{_show(names)}; rename or remove the others"
+            f"{root} has folders of classes that the model does not have: {first_few(unknown, 5)}; it has "
+            f"{first_few(names, 5)}; rename or remove the others"
         )
     if missing := [name for name in names if name not in filled]:
-        listing.warnings.append(f"{root} has no images of these classes of the model: {_show(missing)}")
+        listing.warnings.append(f"{root} has no images of these classes of the model: {first_few(missing, 5)}")
     return listing.finish(names, frozenset())
 
 
-def _show(names: Iterable[str]) -> str:
-    return first_few([escape_path(name) for name in names], 5)
+def first_few(items: Sequence[str], number: int = 3) -> str:
+    """Return the first items of a list as text."""
+    return ", ".join(map(escape_path, items[:number])) + (", …" if len(items) > number else "")
 
 
 class _Listing:
@@ -389,8 +316,10 @@ class _Listing:
         """Return the names of the folders in a folder; warn of the files that lie beside them."""
         folders, files = _list_names(self._root / folder, self._passed_over)
         if files:
-            where, shown = escape_path(str(self._root / folder)), first_few([escape_path(name) for name in files])
-            self.warnings.append(f"{len(files)} files in {where} are in no class folder and were left out: {shown}")
+            where = escape_path(str(self._root / folder))
+            self.warnings.append(
+                f"{len(files)} files in {where} are in no class folder and were left out: {first_few(files)}"
+            )
         return folders
 
     def add_split(self, split: int, folder: str, classes: Iterable[str]) -> None:
@@ -407,13 +336,12 @@ class _Listing:
         except UnicodeEncodeError as error:
             name = escape_path(PurePosixPath(folder).name)
             raise DatasetError(f"the name of the class {name} is not UTF-8; rename the folder") from error
-        path, passed_over = self._root / folder, Counter[str]()
+        files, all_wanted, passed_over = [], True, Counter[str]()
         with suppress(OSError):  # `find_files` reports it
-            if is_own_folder(map(os.fsencode, os.listdir(path))):
+            if is_own_folder(map(os.fsencode, os.listdir(self._root / folder))):
                 self._passed_over[OWN] += 1
                 return None
-        files, all_wanted = [], True
-        for file in find_files(path, passed_over=passed_over):
+        for file in find_files(self._root / folder, passed_over=passed_over):
             suffix = PurePosixPath(file).suffix.lower()
             if file.startswith(".") or "/." in file:
                 passed_over[_HIDDEN] += 1
@@ -433,45 +361,38 @@ class _Listing:
             self.warnings.append(f"{number}: {list_left_out(self._suffixes)}")
         if self._passed_over:
             self.warnings.append(describe_passed_over(self._passed_over))
-        rows = [
-            (path, label, split)
+        groups = [
+            (split, label, classes.get(name, []))
             for split, classes in self.files.items()
             for label, name in enumerate(class_names)
-            for path in classes.get(name, [])
         ]
+        sizes = [len(paths) for _, _, paths in groups]
         return ImageFolder(
             root=self._root,
             class_names=class_names,
-            paths=[path for path, _, _ in rows],
-            labels=np.array([label for _, label, _ in rows], np.int64),
-            given_split=np.array([split for _, _, split in rows], np.int8),
+            paths=[path for _, _, paths in groups for path in paths],
+            labels=np.repeat(np.array([label for _, label, _ in groups], np.int64), sizes),
+            given_split=np.repeat(np.array([split for split, _, _ in groups], np.int8), sizes),
             given_splits=given_splits,
             warnings=tuple(self.warnings),
         )
 
 
-def _list_names(folder: Path, passed_over: Counter[str] | None = None) -> tuple[list[str], list[str]]:
+def _list_names(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the other entries in a folder, each sorted bytewise."""
-    folders: list[str] = []
-    files: list[str] = []
     shown = escape_path(str(folder))
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                leftover = name_leftover(os.fsencode(folder), os.fsencode(entry.name), entry.is_dir())
-                if not leftover and not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
-                elif passed_over is not None:
-                    passed_over[leftover or _HIDDEN] += 1
+        names = sorted(read_names(os.fsencode(folder), os.scandir(os.fsencode(folder)), b"", passed_over))
     except FileNotFoundError as error:
-        raise DatasetError(
-            f"there is no dataset {shown}; need digits, cifar10 or the path of a folder of images"
-        ) from error
-    except NotADirectoryError as error:
-        raise DatasetError(f"{shown} is a file; {_LAYOUTS}") from error
+        raise DatasetError(f"there is no dataset {shown}; need digits, cifar10 or the path of a folder") from error
     except OSError as error:
-        raise DatasetError(f"cannot list {shown}: {error.strerror}; check its permissions") from error
-    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+        raise DatasetError(f"cannot list {shown}: {error.strerror}; {_LAYOUTS}") from error
+    passed_over.update(_HIDDEN for name in names if name.startswith(b"."))
+    visible = [os.fsdecode(name) for name in names if not name.startswith(b".")]
+    return (
+        [name.removesuffix("\0") for name in visible if name.endswith("\0")],
+        [name for name in visible if not name.endswith("\0")],
+    )
 
 
 def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
@@ -481,15 +402,13 @@ def _find_splits(root: Path, folders: list[str]) -> dict[int, str]:
     folders itself, or lie beside nothing but splits.
     """
     named = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
-    has_splits = any(_list_names(root / name)[0] for name, split in named.items() if split == TRAIN)
+    has_splits = any(_list_names(root / name, Counter())[0] for name, split in named.items() if split == TRAIN)
     if not has_splits and len(named) < len(folders):
         return {}
     splits: dict[int, str] = {}
     for name, split in sorted(named.items(), key=lambda item: item[1]):
         if (other := splits.setdefault(split, name)) != name:
-            raise DatasetError(
-                f"{root} has {other} and {name}, and both mean {SPLITS[split]}; merge them, or rename one"
-            )
+            raise DatasetError(f"{root} has {other} and {name}, both mean {SPLITS[split]}; merge or rename them")
     if TRAIN not in splits:
         raise DatasetError(f"{root} has {' and '.join(named)}, but no train; {_LAYOUTS}")
     return splits
@@ -499,9 +418,8 @@ def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[st
     """Return the class names, which are those of train; check that the other splits have no others."""
     train = files[TRAIN]
     if not train:
-        raise DatasetError(
-            f"{root / folders.get(TRAIN, '')} has no class folders with files that are wanted; {_LAYOUTS}"
-        )
+        where = root / folders.get(TRAIN, "")
+        raise DatasetError(f"{where} has no class folders with files that are wanted; {_LAYOUTS}")
     if empty := [name for name, found in train.items() if not found]:
         raise DatasetError(
             f"class {', '.join(map(repr, empty[:5]))} of {root} has no images in train; add some, or remove its folder"
@@ -512,20 +430,13 @@ def _check_classes(root: Path, folders: dict[int, str], files: dict[int, dict[st
         filled = {name for name, found in files[split].items() if found}
         if not filled:
             raise DatasetError(f"{root / folders[split]} holds no images in class folders; fill it, or remove it")
-        if unknown := sorted(filled - set(train)):
-            raise _unknown_class(root, folders[split], unknown[0], train)
+        if name := min(filled - set(train), default=None):
+            similar = sorted(train, key=lambda other: _appearance(other) != _appearance(name))
+            raise DatasetError(
+                f"class {_spell(name)} of {root} is in {folders[split]}, but not in train, which has "
+                f"{first_few([_spell(other) for other in similar])}; add it to train, or rename or remove it"
+            )
     return tuple(train)
-
-
-def _unknown_class(root: Path, folder: str, name: str, train: Iterable[str]) -> DatasetError:
-    twin = next((other for other in train if _appearance(other) == _appearance(name)), None)
-    if twin is None:
-        return DatasetError(
-            f"class {name!r} of {root} is in {folder}, but not in train; add it to train, or remove it there"
-        )
-    return DatasetError(
-        f"class {_spell(name)} of {root} is in {folder}, but not in train, which has {_spell(twin)}; rename one of them"
-    )
 
 
 def _warn_of_look_alikes(class_names: Iterable[str]) -> list[str]:

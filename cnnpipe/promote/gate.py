@@ -33,7 +33,8 @@ from cnnpipe.manifest import (
     read_origin,
     write_manifest,
 )
-from cnnpipe.prepare.dataset import SPLITS, PreparedDataset, count_shared, load_prepared
+from cnnpipe.prepare.dataset import PreparedDataset, count_shared, load_prepared
+from cnnpipe.prepare.sources import SPLITS
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.session import open_session
 from cnnpipe.settings import RetrainSettings, load_toml

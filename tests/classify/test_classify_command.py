@@ -219,7 +219,10 @@ def test_what_systems_leave_is_passed_over_and_counted_once(images: Path, model:
 def test_a_list_that_is_not_there_is_told_before_the_model_is_loaded(images: Path, tmp_path: Path) -> None:
     ended = classify(images, "--model", tmp_path / "none.onnx", "--files", tmp_path / "list.txt")
     assert ended.returncode == 1
-    assert f"cannot read the list of files from {tmp_path / 'list.txt'}: no such file; check the path" in ended.stderr
+    assert (
+        f"cannot read the list of files from {tmp_path / 'list.txt'}: No such file or directory; check the path"
+        in ended.stderr
+    )
 
 
 def test_overwrite_replaces_the_table_that_a_link_points_to(images: Path, model: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_damaged_exif_block_does_not_spoil_the_pixels() -> None:
 
 
 def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
-    """Put a segment behind the first two bytes of a JPEG file."""
+    """Put a segment after the first two bytes of a JPEG file."""
     return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
 
 
@@ -163,7 +163,7 @@ def plain_jpegs() -> dict[str, bytes]:
     files["tables of 16 bits"] = encode(image, "JPEG", qtables=[[300] * 64, [400] * 64])
     files["two pictures"] = encode(image, "MPO", save_all=True, append_images=[noise(50, 40, seed=1)])
     files["no JFIF"] = encode(image, "JPEG")[:2] + encode(image, "JPEG")[20:]
-    files["junk behind the end"] = files["comment"] + b"\xff\xd8junk"
+    files["junk after the end"] = files["comment"] + b"\xff\xd8junk"
     files["junk before the end"] = files["comment"][:-2] + b"\0\0junk" + files["comment"][-2:]
     return files
 
@@ -180,7 +180,7 @@ def odd_jpegs() -> dict[str, bytes]:
         "EXIF, to be turned": encode(image, "JPEG", exif=exif),
         "EXIF, large": encode(gradient(1030, 770), "JPEG", exif=exif),
         "EXIF, upright": encode(image, "JPEG", exif=upright),
-        "EXIF behind the frame": b"",
+        "EXIF after the frame": b"",
         "XMP": with_segment(plain, 0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"),
         "Adobe RGB": encode(image, "JPEG", keep_rgb=True),
         "Adobe YCbCr": with_segment(plain, 0xEE, b"Adobe\0\x64\0\0\0\0\x01"),
@@ -200,7 +200,7 @@ def odd_jpegs() -> dict[str, bytes]:
     }
     segment = b"\xff\xe1" + struct.pack(">H", len(exif.tobytes()) + 2) + exif.tobytes()
     scan = plain.index(b"\xff\xda")
-    files["EXIF behind the frame"] = plain[:scan] + segment + plain[scan:]
+    files["EXIF after the frame"] = plain[:scan] + segment + plain[scan:]
     return files
 
 
@@ -272,8 +272,8 @@ def test_a_damaged_jpeg_gives_the_same_pixels_or_error_both_ways(
     file: bytes, edits: list[tuple[float, int]], keep: float
 ) -> None:
     data = bytearray(file[: int(len(file) * keep)])
-    for place, value in edits:
-        data[int(place * (len(data) - 1))] = value
+    for position, value in edits:
+        data[int(position * (len(data) - 1))] = value
     result = pixels_or_error(bytes(data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cnnpipe.images.decode._decode_plain_jpeg", lambda data, target: None)
@@ -351,8 +351,8 @@ def test_random_bytes_only_ever_raise_image_errors(signature: bytes, data: bytes
 )
 def test_damaged_images_only_ever_raise_image_errors(file: bytes, edits: list[tuple[float, int]], keep: float) -> None:
     data = bytearray(file[: max(1, int(len(file) * keep))])
-    for place, value in edits:
-        data[int(place * (len(data) - 1))] = value
+    for position, value in edits:
+        data[int(position * (len(data) - 1))] = value
     decode_or_refuse(bytes(data))
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from cnnpipe.errors import DatasetError, ImageError, StorageError
 from cnnpipe.images.decode import read_file
-from cnnpipe.images.find import FileFilter, count_files, find_files, has_files, read_file_list
+from cnnpipe.images.find import FileFilter, find_files, has_files, read_file_list
 from cnnpipe.paths import escape_path
 
 
@@ -99,7 +99,6 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path, name: str, problem:
         list(find_files(tmp_path / name))
     with pytest.raises(DatasetError, match=problem):
         has_files(tmp_path / name)
-    assert count_files(tmp_path / name) == 0
 
 
 _PARTS = st.sampled_from(["a", "a.", "a-b", "b", "B", "\n", "é", "\udcff", "\ue000", "zz"])
@@ -139,7 +138,6 @@ def test_a_walk_goes_on_after_any_path_whether_it_exists_or_not(paths: set[str],
         for path in (*whole, *paths, removed):
             tail = [each for each in whole if _order(each) > _order(path)]
             assert list(find_files(root, after=path)) == tail
-        assert count_files(root) == len(whole)
         assert sorted(find_files(root, in_order=False), key=_order) == whole
         assert has_files(root, max(len(whole), 1)) == (len(whole) > 0)
         assert not has_files(root, len(whole) + 1)
@@ -164,7 +162,6 @@ def test_a_walk_goes_on_after_a_link_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "a" / "x").touch()
     assert list(find_files(tmp_path, after="a/up")) == ["a/x"]
     assert list(find_files(tmp_path, after="a/up/a/x")) == ["a/x"]
-    assert count_files(tmp_path) == 2
 
 
 def test_folders_before_the_path_to_go_on_after_are_not_opened(tmp_path: Path) -> None:
@@ -238,16 +235,15 @@ def test_no_room_to_sort_a_huge_folder_is_said_in_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize("look", [has_files, lambda root: list(find_files(root))])
 def test_a_root_that_cannot_be_listed_is_an_error(tmp_path: Path, look: Callable[[Path], object]) -> None:
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(DatasetError, match=r"cannot list .*closed: Permission denied; check its permissions"):
+    with pytest.raises(DatasetError, match=r"need a folder of images, received .*closed: Permission denied; check the"):
         look(tmp_path / "closed")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind here")
-def test_a_folder_that_cannot_be_listed_is_yielded_and_counted_itself(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_yielded_itself(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     (tmp_path / "x").touch()
     assert list(find_files(tmp_path)) == ["closed", "x"]
-    assert count_files(tmp_path) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
@@ -262,13 +258,12 @@ def test_folders_whose_paths_no_system_call_takes_are_yielded_themselves(tmp_pat
     os.close(folder)
     (path,) = find_files(tmp_path)
     assert 0 < path.count(name) < depth
-    assert count_files(tmp_path) == 1
     assert list(find_files(tmp_path, after=path)) == []
     with pytest.raises(ImageError, match="File name too long"):
         read_file(tmp_path / path)
 
 
-def test_counting_agrees_with_finding_and_with_the_filter(tmp_path: Path) -> None:
+def test_leftovers_are_not_found_and_linked_folders_are_followed(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "a/b/2.png", "3.jpg", "c/4.JPG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -276,8 +271,7 @@ def test_counting_agrees_with_finding_and_with_the_filter(tmp_path: Path) -> Non
     for name in (".DS_Store", "@eaDir/1.jpg", "a/b/.Trash-7/2.jpg", "x.csv.job", "x.csv.job-journal"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert count_files(tmp_path) == len(list(find_files(tmp_path))) == 6
-    assert count_files(tmp_path, FileFilter(("*.jpg",))) == 3
+    assert len(list(find_files(tmp_path))) == 6
 
 
 def test_has_files_counts_what_is_found_and_not_what_is_passed_over(tmp_path: Path) -> None:
@@ -365,9 +359,9 @@ def test_a_long_list_is_read_whole_wherever_its_parts_end(tmp_path: Path, separa
     assert list(read_file_list(_write_list(tmp_path, content))) == paths
 
 
-def test_a_path_with_a_nul_in_a_list_of_lines_is_the_name_of_no_file(tmp_path: Path) -> None:
+def test_a_path_with_a_nul_in_a_list_of_lines_is_not_the_name_of_a_file(tmp_path: Path) -> None:
     *_, path = read_file_list(_write_list(tmp_path, b"x\n" * 2**15 + b"a\0b\n"))
-    with pytest.raises(ImageError, match="NUL byte") as caught:
+    with pytest.raises(ImageError, match="a NUL byte cannot be the name of a file") as caught:
         read_file(tmp_path / path)
     assert caught.value.kind == "not_found"
 
@@ -395,7 +389,7 @@ def test_a_list_comes_from_standard_input_as_it_is_written(monkeypatch: pytest.M
 @pytest.mark.parametrize("start", [b"", b"a.jpg\n", b"a.jpg\n" * 20_000])
 def test_what_has_no_end_of_line_is_no_list(tmp_path: Path, size: int, start: bytes) -> None:
     source = _write_list(tmp_path, start + b"x" * size + b"\n")
-    with pytest.raises(DatasetError, match=r"list\.txt is not a list of files: a record exceeds 65,536 bytes; give"):
+    with pytest.raises(DatasetError, match=r"list\.txt is not a list of files: a record exceeds 65,536 characters"):
         list(read_file_list(source))
     assert list(read_file_list(_write_list(tmp_path, b"x" * 2**16))) == ["x" * 2**16]
 

@@ -207,13 +207,13 @@ def test_hostile_content_is_one_row_of_its_kind(tmp_path: Path) -> None:
 def with_chunk(kind: bytes, content: bytes, *, damaged: bool = False, at_end: bool = False) -> bytes:
     """A PNG file of `picture()` with one more chunk, after its header or its pixels."""
     data, chunk = encode(picture(), "PNG"), png((kind, content))[8:-12]
-    place = -12 if at_end else 33
-    return data[:place] + (chunk[:-4] + b"oops" if damaged else chunk) + data[place:]
+    position = -12 if at_end else 33
+    return data[:position] + (chunk[:-4] + b"oops" if damaged else chunk) + data[position:]
 
 
 SIDE_CHUNKS = {
     "text of 2.5 MB": with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_500_000))),
-    "text of 2.5 MB behind the pixels": with_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_500_000)), at_end=True),
+    "text of 2.5 MB after the pixels": with_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_500_000)), at_end=True),
     "international text of 2.5 MB": with_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * 2_500_000)),
     "profile of 1.1 MB": with_chunk(b"iCCP", b"ICC\0\0" + zlib.compress(bytes(1_100_000))),
     "profile packed in an unknown way": with_chunk(b"iCCP", b"ICC\0\7"),

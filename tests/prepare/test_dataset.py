@@ -27,14 +27,14 @@ from cnnpipe.images.decode import decode_image
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
-    SPLITS,
     PreparedDataset,
+    assign_splits,
     load_prepared,
+    open_source,
     prepare_dataset,
     scratch_folder,
 )
-from cnnpipe.prepare.sources import open_source
-from cnnpipe.prepare.splits import TEST, TRAIN, VAL, assign_splits
+from cnnpipe.prepare.sources import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import ClassifySettings, PrepareSettings
 
 DIGITS = load_digits()
@@ -157,6 +157,13 @@ def test_a_folder_called_like_a_built_in_dataset_is_told_and_can_be_named(
     assert caplog.messages[-1] == (
         f"{name} is the built-in dataset here, not the folder of that name; for the folder give ./{name}"
     )
+
+
+def test_a_link_in_a_circle_beside_the_classes_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    (root / "circle").symlink_to("circle")
+    dataset = prepare(root, tmp_path / "data")
+    assert dataset.report.warnings[0] == f"1 files in {root} are in no class folder and were left out: circle"
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -438,9 +445,9 @@ def spoil_all(root: Path) -> None:
     ("spoil", "message"),
     [
         (shutil.rmtree, "there is no dataset .*root; need digits, cifar10 or the path of a folder"),
-        (file_instead, "root is a file; need <root>"),
-        (empty_root, "root holds nothing; need <root>/{train,val,test}/<class>"),
-        (only_files, "root holds 1 files and no folders; need"),
+        (file_instead, "cannot list .*root: Not a directory; need <root>"),
+        (empty_root, "root holds no folders of images; need <root>/{train,val,test}/<class>"),
+        (only_files, "root holds no folders of images; need"),
         (remove_class, "need at least two classes, received only 'digit0'"),
         (empty_class, "class 'digit1' of .* has no images in train"),
         (spoil_all, "none of the 60 files in .* can be read as an image; the first, digit0/000.png: no image format"),
@@ -463,8 +470,8 @@ def test_a_folder_that_is_not_a_dataset_says_why_in_one_line(
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, and both mean val; merge them, or rename one"),
-        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, and both mean test; merge them, or rename one"),
+        ({"train": 15, "val": 3, "valid": 3}, "has val and valid, both mean val; merge or rename them"),
+        ({"Train": 15, "test": 3, "Testing": 3}, "has Testing and test, both mean test; merge or rename them"),
         ({"test": 15, "val": 3}, "has test and val, but no train"),
     ],
 )
@@ -797,7 +804,7 @@ def test_what_killed_processes_left_is_removed_unless_another_is_at_work(tmp_pat
 
 
 @pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
-def test_a_damaged_prepared_folder_is_refused_and_made_anew(tmp_path: Path, spoil: str) -> None:
+def test_a_damaged_prepared_folder_is_refused_and_made_again(tmp_path: Path, spoil: str) -> None:
     root = write_flat(tmp_path / "root")
     dataset = prepare(root, tmp_path / "data")
     before = digests(dataset)
@@ -832,9 +839,3 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "data" / "prepared").iterdir()) == []
-
-
-def test_an_unknown_split_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
-    dataset = prepare("digits", tmp_path)
-    with pytest.raises(ValueError, match="split must be one of"):
-        dataset.images("valid")

@@ -13,7 +13,8 @@ import pytest
 from cnnpipe.errors import RegistryError
 from cnnpipe.evaluate.evaluation import LoadedRun
 from cnnpipe.manifest import ModelInfo, RunManifest, read_manifest, write_manifest
-from cnnpipe.prepare.dataset import SPLITS, PreparedDataset
+from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.prepare.sources import SPLITS
 from cnnpipe.promote.gate import conclude_run, decide_promotion
 from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback
 from cnnpipe.settings import PrepareSettings, PromoteSettings, RetrainSettings, dump_toml
