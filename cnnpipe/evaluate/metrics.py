@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,7 +20,6 @@ import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError, one_line
-from cnnpipe.evaluate.predict import Probabilities
 from cnnpipe.paths import escape_path
 from cnnpipe.settings import EvaluateSettings
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
@@ -44,6 +44,7 @@ _SUM_TOLERANCE: Final = 0.25
 _MAX_DISAGREEMENTS_LISTED: Final = 10
 
 Labels = npt.NDArray[np.int64]  # (N,), index of the actual class
+Probabilities = npt.NDArray[np.float32]  # (N, classes)
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ class ClassMetrics:
 
     name: str
     precision: float
-    """Fraction of the images predicted as this class that belong to it; 0.0 if none was predicted."""
     recall: float
-    """Fraction of the images of this class that were predicted as it; 0.0 if there are none."""
     f1: float
     """Harmonic mean of precision and recall."""
     support: int
@@ -141,8 +140,7 @@ def _require_probabilities(probabilities: Probabilities, num_images: int, num_cl
             f"the model must give probabilities of shape ({num_images}, {num_classes}), images by classes, "
             f"received {probabilities.shape}; use a model of these classes"
         )
-    broken = int((~np.isfinite(probabilities).all(axis=1)).sum())
-    if broken:
+    if broken := int((~np.isfinite(probabilities).all(axis=1)).sum()):
         raise ModelError(
             f"the model gives NaN or infinity for {broken:,} of {num_images:,} images; "
             "train again, with a smaller --learning-rate"
@@ -180,22 +178,18 @@ def write_evaluation(
         labels: (N,).
         paths: the images' names, in the same order.
     Raises:
-        DatasetError: there is not one name for each image.
         StorageError: a file cannot be written.
     """
-    if len(paths) != len(labels):
-        raise DatasetError(f"{len(labels)} images have {len(paths)} names; prepare the dataset again")
     names, predicted, confidence = evaluation.class_names, probabilities.argmax(axis=1), probabilities.max(axis=1)
     predictions = [
         (escape_path(path), names[actual], names[guess], f"{probability:.6f}", int(actual == guess))
         for path, actual, guess, probability in zip(paths, labels, predicted, confidence, strict=True)
     ]
     counts = confusion_matrix(labels, predicted, labels=range(len(names)))  # rows actual, columns predicted
+    matrix = [(name, *row) for name, row in zip(names, counts, strict=True)]
     _write_csv(folder / PREDICTIONS_FILE, ("path", "label", "predicted", "probability", "correct"), predictions)
     _write_csv(folder / REPORT_FILE, ("class", *_FIGURES, "support"), _report_rows(evaluation))
-    _write_csv(
-        folder / CONFUSION_FILE, ("actual", *names), [(name, *row) for name, row in zip(names, counts, strict=True)]
-    )
+    _write_csv(folder / CONFUSION_FILE, ("actual", *names), matrix)
     with write_file(folder / PROBABILITIES_FILE) as temporary, storage_errors(folder / PROBABILITIES_FILE):
         np.save(temporary, probabilities)
     path, actual, guess, *_ = predictions[0]
@@ -204,22 +198,21 @@ def write_evaluation(
     write_json(folder / METRICS_FILE, values | {"class_names": names, "first_image": first})
 
 
-def _report_rows(evaluation: Evaluation) -> list[tuple[Any, ...]]:
-    """Return the rows of the classification report: the classes, then two averages, which never have a class's name."""
-    rows: list[tuple[Any, ...]] = [astuple(each) for each in evaluation.per_class]
+def _report_rows(evaluation: Evaluation) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of the classification report: the classes, then two averages, never named as a class is."""
+    rows = [astuple(each) for each in evaluation.per_class]
     for name, weighted in (("macro avg", False), ("weighted avg", True)):
         while name in evaluation.class_names:
             name = f"({name})"
-        averages = [evaluation.average(figure, weighted=weighted) for figure in _FIGURES]
+        averages = (evaluation.average(figure, weighted=weighted) for figure in _FIGURES)
         rows.append((name, *averages, evaluation.num_images))
-    return [(name, *(f"{value:.6f}" for value in values), support) for name, *values, support in rows]
+    for name, *values, support in rows:
+        yield name, *(f"{value:.6f}" for value in values), support
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
@@ -229,15 +222,10 @@ def read_evaluation(run: Path) -> Evaluation:
     Raises:
         RegistryError: it is missing or damaged.
     """
-    path = run / METRICS_FILE
-    try:
-        values = json.loads(path.read_bytes())
+    with _reading(run / METRICS_FILE):
+        values = json.loads((run / METRICS_FILE).read_bytes())
         values["per_class"] = tuple(ClassMetrics(**each) for each in values["per_class"])
         return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
-    except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
 
 
 def read_probabilities(run: Path, num_images: int) -> Probabilities:
@@ -249,16 +237,22 @@ def read_probabilities(run: Path, num_images: int) -> Probabilities:
         RegistryError: the file is missing, damaged, or of another test split.
     """
     path = run / PROBABILITIES_FILE
-    try:
-        with path.open("rb") as file:
-            probabilities: Probabilities = np.load(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise RegistryError(f"{path} is damaged: {one_line(error)}; evaluate the run again") from error
+    with _reading(path):
+        probabilities: Probabilities = np.load(path, allow_pickle=False)
     if len(probabilities) != num_images:
         raise RegistryError(f"{path} has {len(probabilities)} rows for {num_images} images; evaluate the run again")
     return probabilities
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        message = f"{path.parent} has no {path.name}: evaluate it with `cnnpipe evaluate {path.parent}`"
+        raise RegistryError(message) from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError, one_line
-from cnnpipe.evaluate.evaluation import LoadedRun, load_run
+from cnnpipe.evaluate.evaluation import load_keras_model, load_run, predict_onnx
 from cnnpipe.evaluate.metrics import Parity, compare_probabilities, read_evaluation, read_probabilities
-from cnnpipe.evaluate.predict import load_keras_model, predict_onnx
 from cnnpipe.export.graphs import simplify_graph
 from cnnpipe.export.variants import Reference, export_variants
 from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, OUTPUT_NAME, PARITY_FILE, ModelInfo, require_unfinished
@@ -46,10 +45,22 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     dataset, settings = loaded.dataset, chosen or loaded.settings.export
     select_device(loaded.settings.train.device)
     model = load_keras_model(run / "model.keras")
-    info = _model_info(run, loaded)
+    info = ModelInfo(
+        cnnpipe_version=__version__,
+        name=run.parent.parent.name,
+        run_id=run.name,
+        preset=loaded.settings.train.preset,
+        class_names=dataset.class_names,
+        image_size=dataset.image_size,
+        dataset_fingerprint=dataset.fingerprint,
+        test_accuracy=read_evaluation(run).accuracy,
+        training_statistics=dataset.statistics,
+    )
     trained = read_probabilities(run, dataset.num_images["test"])
     graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
-    _remove_earlier(run)
+    for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
+        with storage_errors(run / name):  # a variant must never stand beside a model that it was not made from
+            (run / name).unlink(missing_ok=True)
     file = run / MODEL_FILES["fp32"]
     with write_file(file) as temporary:
         with storage_errors(file):
@@ -64,25 +75,9 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     )
     accuracy = float(np.mean(exported.argmax(axis=1) == dataset.labels("test")))
     reference = Reference(graph, info, session, trained, accuracy)
-    records = {each.precision: each.to_record() for each in export_variants(run, reference, dataset, settings)}
     fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
-    write_json(run / PARITY_FILE, {"fp32": fp32, **records})
+    write_json(run / PARITY_FILE, {"fp32": fp32, **export_variants(run, reference, dataset, settings)})
     return parity
-
-
-def _model_info(run: Path, loaded: LoadedRun) -> ModelInfo:
-    dataset = loaded.dataset
-    return ModelInfo(
-        cnnpipe_version=__version__,
-        name=run.parent.parent.name,
-        run_id=run.name,
-        preset=loaded.settings.train.preset,
-        class_names=dataset.class_names,
-        image_size=dataset.image_size,
-        dataset_fingerprint=dataset.fingerprint,
-        test_accuracy=read_evaluation(run).accuracy,
-        training_statistics=dataset.statistics,
-    )
 
 
 def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
@@ -93,15 +88,10 @@ def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"the exported graph is not valid ONNX: {one_line(error)}") from error
+        raise ModelError(
+            f"the exported graph is not valid ONNX: {one_line(error)}; train again with another opset"
+        ) from error
     return model
-
-
-def _remove_earlier(run: Path) -> None:
-    """Remove the results of an earlier export: a variant must never stand beside a model that it was not made from."""
-    for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
-        with storage_errors(run / name):
-            (run / name).unlink(missing_ok=True)
 
 
 def _require_parity(parity: Parity, settings: ExportSettings) -> None:
@@ -111,7 +101,8 @@ def _require_parity(parity: Parity, settings: ExportSettings) -> None:
         raise ParityError(
             f"the ONNX model gives the trained model's class for {parity.agreement:.2%} of {parity.num_images} test "
             f"images (at least {settings.min_agreement:.2%}) and differs by {parity.max_difference:.1e} "
-            f"(at most {settings.max_difference:.1e}){examples}; it was not kept"
+            f"(at most {settings.max_difference:.1e}){examples}; it was not kept: train again, or allow more in the "
+            "settings of export"
         )
 
 

@@ -19,9 +19,8 @@ from typing import Final
 import numpy as np
 
 from cnnpipe.errors import DatasetError, RegistryError
-from cnnpipe.evaluate.evaluation import LoadedRun, describe_difference, load_run
+from cnnpipe.evaluate.evaluation import LoadedRun, describe_difference, load_run, predict_onnx
 from cnnpipe.evaluate.metrics import METRICS_FILE
-from cnnpipe.evaluate.predict import predict_onnx
 from cnnpipe.manifest import (
     MANIFEST_FILE,
     MODEL_FILES,

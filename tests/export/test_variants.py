@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cnnpipe.errors import ModelError
-from cnnpipe.evaluate.predict import predict_onnx
+from cnnpipe.evaluate.evaluation import predict_onnx
 from cnnpipe.export.graphs import feed_pixels
 from cnnpipe.export.onnx import convert_model
 from cnnpipe.export.variants import convert_fp16, measure_relative_speed, quantize_int8, sample_calibration_images
