@@ -61,14 +61,10 @@ Images = npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
 class OpenModel:
     """A model that is ready to be applied."""
 
-    path: Path
-    """The .keras or .onnx file."""
-    class_names: tuple[str, ...] | None
-    """None if neither the file nor its run folder names the classes."""
-    image_size: tuple[int, int]
-    """(height, width) in pixels."""
-    predict: Callable[[Images], Probabilities]
-    """(N, height, width, 3) uint8 -> (N, classes) float32."""
+    path: Path  # the .keras or .onnx file
+    class_names: tuple[str, ...] | None  # None if neither the file nor its run folder names the classes
+    image_size: tuple[int, int]  # (height, width) in pixels
+    predict: Callable[[Images], Probabilities]  # (N, height, width, 3) uint8 -> (N, classes) float32
 
 
 def open_model(path: Path) -> OpenModel:
@@ -173,8 +169,7 @@ class LoadedRun:
 
     settings: RetrainSettings
     dataset: PreparedDataset
-    location: str
-    """Source of the images: the absolute path of a folder, or the name of a built-in dataset."""
+    location: str  # source of the images: the absolute path of a folder, or the name of a built-in dataset
 
 
 def load_run(run: Path) -> LoadedRun:

@@ -54,10 +54,8 @@ class ClassMetrics:
     name: str
     precision: float
     recall: float
-    f1: float
-    """Harmonic mean of precision and recall."""
-    support: int
-    """Number of images of this class."""
+    f1: float  # harmonic mean of precision and recall
+    support: int  # number of images of this class
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,10 @@ class Evaluation:
     num_images: int
     num_correct: int
     accuracy: float
-    loss: float
-    """Mean categorical cross-entropy, natural logarithm."""
-    top_k: int
-    """The k of `top_k_accuracy`: the setting, but at most the number of classes."""
+    loss: float  # mean categorical cross-entropy, natural logarithm
+    top_k: int  # the k of `top_k_accuracy`: the setting, but at most the number of classes
     top_k_accuracy: float
-    expected_calibration_error: float
-    """Mean distance between confidence and accuracy over the images."""
+    expected_calibration_error: float  # mean distance between confidence and accuracy over the images
     per_class: tuple[ClassMetrics, ...]
 
     @property
@@ -260,12 +255,9 @@ class Parity:
     """How closely an exported model repeats the trained one on the same images."""
 
     num_images: int
-    agreement: float
-    """Fraction of images that get the same class, 0-1."""
-    max_difference: float
-    """Largest difference of any probability."""
-    disagreements: tuple[str, ...]
-    """First images that get another class."""
+    agreement: float  # fraction of images that get the same class, 0-1
+    max_difference: float  # largest difference of any probability
+    disagreements: tuple[str, ...]  # first images that get another class
 
 
 def compare_probabilities(reference: Probabilities, exported: Probabilities, paths: Sequence[str]) -> Parity:

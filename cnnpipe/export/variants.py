@@ -79,16 +79,12 @@ class _Variant:
     """Result of one precision: with the figures of its parity, its record in `parity.json`."""
 
     kept: bool = False
-    reason: str = ""
-    """Why it was kept or not, half a sentence."""
-    accuracy: float | None = None
-    """Accuracy on the test images, 0-1; None if the variant could not be made."""
+    reason: str = ""  # why it was kept or not, half a sentence
+    accuracy: float | None = None  # accuracy on the test images, 0-1; None if the variant could not be made
     relative_speed: float | None = None
     """Images/s as a multiple of the fp32 model's: int8 on the CPU, fp16 on CUDA; None if not measured."""
-    measured_on: str = ""
-    """Processor or GPU of that measurement."""
-    sha256: str = ""
-    """Digest of the file; empty if it was not kept."""
+    measured_on: str = ""  # processor or GPU of that measurement
+    sha256: str = ""  # digest of the file; empty if it was not kept
 
 
 def export_variants(

@@ -18,7 +18,14 @@ from sklearn.metrics import classification_report
 from tiny_models import expected_probabilities, load_digits, model_info, write_digits, write_model
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError
-from cnnpipe.evaluate.evaluation import evaluate_run, evaluate_split, load_keras_model, open_model, predict_keras, predict_onnx
+from cnnpipe.evaluate.evaluation import (
+    evaluate_run,
+    evaluate_split,
+    load_keras_model,
+    open_model,
+    predict_keras,
+    predict_onnx,
+)
 from cnnpipe.evaluate.metrics import (
     CONFUSION_FILE,
     METRICS_FILE,

@@ -256,7 +256,7 @@ def test_fp16_computes_all_but_the_softmax_in_fp16() -> None:
 def test_model_that_cannot_be_quantised_is_told_in_one_line(tmp_path: Path) -> None:
     model = make_network()
     model.graph.node[3].op_type = "Kovn"
-    with pytest.raises(ModelError, match=r"this model cannot be made int8: .*; leave int8 out") as caught:
+    with pytest.raises(ModelError, match=r"this model cannot be made int8: .*; use --no-int8") as caught:
         quantize_int8(model, random_images(4), tmp_path)
     assert "\n" not in str(caught.value)
 
