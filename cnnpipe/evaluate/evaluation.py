@@ -68,12 +68,7 @@ class OpenModel:
 
 
 def open_model(path: Path) -> OpenModel:
-    """Open a `.keras` or `.onnx` file.
-
-    Raises:
-        ModelError: the file is not a model.
-        RegistryError: the run folder of a `.keras` file is damaged.
-    """
+    """Open a `.keras` or `.onnx` file; raises ModelError if it is not a model."""
     if path.suffix == ".onnx":
         from cnnpipe.session import open_session
 
@@ -82,9 +77,9 @@ def open_model(path: Path) -> OpenModel:
     if path.suffix != ".keras":
         raise ModelError(f"a model to evaluate must end in .keras or .onnx, received {path}; check the path")
     network, class_names = load_keras_model(path), None
-    if (path.parent / MANIFEST_FILE).is_file():
+    if path.with_name(MANIFEST_FILE).is_file():
         class_names = read_manifest(path.parent).model.class_names
-    elif (path.parent / METRICS_FILE).is_file():
+    elif path.with_name(METRICS_FILE).is_file():
         class_names = read_evaluation(path.parent).class_names
     return OpenModel(path, class_names, network.input_shape[1:3], partial(predict_keras, network))
 
@@ -122,9 +117,6 @@ def predict_keras(model: Any, images: Images, batch_size: int = 256) -> Probabil
     Args:
         model: the path of a `.keras` file, or the model that `load_keras_model` returned.
         images: (N, H, W, 3) uint8; may be a memory map, which is read one batch at a time.
-        batch_size: images in a step.
-    Raises:
-        ModelError: the file is not a model.
     """
     from cnnpipe.train.backend import full_float32
 
@@ -155,11 +147,11 @@ def predict_onnx(session: ClassifierSession, images: Images, batch_size: int | N
 
 
 def _predict_in_batches(
-    run: Callable[[Images], Probabilities], images: Images, batch_size: int, num_classes: int
+    run: Callable[[Images], Probabilities], images: Images, size: int, num_classes: int
 ) -> Probabilities:
     probabilities = np.empty((len(images), num_classes), dtype=np.float32)
-    for start in range(0, len(images), batch_size):
-        probabilities[start : start + batch_size] = run(np.ascontiguousarray(images[start : start + batch_size]))
+    for start in range(0, len(images), size):
+        probabilities[start : start + size] = run(np.ascontiguousarray(images[start : start + size]))
     return probabilities
 
 
@@ -177,8 +169,7 @@ def load_run(run: Path) -> LoadedRun:
 
     Raises:
         RegistryError: the folder is not a run, or its dataset is gone.
-        ConfigError: its `config.toml` is damaged.
-        DatasetError: the prepared dataset is damaged.
+        ConfigError, DatasetError: its `config.toml` or its dataset is damaged.
     """
     if not (run / "config.toml").is_file():
         raise RegistryError(f"{run} is not a run folder: it has no config.toml; check the path")
@@ -214,10 +205,8 @@ def evaluate_run(run: Path, chosen: EvaluateSettings | None = None) -> Evaluatio
     probabilities = predict_keras(run / "model.keras", dataset.images("test"))
     evaluation = evaluate_probabilities(probabilities, labels, dataset.class_names, chosen or loaded.settings.evaluate)
     write_evaluation(run, evaluation, probabilities, labels, paths)
-    logger.info(
-        "test: accuracy %.4f, loss %.4f, top-%d %.4f on %d images",
-        *(evaluation.accuracy, evaluation.loss, evaluation.top_k, evaluation.top_k_accuracy, evaluation.num_images),
-    )
+    figures = (evaluation.accuracy, evaluation.loss, evaluation.top_k, evaluation.top_k_accuracy, len(labels))
+    logger.info("test: accuracy %.4f, loss %.4f, top-%d %.4f on %d images", *figures)
     predicted, actual = (dataset.class_names[index] for index in (probabilities[0].argmax(), labels[0]))
     logger.info("first test image, %s: predicted %s, actual %s", paths[0], predicted, actual)
     return evaluation
@@ -238,8 +227,6 @@ def evaluate_any(
         dataset: a folder of images, which are all scored (or those in its `test`); or a built-in or prepared dataset,
             of which the test split is scored. None, and the folder that the run was trained on, mean the run's own
             test split.
-        data: folder of raw and prepared datasets.
-        artifacts: folder of all runs.
     Returns:
         The file that was scored, and its evaluation. Written to the run only if the run is not complete.
     Raises:
@@ -276,37 +263,28 @@ def evaluate_split(model: OpenModel, dataset: PreparedDataset, settings: Evaluat
         ModelError: the model's classes or image size are not the dataset's.
         DatasetError: the test split is empty.
     """
-    if model.class_names is not None and model.class_names != dataset.class_names:
-        owners = ("only the model", "only the dataset")
+    own, theirs = model.class_names or dataset.class_names, dataset.class_names
+    if own != theirs:
+        difference = describe_difference(own, theirs, ("only the model", "only the dataset"))
         raise ModelError(
-            f"{model.path} has {len(model.class_names)} classes, the dataset {dataset.name} has "
-            f"{len(dataset.class_names)}, and they differ: "
-            f"{describe_difference(model.class_names, dataset.class_names, owners)}; "
-            "evaluate it on a dataset with its own classes"
+            f"{model.path} has {len(own)} classes, the dataset {dataset.name} has {len(theirs)}, and they differ: "
+            f"{difference}; evaluate it on a dataset with its own classes"
         )
     if model.image_size != dataset.image_size:
-        raise ModelError(
-            "{} takes images of {}x{} pixels, the dataset {} was prepared with {}x{}; prepare it with the model's "
-            "--image-size".format(model.path, *model.image_size, dataset.name, *dataset.image_size)
-        )
+        sizes = "takes images of {}x{} pixels, the dataset was prepared with {}x{}"
+        sizes = sizes.format(*model.image_size, *dataset.image_size)
+        raise ModelError(f"{model.path} {sizes}; prepare {dataset.name} with the model's --image-size")
     probabilities = model.predict(dataset.images("test"))
     return evaluate_probabilities(probabilities, dataset.labels("test"), dataset.class_names, settings)
 
 
 def describe_difference(first: Sequence[str], second: Sequence[str], owners: tuple[str, str]) -> str:
-    """Return in words how two lists of classes differ, such as "only the model has cat; only the dataset has dog".
-
-    Args:
-        owners: the names of the two lists in that text.
-    """
-    if sorted(first) == sorted(second):
-        return "the same in another order"
-    lacking = ([name for name in first if name not in second], [name for name in second if name not in first])
-    return "; ".join(
-        f"{owner} has {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-        for owner, names in zip(owners, lacking, strict=True)
-        if names
-    )
+    """Return how two lists of classes differ, such as "only the model has cat; only the dataset has dog"."""
+    parts = []
+    for owner, names, others in ((owners[0], first, second), (owners[1], second, first)):
+        if own := [name for name in names if name not in others]:
+            parts.append(f"{owner} has {', '.join(own[:3])}{', …' if len(own) > 3 else ''}")
+    return "; ".join(parts) or "the same in another order"
 
 
 def _prepare_for(

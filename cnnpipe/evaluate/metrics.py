@@ -41,8 +41,6 @@ Source: Keras' `keras.config.epsilon()`, which its categorical cross-entropy use
 _SUM_TOLERANCE: Final = 0.25
 """Largest distance from 1 of a row's sum: a quantised softmax rounds every class by itself. Logits are far outside."""
 
-_MAX_DISAGREEMENTS_LISTED: Final = 10
-
 Labels = npt.NDArray[np.int64]  # (N,), index of the actual class
 Probabilities = npt.NDArray[np.float32]  # (N, classes)
 
@@ -114,9 +112,8 @@ def evaluate_probabilities(
     num_likelier = ((probabilities > of_actual) | ((probabilities == of_actual) & earlier_class)).sum(axis=1)
     # Keras' own order: first to sum 1, then away from 0 and 1.
     likelihood = np.clip(of_actual[:, 0] / probabilities.sum(axis=1, dtype=np.float64), _EPSILON, 1.0 - _EPSILON)
-    figures = precision_recall_fscore_support(
-        labels, predicted, labels=range(len(class_names)), average=None, zero_division=0.0
-    )
+    classes = range(len(class_names))
+    figures = precision_recall_fscore_support(labels, predicted, labels=classes, average=None, zero_division=0.0)
     return Evaluation(
         num_images=num_images,
         num_correct=int(correct.sum()),
@@ -136,10 +133,8 @@ def _require_probabilities(probabilities: Probabilities, num_images: int, num_cl
             f"received {probabilities.shape}; use a model of these classes"
         )
     if broken := int((~np.isfinite(probabilities).all(axis=1)).sum()):
-        raise ModelError(
-            f"the model gives NaN or infinity for {broken:,} of {num_images:,} images; "
-            "train again, with a smaller --learning-rate"
-        )
+        problem = f"the model gives NaN or infinity for {broken:,} of {num_images:,} images"
+        raise ModelError(f"{problem}; train again, with a smaller --learning-rate")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     lowest, highest, furthest = probabilities.min(), probabilities.max(), sums[np.abs(sums - 1.0).argmax()]
     if lowest < -1e-3 or highest > 1.0 + 1e-3 or abs(furthest - 1.0) > _SUM_TOLERANCE:
@@ -150,9 +145,7 @@ def _require_probabilities(probabilities: Probabilities, num_images: int, num_cl
 
 
 def _calibration_error(confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], num_bins: int) -> float:
-    """Return the expected calibration error over equal-width bins of the confidence.
-
-    Each bin's |accuracy - mean confidence| is weighted by its fraction of the images. Bin m holds ((m-1)/M, m/M].
+    """Return the mean |accuracy - mean confidence| of equal-width bins, by their images; bin m holds ((m-1)/M, m/M].
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3, https://arxiv.org/abs/1706.04599
     """
@@ -168,9 +161,7 @@ def write_evaluation(
     """Write the tables, `probabilities_test.npy` and, last, `metrics.json`.
 
     Args:
-        folder: the run's, or any other.
-        probabilities: (N, classes), as for `evaluate_probabilities`.
-        labels: (N,).
+        probabilities, labels: as for `evaluate_probabilities`.
         paths: the images' names, in the same order.
     Raises:
         StorageError: a file cannot be written.
@@ -212,11 +203,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def read_evaluation(run: Path) -> Evaluation:
-    """Read `metrics.json` back.
-
-    Raises:
-        RegistryError: it is missing or damaged.
-    """
+    """Read `metrics.json` back; raises RegistryError if it is missing or damaged."""
     with _reading(run / METRICS_FILE):
         values = json.loads((run / METRICS_FILE).read_bytes())
         values["per_class"] = tuple(ClassMetrics(**each) for each in values["per_class"])
@@ -226,10 +213,8 @@ def read_evaluation(run: Path) -> Evaluation:
 def read_probabilities(run: Path, num_images: int) -> Probabilities:
     """Read the trained model's probabilities for the test images, (N, classes) float32.
 
-    Args:
-        num_images: N, of the test split.
     Raises:
-        RegistryError: the file is missing, damaged, or of another test split.
+        RegistryError: the file is missing, damaged, or not of `num_images` images.
     """
     path = run / PROBABILITIES_FILE
     with _reading(path):
@@ -257,21 +242,11 @@ class Parity:
     num_images: int
     agreement: float  # fraction of images that get the same class, 0-1
     max_difference: float  # largest difference of any probability
-    disagreements: tuple[str, ...]  # first images that get another class
+    disagreements: tuple[str, ...]  # first 10 images that get another class
 
 
 def compare_probabilities(reference: Probabilities, exported: Probabilities, paths: Sequence[str]) -> Parity:
-    """Compare two models' probabilities for the same images.
-
-    Args:
-        reference: (N, classes), from the trained model.
-        exported: (N, classes), from the exported one.
-        paths: the images' names, in the same order.
-    """
+    """Compare a trained and an exported model's probabilities, (N, classes), for the same images, by path."""
     differs = np.flatnonzero(reference.argmax(axis=1) != exported.argmax(axis=1))
-    return Parity(
-        num_images=len(reference),
-        agreement=1.0 - len(differs) / len(reference),
-        max_difference=float(np.abs(reference - exported).max()),
-        disagreements=tuple(paths[index] for index in differs[:_MAX_DISAGREEMENTS_LISTED]),
-    )
+    agreement, max_difference = 1.0 - len(differs) / len(reference), float(np.abs(reference - exported).max())
+    return Parity(len(reference), agreement, max_difference, tuple(paths[index] for index in differs[:10]))

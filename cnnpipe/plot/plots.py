@@ -49,8 +49,7 @@ _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen
 
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#0072B2", "#D55E00", "#555555"
 _RIGHT_COLOUR, _WRONG_COLOUR = "#007A59", "#C44E00"  # the palette's green and vermillion, darker: they colour text too
-_MAX_INLINE_BYTES: Final = 120_000
-_MAX_GRID_BYTES: Final = 300_000
+_MAX_INLINE_BYTES, _MAX_GRID_BYTES = 120_000, 300_000
 _GRID_COLUMNS, _GRID_ROWS = 6, 4
 _MAX_LABELLED_CLASSES: Final = 120
 
@@ -67,12 +66,8 @@ class PredictedImages:
 
 
 def plot_run(run: Path) -> list[Path]:
-    """Draw all pictures of an evaluated run into its folder.
+    """Draw accuracy, loss, confusion matrix, samples and mistakes of an evaluated run into its folder.
 
-    Args:
-        run: holds `history.csv`, `metrics.json` and `probabilities_test.npy`.
-    Returns:
-        The files: accuracy, loss, confusion matrix, samples, mistakes.
     Raises:
         RegistryError: the run is complete, a file of it is missing or damaged, or it was evaluated on another dataset.
         StorageError: a picture cannot be written.
@@ -95,12 +90,7 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def plot_history(run: Path) -> list[Path]:
-    """Draw `accuracy.png` and `loss.png` from a run's `history.csv`, and return their paths.
-
-    Raises:
-        RegistryError: the history is missing or damaged.
-        StorageError: a picture cannot be written.
-    """
+    """Draw `accuracy.png` and `loss.png` from a run's `history.csv`; raises as `plot_run`."""
     history = {name: np.array(values) for name, values in read_history(run).items()}
     best = best_epoch(history["val_accuracy"].tolist(), history["val_loss"].tolist())
     figures = {metric: _draw_curves(history, metric, best) for metric in ("accuracy", "loss")}
@@ -119,10 +109,8 @@ def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, be
     (ring,) = axes.plot(epochs[best], val[best], color=_BEST_COLOUR, linestyle="none", zorder=4, label=best_label)
     ring.set(marker="o", fillstyle="none", markersize=11, markeredgewidth=2)
     axes.set_title(f"{metric.capitalize()} over {len(epochs)} epoch{'s' if len(epochs) > 1 else ''}")
-    axes.set_xlabel("epoch")
-    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    axes.set(xlabel="epoch", ylabel=metric, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_ylabel(metric)
     _limit_values(axes, np.concatenate([train, val]), metric)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.85)
@@ -136,8 +124,7 @@ def _limit_values(axes: Axes, values: npt.NDArray[np.float64], metric: str) -> N
         return
     low, high = float(finite.min()), float(finite.max())
     if metric == "loss" and low > 0 and high / float(np.median(finite)) > 10:
-        axes.set_yscale("log")
-        axes.set_ylabel("loss (logarithmic)")
+        axes.set(yscale="log", ylabel="loss (logarithmic)")
         return
     margin = max(0.05 * (high - low), (0.1 - (high - low)) / 2)
     top = min(1.0, high + margin) if metric == "accuracy" else high + margin
@@ -151,10 +138,6 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
 
     Args:
         matrix: counts; rows actual, columns predicted.
-        class_names: in the same order.
-        path: the picture to write.
-    Raises:
-        StorageError: the picture cannot be written.
     """
     counts = np.asarray(matrix, dtype=np.int64)
     num_classes = len(counts)
@@ -171,21 +154,15 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     bar = figure.colorbar(image, cax=figure.add_axes((1 + 0.15 / side, 0, 0.2 / side, 1)), ticks=ticks)
     bar.ax.set_yticklabels([f"{tick:.0%}" for tick in ticks])
     bar.set_label("share of the actual class")
-    _label_classes(axes, names, label_size)
+    step = math.ceil(num_classes / _MAX_LABELLED_CLASSES)  # with very many classes, only every second, third, …
+    axes.set(xlabel="predicted", ylabel="actual")
+    axes.set_xticks(range(0, num_classes, step), names[::step], rotation=90, fontsize=label_size, **_text_style())
+    axes.set_yticks(range(0, num_classes, step), names[::step], fontsize=label_size, **_text_style())
+    axes.tick_params(length=2 if num_classes > 30 else 3.5, pad=2)
     _write_cells(axes, counts, fractions)
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f"Confusion matrix: {right:,} of {total:,} right ({right / max(total, 1):.2%})")
     return save_figure(figure, path, _MAX_INLINE_BYTES)
-
-
-def _label_classes(axes: Axes, names: Sequence[str], size: float) -> None:
-    """Name the rows and the columns; with very many classes only every second, third, …"""
-    step = math.ceil(len(names) / _MAX_LABELLED_CLASSES)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("actual")
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=size, **_text_style())
-    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size, **_text_style())
-    axes.tick_params(length=2 if len(names) > 30 else 3.5, pad=2)
 
 
 def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64]) -> None:
@@ -203,11 +180,7 @@ def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], fractions: npt.NDArr
 
 
 def plot_samples(shown: PredictedImages, path: Path) -> Path:
-    """Draw a grid of test images with their predictions, evenly spaced over the split and beginning with the first.
-
-    Raises:
-        StorageError: the picture cannot be written.
-    """
+    """Draw a grid of test images with their predictions, evenly spaced over the split and beginning with the first."""
     total = len(shown.labels)
     number = min(_GRID_COLUMNS * _GRID_ROWS, total)
     right = (shown.predicted == shown.labels).mean()
@@ -216,7 +189,7 @@ def plot_samples(shown: PredictedImages, path: Path) -> Path:
 
 
 def plot_mistakes(shown: PredictedImages, path: Path) -> Path:
-    """Draw a grid of the wrong predictions with the highest probability, highest first; see `plot_samples`."""
+    """Draw a grid of the wrong predictions with the highest probability, highest first."""
     wrong = np.flatnonzero(shown.predicted != shown.labels)
     chosen = wrong[np.argsort(-shown.probabilities[wrong], kind="stable")][: _GRID_COLUMNS * _GRID_ROWS]
     title = f"Most confident mistakes: {len(chosen)} of {len(wrong):,} among {len(shown.labels):,} test images"
@@ -279,9 +252,6 @@ def save_figure(figure: Figure, path: Path, max_bytes: int) -> Path:
 
     It holds what lies outside of the figure too, so labels are never cut. Pillow writes it without metadata, so the
     same figure always gives the same bytes.
-
-    Raises:
-        StorageError: it cannot be written.
     """
     for dpi, num_colours in _QUALITIES:
         drawn, written = io.BytesIO(), io.BytesIO()
