@@ -15,8 +15,7 @@ _PIXELS_MERGED: Final = 4
 """Neighbouring pixels of a row that `feed_pixels` makes one. Measured for 32x32 images, in µs an image and thread:
 58 unmerged, 40 with 2 pixels, 21 with 4, 31 with 8; float32 20, and 35 more to bring the result into int8's layout."""
 
-_TO_NCHW: Final = [0, 3, 1, 2]
-_TO_NHWC: Final = [0, 2, 3, 1]
+_TO_NCHW, _TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
 
 
 def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -33,8 +32,7 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.get_nodes_by_op_type("Reshape"):
         sizes = [dim.dim_value for dim in shapes.get(node.output[0], ())]
         if graph.get_initializer(node.input[1]) is None and sizes and all(sizes[1:]):
-            shape = np.array([-1, *sizes[1:]], np.int64)
-            node.input[1] = _add_constant(model.graph, f"{node.output[0]}/shape", shape)
+            node.input[1] = _add_constant(model.graph, f"{node.output[0]}/shape", np.array([-1, *sizes[1:]], np.int64))
     for node in graph.get_nodes_by_op_type("Add"):
         addend = graph.get_initializer(node.input[1])
         if addend is not None and numpy_helper.to_array(addend).size == 1 and not numpy_helper.to_array(addend).any():
@@ -45,12 +43,9 @@ def simplify_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def end_in_float32(model: onnx.ModelProto) -> None:
-    """Let a softmax that is computed in float32 give the output itself, without a cast to fp16 and back.
-
-    Also sorts the nodes, which the conversion to fp16 leaves unsorted.
-    """
+    """Let a softmax that is computed in float32 give the output itself, without a cast to fp16 and back."""
     graph = _edit(model)
-    graph.topological_sort()
+    graph.topological_sort()  # the conversion to fp16 leaves the nodes unsorted
     output, producers = model.graph.output[0].name, graph.output_name_to_node()
     node = producers[output]
     while node.op_type == "Cast":
@@ -75,19 +70,17 @@ def feed_pixels(model: onnx.ModelProto) -> None:
     graph = model.graph
     height, width, channels = (dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim[1:])
     merged = width % _PIXELS_MERGED == 0 and channels == 3 and _merge_weights(graph, conv)
-    nodes, source = [], INPUT_NAME
+    source = INPUT_NAME
     if merged:
-        shape = [-1, height, width // _PIXELS_MERGED, channels * _PIXELS_MERGED]
-        nodes.append(_reshape(graph, source, "pixels/merged", shape))
-        source = "pixels/merged"
+        shape, source = [-1, height, width // _PIXELS_MERGED, channels * _PIXELS_MERGED], "pixels/merged"
+        graph.node.append(_reshape(graph, INPUT_NAME, source, shape))
     scale_name = _add_constant(graph, "pixels/scale", np.asarray(scale, np.float32))
     zero = _add_constant(graph, "pixels/zero", np.asarray(0, np.uint8))
-    nodes.append(helper.make_node("Transpose", [source], ["pixels/nchw"], perm=_TO_NCHW))
-    nodes.append(helper.make_node("DequantizeLinear", ["pixels/nchw", scale_name, zero], ["pixels/scaled"]))
+    graph.node.append(helper.make_node("Transpose", [source], ["pixels/nchw"], perm=_TO_NCHW))
+    graph.node.append(helper.make_node("DequantizeLinear", ["pixels/nchw", scale_name, zero], ["pixels/scaled"]))
     conv.input[0] = "pixels/scaled"
     if merged:
-        nodes += _separate_pixels(model, conv, height, width)
-    graph.node.extend(nodes)
+        graph.node.extend(_separate_pixels(model, conv, height, width))
     editor = _edit(model)
     editor.prune_graph()
     editor.topological_sort()
@@ -95,10 +88,7 @@ def feed_pixels(model: onnx.ModelProto) -> None:
 
 
 def _find_first_convolution(model: onnx.ModelProto) -> tuple[onnx.NodeProto | None, np.float32]:
-    """Return the convolution that a cast, a factor and a transpose to channels first lead to, and the factor.
-
-    None if the pixels reach it in another way.
-    """
+    """Return the convolution after a cast, a factor and a transpose to channels first, or None, and the factor."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     readers = _edit(model).input_name_to_nodes()
     found: list[str] = []

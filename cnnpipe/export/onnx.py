@@ -32,7 +32,6 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     were compared with those of the trained model, which `cnnpipe evaluate` has written.
 
     Args:
-        run: holds `model.keras`, `metrics.json` and `probabilities_test.npy`.
         chosen: used instead of the run's own settings.
     Raises:
         ParityError: the two models disagree by more than the settings allow.
@@ -69,10 +68,9 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
         exported = predict_onnx(session, dataset.images("test"))
         parity = compare_probabilities(trained, exported, dataset.paths("test"))
         _require_parity(parity, settings)
-    logger.info(
-        "exported %s: %d nodes, same class on %.4f of %d test images, largest difference %.1e",
-        *(file, len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference),
-    )
+    figures = (len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference)
+    text = "exported %s: %d nodes, same class on %.4f of %d test images, largest difference %.1e"
+    logger.info(text, file, *figures)
     accuracy = float(np.mean(exported.argmax(axis=1) == dataset.labels("test")))
     reference = Reference(graph, info, session, trained, accuracy)
     fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
@@ -110,10 +108,6 @@ def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -
     """Convert a network of `networks.build_network` to ONNX, without metadata.
 
     Uses a function with an explicit signature: `tf2onnx.convert.from_keras` fails on Keras 3.
-
-    Args:
-        image_size: (height, width) of its input.
-        opset: version of the ONNX operator set.
     """
     import tensorflow as tf
     import tf2onnx

@@ -36,25 +36,14 @@ from cnnpipe.train.networks import WHITENING_NAME
 
 logger = logging.getLogger(__name__)
 
-_NUM_TURNS: Final = 9
-_TURN_SECONDS: Final = 0.04
+_NUM_TURNS, _TURN_SECONDS = 9, 0.04
 _ROUNDING: Final = 1e-9
-
-_QUANTIZED_OPERATORS: Final = ["Conv", "Gemm", "MatMul", "Relu", "MaxPool", "Reshape", "Transpose"]
-"""Operators computed in int8. The softmax is not: with 256 steps between 0 and 1, many classes would tie."""
-
 _LAYERS: Final = ("Conv", "Gemm", "MatMul")
+_QUANTIZED_OPERATORS: Final = [*_LAYERS, "Relu", "MaxPool", "Reshape", "Transpose"]
+"""Operators computed in int8. The softmax is not: with 256 steps between 0 and 1, many classes would tie."""
 
 _CALIBRATION_BATCH: Final = 8
 """Images in a batch of the calibration: small, so that the layers of large images fit into memory."""
-
-_CALIBRATION_SEED: Final = 0
-
-_DEFAULT_SEVERITY: Final = 2
-"""Log severity of onnxruntime in a new process, which cannot be asked for: warnings.
-
-Source: https://onnxruntime.ai/docs/api/python/api_summary.html, `set_default_logger_severity`.
-"""
 
 _ERRORS: Final = (
     *(ValueError, KeyError, RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
@@ -81,8 +70,7 @@ class _Variant:
     kept: bool = False
     reason: str = ""  # why it was kept or not, half a sentence
     accuracy: float | None = None  # accuracy on the test images, 0-1; None if the variant could not be made
-    relative_speed: float | None = None
-    """Images/s as a multiple of the fp32 model's: int8 on the CPU, fp16 on CUDA; None if not measured."""
+    relative_speed: float | None = None  # to the fp32 model's images/s: int8 on the CPU, fp16 on CUDA, if measured
     measured_on: str = ""  # processor or GPU of that measurement
     sha256: str = ""  # digest of the file; empty if it was not kept
 
@@ -96,12 +84,10 @@ def export_variants(
 
     Returns:
         The record of each in `parity.json`.
-    Raises:
-        StorageError: a file cannot be written.
     """
     records: dict[Precision, dict[str, Any]] = {}
     wanted: dict[Precision, bool] = {"int8": settings.int8, "fp16": settings.fp16}
-    for precision in (each for each, is_wanted in wanted.items() if is_wanted):
+    for precision in (each for each in wanted if wanted[each]):
         with TemporaryDirectory(prefix="cnnpipe-") as folder:
             file = Path(folder) / MODEL_FILES[precision]
             try:
@@ -113,9 +99,8 @@ def export_variants(
                 record = _judge(precision, model, file, run, reference, dataset, settings.max_accuracy_loss)
             except ModelError as error:
                 record = asdict(_Variant(reason=str(error)))
-        kept = record["kept"]
-        level = logging.INFO if kept else logging.WARNING
-        logger.log(level, "%s: %s, %s", precision, "kept" if kept else "not kept", record["reason"])
+        level, verdict = (logging.INFO, "kept") if record["kept"] else (logging.WARNING, "not kept")
+        logger.log(level, "%s: %s, %s", precision, verdict, record["reason"])
         records[precision] = record
     return records
 
@@ -162,17 +147,13 @@ def _judge(
 
 def _with_metadata(model: onnx.ModelProto, precision: Precision, info: ModelInfo) -> bytes:
     onnx.helper.set_model_props(model, info.to_metadata() | {"precision": precision})
-    content: bytes = model.SerializeToString()
-    return content
+    return bytes(model.SerializeToString())
 
 
 def measure_relative_speed(session: ClassifierSession, reference: ClassifierSession, images: Images) -> float:
     """Return a session's speed as a multiple of the reference's, in batches of its own default size.
 
     The two take turns, so that other work of the machine slows both, and the median of the turns counts.
-
-    Args:
-        images: (N, H, W, 3) uint8, at least one.
     """
     size = session.default_batch_size
     batch = np.resize(images[:size], (size, *images.shape[1:]))  # repeats them if there are fewer
@@ -191,8 +172,7 @@ def measure_relative_speed(session: ClassifierSession, reference: ClassifierSess
 def sample_calibration_images(dataset: PreparedDataset, number: int) -> Images:
     """Return training images to calibrate with, always the same ones: (number or all there are, H, W, 3) uint8."""
     images = dataset.images("train")
-    random = np.random.default_rng(_CALIBRATION_SEED)
-    chosen = random.choice(len(images), min(number, len(images)), replace=False)
+    chosen = np.random.default_rng(0).choice(len(images), min(number, len(images)), replace=False)
     return np.asarray(images[np.sort(chosen)])
 
 
@@ -205,12 +185,10 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
     whitens (see `cnnpipe.train.networks`): it amplifies small differences, which 8 bits round away.
 
     Args:
-        model: as exported, in fp32.
         images: (N, H, W, 3) uint8 training images, from which the ranges of the activations are taken.
         folder: for temporary files.
     Raises:
         ModelError: the quantiser does not support this model.
-        StorageError: the temporary files cannot be written.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
@@ -220,7 +198,10 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
     with _making("int8"), storage_errors(folder):
         graph = _optimize(model, prepared)
         feed_pixels(graph)
-        float_layers = _name_layers(graph.graph)
+        layers = [node for node in graph.graph.node if node.op_type in _LAYERS]
+        in_float = [node for node in layers if WHITENING_NAME in node.name or node is layers[-1]]
+        for index, node in enumerate(layers):
+            node.name = f"layer_{index}"  # they are excluded by name
         onnx.save(graph, prepared)
         quantize_static(
             prepared,
@@ -228,7 +209,7 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
             SimpleNamespace(get_next=lambda: next(batches, None)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPERATORS,
-            nodes_to_exclude=float_layers,
+            nodes_to_exclude=[node.name for node in in_float],
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -241,9 +222,6 @@ def _optimize(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     """Return the model as onnxruntime simplifies it: a dense layer becomes one Gemm, which is rounded to int8 once.
 
     `quant_pre_process` would do the same, but onnxruntime 1.26 drops its result unless shapes are inferred with sympy.
-
-    Args:
-        file: temporary file.
     """
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
@@ -256,21 +234,8 @@ def _optimize(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     return optimized
 
 
-def _name_layers(graph: onnx.GraphProto) -> list[str]:
-    """Give every layer a name of its own, and return the names of those that stay float32."""
-    layers = [node for node in graph.node if node.op_type in _LAYERS]
-    in_float = [node for node in layers if WHITENING_NAME in node.name or node is layers[-1]]
-    for index, node in enumerate(layers):
-        node.name = f"layer_{index}"
-    return [node.name for node in in_float]
-
-
 def convert_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model in 16-bit floats except for the softmax, which is as fast in float32, and exact.
-
-    Raises:
-        ModelError: the model cannot be converted.
-    """
+    """Return the model in 16-bit floats except for the softmax, which is as fast in float32, and exact."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     copy = onnx.ModelProto.FromString(model.SerializeToString())  # the conversion changes its argument
@@ -304,8 +269,8 @@ def _making(precision: str) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        message = f"this model cannot be made {precision}: {one_line(error)}; use --no-{precision}"
-        raise ModelError(message) from error
+        problem = f"this model cannot be made {precision}: {one_line(error)}"
+        raise ModelError(f"{problem}; use --no-{precision}") from error
     finally:
-        onnxruntime.set_default_logger_severity(_DEFAULT_SEVERITY)
+        onnxruntime.set_default_logger_severity(2)  # warnings, the default of a new process, which cannot be asked for
         quantizer_logger.setLevel(level)

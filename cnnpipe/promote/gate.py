@@ -67,10 +67,9 @@ def conclude_run(run: Path, forced: str | None = None) -> Decision:
     interruption kept the alias from moving and there has been another champion since. A later rollback is not undone.
 
     Args:
-        run: an evaluated and exported run.
         forced: a reason to promote the run whatever the rules say; decided and recorded again.
     Returns:
-        The decision; `promoted` says whether the run is the champion now.
+        The decision; `promoted` is whether the run is the champion now.
     Raises:
         RegistryError: the run lacks the files of an earlier stage or is in no registry, or another process holds it.
         ModelError: the exported model cannot be read.
@@ -114,12 +113,10 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
 
 
 def decide_promotion(info: ModelInfo, champion: Path | None, candidate: LoadedRun) -> Decision:
-    """Apply the rules to a candidate.
+    """Apply the rules to a candidate, the exported model `info`, on the test split of its dataset.
 
     Args:
-        info: metadata of the candidate's exported model.
         champion: the champion's run folder, or None before the first promotion.
-        candidate: the candidate's settings and its dataset, whose test split decides.
     """
     dataset = candidate.dataset
     accuracy, min_accuracy = info.test_accuracy, candidate.settings.promote.min_accuracy
@@ -183,7 +180,6 @@ def _shares_images(prepared: Path | None, dataset: PreparedDataset) -> bool:
 
 
 def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
-    """Return the champion's accuracy on the dataset's test split."""
     theirs = read_manifest(champion).model
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return theirs.test_accuracy
@@ -194,22 +190,15 @@ def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
 
 def _complete_run(run: Path, info: ModelInfo, decision: Decision, loaded: LoadedRun) -> None:
     """Write the manifest, the last file of a run."""
-    dataset = loaded.dataset
     try:
-        metrics = json.loads((run / METRICS_FILE).read_bytes())
-        parity = json.loads((run / PARITY_FILE).read_bytes())
+        metrics, parity = (json.loads((run / name).read_bytes()) for name in (METRICS_FILE, PARITY_FILE))
     except (OSError, ValueError) as error:
         raise RegistryError(f"{run} cannot be completed: {error}; evaluate and export it first") from error
+    dataset = {key: getattr(loaded.dataset, key) for key in ("name", "source", "fingerprint", "num_images")}
     manifest = RunManifest(
         model=info,
         created=decision.time,
-        dataset={
-            "name": dataset.name,
-            "source": dataset.source,
-            "location": loaded.location,
-            "fingerprint": dataset.fingerprint,
-            "num_images": dataset.num_images,
-        },
+        dataset={**dataset, "location": loaded.location},
         metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
         parity=parity,
         promoted=decision.promoted,
