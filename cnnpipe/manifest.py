@@ -19,6 +19,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args
@@ -150,16 +151,11 @@ class Origin:
 
 
 def read_origin(run: Path) -> Origin:
-    """Read from `environment.json` what a run was trained on; if it is damaged or too old, from its settings.
-
-    Raises:
-        ConfigError: the settings are needed, and `config.toml` cannot be read.
-    """
-    try:
+    """Read from `environment.json` what a run was trained on; if it is damaged or too old, from its settings."""
+    location = prepared = None
+    with suppress(OSError, ValueError, AttributeError):
         environment = json.loads((run / "environment.json").read_bytes())
         location, prepared = environment.get("source"), environment.get("dataset")
-    except (OSError, ValueError, AttributeError):
-        location = prepared = None
     if location is None:
         location = dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
     return Origin(location, expand_path(prepared) if prepared else None)
@@ -206,7 +202,6 @@ def choose_model_file(
 
     Args:
         model: a run folder, or an .onnx file, which is taken as it is.
-        device: where the model will run; matters for `auto` only.
         precision: `auto` is int8 on the CPU and fp16 on CUDA if the run has it and it was measured to be faster on such
             a device, otherwise fp32.
     Raises:
@@ -245,11 +240,8 @@ def read_parity(run: Path) -> dict[Precision, dict[str, Any]]:
     """Return the record of each precision in a run's `parity.json`, none without it; ModelError if it is damaged."""
     path = run / PARITY_FILE
     try:
-        parity = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; use a model file of the run instead") from error
-    if not isinstance(parity, dict) or not all(isinstance(parity.get(each, {}), dict) for each in PRECISIONS):
-        raise ModelError(f"{path} must hold an object for each precision; use a model file of the run instead")
-    return {each: parity[each] for each in PRECISIONS if each in parity}
+        parity = json.loads(path.read_bytes()) if path.is_file() else {}
+        return {each: dict(parity[each]) for each in PRECISIONS if parity.get(each) is not None}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = f"{path} must hold an object for each precision, received {one_line(repr(error))}"
+        raise ModelError(f"{problem}; name a model file of the run instead") from error

@@ -137,7 +137,7 @@ def predict_onnx(session: ClassifierSession, images: Images, batch_size: int | N
     """Return an ONNX session's probabilities, (N, classes) float32.
 
     Args:
-        images: (N, H, W, 3) uint8; may be a memory map, which is read one batch at a time.
+        images: as for `predict_keras`.
         batch_size: images in a step; None is the size that suits the session's device.
     Raises:
         ModelError: the images are not of the model's size, or the model failed.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import timeit
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -159,10 +159,7 @@ def measure_relative_speed(session: ClassifierSession, reference: ClassifierSess
     batch = np.resize(images[:size], (size, *images.shape[1:]))  # repeats them if there are fewer
 
     def seconds(each: ClassifierSession, num_batches: int) -> float:
-        began = time.perf_counter()
-        for _ in range(num_batches):
-            each.run(batch)
-        return time.perf_counter() - began
+        return timeit(lambda: each.run(batch), number=num_batches)
 
     seconds(reference, 1), seconds(session, 1)  # the first run of each allocates its buffers
     num_batches = max(1, round(_TURN_SECONDS / seconds(reference, 1)))

@@ -349,7 +349,7 @@ def test_onnx_model_of_other_classes_is_refused(
 
 def test_model_of_another_image_size_is_refused(finished_run: Path, small_digits: PreparedDataset) -> None:
     for file in ("model.keras", "model.onnx"):
-        with pytest.raises(ModelError, match=r"takes images of 32x32 pixels, the dataset .* with 8x8; prepare it"):
+        with pytest.raises(ModelError, match=r"takes images of 32x32 pixels, the dataset .* with 8x8; prepare digits8"):
             evaluate_split(open_model(finished_run / file), small_digits, EvaluateSettings())
 
 
