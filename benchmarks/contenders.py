@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from cnnpipe.errors import CnnpipeError
-from cnnpipe.manifest import MANIFEST_FILE
-from cnnpipe.registry import resolve_model_file
+from cnnpipe.manifest import MANIFEST_FILE, choose_model_file
+from cnnpipe.registry import resolve_model
 
 __all__ = ["CNNPIPE", "INT8", "KERAS", "LOOPS", "Contender", "Models", "find_models", "line_up", "read_labels"]
 
@@ -63,7 +63,7 @@ def find_models(model: str | None, artifacts: Path) -> Models:
     """
     from cnnpipe.session import open_session
 
-    onnx = resolve_model_file(model, artifacts).absolute()
+    onnx = choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32").path.absolute()
     in_run = onnx.name == "model.onnx" and onnx.with_name(MANIFEST_FILE).is_file()
     int8, keras = (path if in_run and path.is_file() else None for path in _other_forms(onnx))
     return Models(onnx, int8, keras, open_session(onnx, "cpu", threads=1).info.image_size)

@@ -19,6 +19,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args
@@ -30,27 +31,16 @@ from cnnpipe.paths import expand_path
 from cnnpipe.settings import RetrainSettings, dataset_location, load_toml
 from cnnpipe.storage import sha256_file, write_text
 
-INPUT_NAME = "images"
-"""ONNX input: uint8, (batch, height, width, 3), RGB."""
-
-OUTPUT_NAME = "probabilities"
-"""ONNX output: float32, (batch, classes), each row sums to 1."""
+INPUT_NAME = "images"  # ONNX input: uint8, (batch, height, width, 3), RGB
+OUTPUT_NAME = "probabilities"  # ONNX output: float32, (batch, classes), each row sums to 1
 
 MANIFEST_FILE: Final = "manifest.json"
 HISTORY_FILE: Final = "history.csv"
 PARITY_FILE: Final = "parity.json"
 
-Precision = Literal["fp32", "int8", "fp16"]
-"""Numbers that a model file computes with."""
-
+Precision = Literal["fp32", "int8", "fp16"]  # numbers that a model file computes with
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
-
-MODEL_FILES: Final[dict[Precision, str]] = {
-    "fp32": "model.onnx",
-    "int8": "model.int8.onnx",
-    "fp16": "model.fp16.onnx",
-}
-"""Model file of each precision in a run folder."""
+MODEL_FILES: Final[dict[Precision, str]] = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 
 
 class _Record(BaseModel):
@@ -61,14 +51,10 @@ class TrainingStatistics(_Record):
     """Summary of the training images, to compare later inputs with."""
 
     num_images: int = Field(ge=0)
-    channel_mean: tuple[float, float, float]
-    """Mean of red, green, blue over all training pixels, 0-255."""
-    channel_std: tuple[float, float, float]
-    """Standard deviation of red, green, blue, 0-255."""
-    brightness_deciles: tuple[float, ...]
-    """The 0th, 10th, … 100th percentile of the images' mean brightness, 0-255."""
-    class_shares: tuple[float, ...]
-    """Fraction of the images in each class, in the order of `class_names`; sums to 1."""
+    channel_mean: tuple[float, float, float]  # mean of red, green, blue over all training pixels, 0-255
+    channel_std: tuple[float, float, float]  # standard deviation of red, green, blue, 0-255
+    brightness_deciles: tuple[float, ...]  # the 0th, 10th, … 100th percentile of the images' mean brightness, 0-255
+    class_shares: tuple[float, ...]  # fraction of the images in each class, in the order of `class_names`; sums to 1
 
 
 class ModelInfo(_Record):
@@ -79,42 +65,29 @@ class ModelInfo(_Record):
     run_id: str
     preset: str
     class_names: tuple[str, ...] = Field(min_length=2)
-    image_size: tuple[int, int]
-    """(height, width) in pixels."""
+    image_size: tuple[int, int]  # (height, width) in pixels
     dataset_fingerprint: str
     test_accuracy: float = Field(ge=0.0, le=1.0)
     training_statistics: TrainingStatistics
 
     def to_metadata(self) -> dict[str, str]:
         """Return the ONNX `metadata_props`: text as it is, everything else as JSON."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json").items()
         return {
-            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for key, value in fields.items()
+            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in fields
         }
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> Self:
-        """Read `metadata_props` back.
-
-        Args:
-            path: the model's file, for the message.
-        Raises:
-            ModelError: a key is missing or malformed.
-        """
+        """Read `metadata_props` of the file `path` back; raises ModelError if a key is missing or malformed."""
+        fields = cls.model_fields.items()
         try:
             return cls.model_validate(
-                {
-                    name: metadata[name] if field.annotation is str else json.loads(metadata[name])
-                    for name, field in cls.model_fields.items()
-                    if name in metadata
-                }
+                {key: metadata[key] if field.annotation is str else json.loads(metadata[key]) for key, field in fields}
             )
-        except (ValidationError, json.JSONDecodeError) as error:
-            raise ModelError(
-                f"{path} is an ONNX file, but carries no cnnpipe metadata that can be read; "
-                "use one exported by `cnnpipe export`"
-            ) from error
+        except (KeyError, ValidationError, json.JSONDecodeError) as error:
+            problem = "carries no cnnpipe metadata that can be read; use one exported by `cnnpipe export`"
+            raise ModelError(f"{path} is an ONNX file, but {problem}") from error
 
 
 class FileDigest(_Record):
@@ -128,12 +101,10 @@ class RunManifest(_Record):
     """Content of `manifest.json`."""
 
     model: ModelInfo
-    created: str
-    """UTC, ISO 8601."""
+    created: str  # UTC, ISO 8601
     dataset: dict[str, Any]
     """Name, source, location (absolute path or built-in name; not in older runs), fingerprint, images of each split."""
-    metrics: dict[str, Any]
-    """Figures of `metrics.json` without those of single classes."""
+    metrics: dict[str, Any]  # figures of `metrics.json` without those of single classes
     parity: dict[str, Any]
     promoted: bool
     promotion_reason: str
@@ -155,11 +126,7 @@ def write_manifest(run: Path, manifest: RunManifest) -> None:
 
 
 def read_manifest(run: Path) -> RunManifest:
-    """Read a run's manifest.
-
-    Raises:
-        RegistryError: it is missing (the run is not complete) or damaged.
-    """
+    """Read a run's manifest; raises RegistryError if it is missing (the run is not complete) or damaged."""
     path = run / MANIFEST_FILE
     try:
         return RunManifest.model_validate_json(path.read_bytes())
@@ -170,11 +137,7 @@ def read_manifest(run: Path) -> RunManifest:
 
 
 def require_unfinished(run: Path) -> None:
-    """Refuse to change a complete run, whose manifest holds the digests of its files.
-
-    Raises:
-        RegistryError: the run is complete.
-    """
+    """Raise RegistryError if a run is complete: its manifest holds the digests of its files."""
     if (run / MANIFEST_FILE).is_file():
         raise RegistryError(f"{run} is complete, and its files never change; train again for another run")
 
@@ -183,36 +146,23 @@ def require_unfinished(run: Path) -> None:
 class Origin:
     """Dataset that a run was trained on."""
 
-    location: str
-    """Source of the images: the absolute path of a folder, or the name of a built-in dataset."""
-    prepared: Path | None
-    """Folder of the prepared dataset; None if the run does not record it."""
+    location: str  # source of the images: the absolute path of a folder, or the name of a built-in dataset
+    prepared: Path | None  # folder of the prepared dataset; None if the run does not record it
 
 
 def read_origin(run: Path) -> Origin:
-    """Read from `environment.json` what a run was trained on.
-
-    If that file is damaged or too old to say it, the location is that of the run's settings.
-
-    Raises:
-        ConfigError: the settings are needed, and `config.toml` cannot be read.
-    """
-    try:
+    """Read from `environment.json` what a run was trained on; if it is damaged or too old, from its settings."""
+    location = prepared = None
+    with suppress(OSError, ValueError, AttributeError):
         environment = json.loads((run / "environment.json").read_bytes())
         location, prepared = environment.get("source"), environment.get("dataset")
-    except (OSError, ValueError, AttributeError):
-        location = prepared = None
     if location is None:
         location = dataset_location(load_toml(RetrainSettings, run / "config.toml").prepare.dataset)
     return Origin(location, expand_path(prepared) if prepared else None)
 
 
 def read_history(run: Path) -> dict[str, list[float]]:
-    """Read `history.csv`: each column's values, one for each epoch.
-
-    Raises:
-        RegistryError: it is missing or damaged, or has no epoch.
-    """
+    """Read `history.csv`: each column's values, one for each epoch; raises RegistryError if it is not whole."""
     path = run / HISTORY_FILE
     columns = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds")
     try:
@@ -233,11 +183,8 @@ def best_epoch(val_accuracy: Sequence[float], val_loss: Sequence[float]) -> int:
 
     It has the highest validation accuracy; of equal ones the lowest loss decides, then the first epoch.
     """
-    scores = [
-        (accuracy, -loss if math.isfinite(loss) else -math.inf)
-        for accuracy, loss in zip(val_accuracy, val_loss, strict=True)
-    ]
-    return scores.index(max(scores))
+    losses = [loss if math.isfinite(loss) else math.inf for loss in val_loss]
+    return max(range(len(losses)), key=lambda epoch: (val_accuracy[epoch], -losses[epoch]))
 
 
 @dataclass(frozen=True)
@@ -245,8 +192,7 @@ class ChosenFile:
     """Model file to open."""
 
     path: Path
-    reason: str
-    """Why its precision, in a few words."""
+    reason: str  # why its precision, in a few words
 
 
 def choose_model_file(
@@ -256,7 +202,6 @@ def choose_model_file(
 
     Args:
         model: a run folder, or an .onnx file, which is taken as it is.
-        device: where the model will run; matters for `auto` only.
         precision: `auto` is int8 on the CPU and fp16 on CUDA if the run has it and it was measured to be faster on such
             a device, otherwise fp32.
     Raises:
@@ -292,18 +237,11 @@ def _fastest(run: Path, device: Literal["cpu", "cuda"]) -> tuple[Precision, str]
 
 
 def read_parity(run: Path) -> dict[Precision, dict[str, Any]]:
-    """Return the record of each precision in a run's `parity.json`; empty if there is no such file.
-
-    Raises:
-        ModelError: it is damaged.
-    """
+    """Return the record of each precision in a run's `parity.json`, none without it; ModelError if it is damaged."""
     path = run / PARITY_FILE
     try:
-        parity = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; use a model file of the run instead") from error
-    if not isinstance(parity, dict) or not all(isinstance(parity.get(each, {}), dict) for each in PRECISIONS):
-        raise ModelError(f"{path} must hold an object for each precision; use a model file of the run instead")
-    return {each: parity[each] for each in PRECISIONS if each in parity}
+        parity = json.loads(path.read_bytes()) if path.is_file() else {}
+        return {each: dict(parity[each]) for each in PRECISIONS if parity.get(each) is not None}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = f"{path} must hold an object for each precision, received {one_line(repr(error))}"
+        raise ModelError(f"{problem}; name a model file of the run instead") from error

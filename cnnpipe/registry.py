@@ -4,8 +4,8 @@
     artifacts/<name>/champion             run id of the model in production, one line
     artifacts/<name>/promotions.jsonl     every move of the alias, when and why, oldest first
 
-The alias decides; the history explains it. The history is written first, so that the alias never moves without an
-explanation: after a crash between the two, the same move made again completes it, and any other starts from the alias.
+The alias decides; the history explains it and is written first: after a crash between the two, the same move made
+again completes it, and any other starts from the alias.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,13 +33,10 @@ _LOCK_TIMEOUT_SECONDS = 30.0
 class Promotion:
     """One move of the champion alias."""
 
-    time: str
-    """UTC, ISO 8601."""
+    time: str  # UTC, ISO 8601
     action: Literal["promote", "rollback"]
-    run_id: str
-    """Champion after the move."""
-    previous: str | None
-    """Champion before the move."""
+    run_id: str  # champion after the move
+    previous: str | None  # champion before the move
     reason: str
 
 
@@ -50,92 +47,66 @@ class RunSummary:
     name: str
     run_id: str
     champion: bool
-    preset: str | None
-    """None while the run is incomplete, as is `accuracy`."""
-    accuracy: float | None
-    """Accuracy on the test split, 0-1."""
-    state: Literal["passed", "refused", "incomplete", "damaged"]
-    """Decision of the promotion gate, or why there is none."""
+    preset: str | None  # None while the run is incomplete, as is `accuracy`
+    accuracy: float | None  # on the test split, 0-1
+    state: Literal["passed", "refused", "incomplete", "damaged"]  # the gate's decision, or why there is none
 
 
 def create_run(artifacts: Path, name: str) -> Path:
-    """Create the folder of a new run, named by the UTC time to the second, and return it.
-
-    Raises:
-        StorageError: it cannot be created.
-    """
+    """Create the folder of a new run, named by the UTC time to the second, and return it; raises StorageError."""
     runs = make_folder(artifacts / name / "runs")
     while True:
         run = runs / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        with storage_errors(run):
-            try:
-                run.mkdir()
-                return run
-            except FileExistsError:
-                time.sleep(0.2)  # another run began in this second
+        with storage_errors(run), suppress(FileExistsError):
+            run.mkdir()
+            return run
+        time.sleep(0.2)  # another run began in this second
 
 
 def list_names(artifacts: Path) -> list[str]:
     """Return the names that have runs or a champion, sorted."""
-    if not artifacts.is_dir():
-        return []
-    return sorted(
-        folder.name
-        for folder in artifacts.iterdir()
-        if not folder.name.startswith(".")  # Prefect's own folder has runs too
-        and ((folder / "runs").is_dir() or (folder / CHAMPION_FILE).is_file())
-    )
+    folders = {path.parent for pattern in ("*/runs/", f"*/{CHAMPION_FILE}") for path in artifacts.glob(pattern)}
+    return sorted(folder.name for folder in folders if not folder.name.startswith("."))  # Prefect's own has runs too
 
 
 def list_runs(artifacts: Path, name: str) -> list[Path]:
     """Return the run folders of a name, oldest first, complete or not."""
-    runs = artifacts / name / "runs"
-    if not runs.is_dir():
-        return []
-    return sorted(run for run in runs.iterdir() if run.is_dir() and not run.name.startswith("."))
+    return sorted((artifacts / name / "runs").glob("[!.]*/"))
 
 
 def summarize_runs(artifacts: Path, name: str | None = None) -> list[RunSummary]:
-    """Return every run of a name, or of all names, newest first; a damaged run or alias is not an error here.
-
-    If an alias cannot be used, no run is marked as champion; `list_champions` says why.
-    """
-    summaries = []
-    for each in list_names(artifacts) if name is None else [name]:
-        champion, _ = _champion_or_problem(artifacts, each)
-        summaries += [_summarize(each, run, run.name == champion) for run in reversed(list_runs(artifacts, each))]
-    return summaries
+    """Return every run of a name, or of all names, newest first; a damaged run or alias is not an error here."""
+    champions, _ = list_champions(artifacts)
+    names = list_names(artifacts) if name is None else [name]
+    return [_summarize(run, champions.get(each)) for each in names for run in reversed(list_runs(artifacts, each))]
 
 
-def _summarize(name: str, run: Path, champion: bool) -> RunSummary:
+def _summarize(run: Path, champion: str | None) -> RunSummary:
+    start = (run.parent.parent.name, run.name, run.name == champion)
     if not (run / MANIFEST_FILE).is_file():
-        return RunSummary(name, run.name, champion, None, None, "incomplete")
+        return RunSummary(*start, None, None, "incomplete")
     try:
         manifest = read_manifest(run)
     except RegistryError:
-        return RunSummary(name, run.name, champion, None, None, "damaged")
+        return RunSummary(*start, None, None, "damaged")
     state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
-    return RunSummary(name, run.name, champion, manifest.model.preset, manifest.model.test_accuracy, state)
+    return RunSummary(*start, manifest.model.preset, manifest.model.test_accuracy, state)
 
 
 def list_champions(artifacts: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return the champions' run ids by name, and by name the problem of each alias that cannot be used."""
-    found = {name: _champion_or_problem(artifacts, name) for name in list_names(artifacts)}
-    champions = {name: run_id for name, (run_id, _) in found.items() if run_id}
-    return champions, {name: problem for name, (_, problem) in found.items() if problem}
-
-
-def _champion_or_problem(artifacts: Path, name: str) -> tuple[str | None, str | None]:
-    """Return the champion's run id, or why there is none; neither before the first promotion."""
-    try:
-        run = champion_run(artifacts, name)
-    except RegistryError as error:
-        return None, str(error)
-    return run.name if run else None, None
+    champions, problems = {}, {}
+    for name in list_names(artifacts):
+        try:
+            if run := champion_run(artifacts, name):
+                champions[name] = run.name
+        except RegistryError as error:
+            problems[name] = str(error)
+    return champions, problems
 
 
 def champion_run(artifacts: Path, name: str) -> Path | None:
-    """Return the run folder that the champion alias names, or None before the first promotion.
+    """Return the champion's run folder, or None before the first promotion.
 
     Raises:
         RegistryError: the alias names a run that is missing or not complete.
@@ -157,19 +128,13 @@ def _read_alias(alias: Path) -> Path:
 def _alias_content(alias: Path) -> str | None:
     """Return the run id in an alias file, whether there is such a run or not; None if the file is missing or empty."""
     try:
-        return alias.read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
+        return alias.read_text(encoding="utf-8").strip() or None if alias.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise RegistryError(f"{alias} cannot be read: {error}; delete it and promote a run with --force") from error
 
 
 def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
-    """Return every move of the alias, oldest first.
-
-    Raises:
-        RegistryError: the history is damaged.
-    """
+    """Return every move of the alias, oldest first; raises RegistryError if the history is damaged."""
     path = artifacts / name / PROMOTIONS_FILE
     if not path.is_file():
         return []
@@ -180,15 +145,31 @@ def promotion_history(artifacts: Path, name: str) -> list[Promotion]:
         raise RegistryError(f"{path} is damaged: {error}; fix or remove the line") from error
 
 
-def promote_run(artifacts: Path, name: str, run_id: str, reason: str) -> Promotion:
+def promote_run(
+    artifacts: Path, name: str, run_id: str, reason: str, action: Literal["promote", "rollback"] = "promote"
+) -> Promotion:
     """Make a complete run the champion; promoting the champion again changes nothing.
 
     Raises:
         RegistryError: the run is missing or not complete, or the history is damaged.
         StorageError: the alias or the history cannot be written.
     """
+    folder, alias = artifacts / name, artifacts / name / CHAMPION_FILE
     with alias_lock(artifacts, name):
-        return _move_alias(artifacts, name, "promote", run_id, reason)
+        # With `..` or a path the alias would point outside its folder.
+        if run_id not in [run.name for run in list_runs(artifacts, name)]:
+            raise RegistryError(f"there is no run {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {name}`")
+        read_manifest(folder / "runs" / run_id)
+        history, previous = promotion_history(artifacts, name), _alias_content(alias)
+        if history and history[-1].run_id == run_id:
+            move = history[-1]  # the alias is there already, or a crash came between history and alias
+        else:
+            move = Promotion(datetime.now(UTC).isoformat(timespec="seconds"), action, run_id, previous, reason)
+            lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in [*history, move]]
+            write_text(folder / PROMOTIONS_FILE, "".join(lines))
+        if previous != run_id:
+            write_text(alias, run_id + "\n")
+        return move
 
 
 def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None) -> Promotion:
@@ -198,8 +179,7 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
     has been promoted again.
 
     Raises:
-        RegistryError: there is no earlier champion, the run is missing or not complete, or the history is damaged.
-        StorageError: the alias or the history cannot be written.
+        RegistryError: there is no earlier champion; otherwise raises as `promote_run`.
     """
     with alias_lock(artifacts, name):
         if run_id is None:
@@ -207,16 +187,11 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
             if len(champions) < 2:
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
-        return _move_alias(artifacts, name, "rollback", run_id, reason)
+        return promote_run(artifacts, name, run_id, reason, "rollback")
 
 
 def _champions(history: list[Promotion], champion: str | None) -> list[str]:
-    """Return the champions that a rollback can return to, oldest first, the present one last.
-
-    Args:
-        history: every move, oldest first.
-        champion: run id in the alias.
-    """
+    """Return the champions that a rollback can return to, oldest first, the present one (`champion`) last."""
     champions: list[str] = []
     for move in history:
         _return_to(champions, move.previous)  # differs from the last only if a move was written, but not made
@@ -239,51 +214,17 @@ def _return_to(champions: list[str], run_id: str | None) -> None:
             champions.pop()
 
 
-def _move_alias(
-    artifacts: Path, name: str, action: Literal["promote", "rollback"], run_id: str, reason: str
-) -> Promotion:
-    """Write the history and move the alias; the caller holds the lock."""
-    folder = artifacts / name
-    _require_complete(folder, run_id)
-    history = promotion_history(artifacts, name)
-    alias = folder / CHAMPION_FILE
-    previous = _alias_content(alias)
-    explained = bool(history) and history[-1].run_id == run_id
-    if explained and previous == run_id:
-        return history[-1]
-    if explained:  # the crash between history and alias: only the alias is missing
-        move = history[-1]
-    else:
-        move = Promotion(datetime.now(UTC).isoformat(timespec="seconds"), action, run_id, previous, reason)
-        lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in [*history, move]]
-        write_text(folder / PROMOTIONS_FILE, "\n".join(lines) + "\n")
-    write_text(alias, run_id + "\n")
-    return move
-
-
-def _require_complete(folder: Path, run_id: str) -> None:
-    run = folder / "runs" / run_id
-    # A run id is one name: with `..` or a path the alias would point outside its folder.
-    if run.name != run_id or run.parent != folder / "runs" or run_id == ".." or not run.is_dir():
-        raise RegistryError(f"there is no run {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {folder.name}`")
-    read_manifest(run)
-
-
 @contextmanager
 def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
-    """Let one process at a time decide about an alias and move it; a process that is killed releases the lock.
-
-    The thread that holds the lock may take it again.
+    """Let one process at a time decide about an alias and move it; the thread that holds the lock may take it again.
 
     Raises:
         RegistryError: there is no such name, or another process holds the lock for 30 seconds.
     """
     folder = artifacts / name
     if not folder.is_dir():
-        raise RegistryError(
-            f"there is no model {name!r} in {artifacts} (only {', '.join(list_names(artifacts)) or 'nothing'}); "
-            "check the name"
-        )
+        there = ", ".join(list_names(artifacts)) or "nothing"
+        raise RegistryError(f"there is no model {name!r} in {artifacts} (only {there}); check the name")
     from filelock import FileLock, Timeout  # loads asyncio, which `--help` need not wait for
 
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
@@ -299,11 +240,7 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
 
 
 def registry_place(run: Path) -> tuple[Path, str]:
-    """Return the artifacts folder and the name that a run folder belongs to.
-
-    Raises:
-        RegistryError: it is a copy outside any registry.
-    """
+    """Return the artifacts folder and the name that a run folder belongs to; RegistryError for a copy elsewhere."""
     runs = run.resolve().parent
     if runs.name != "runs":
         raise RegistryError(f"{run} is not in <artifacts>/<name>/runs, so it cannot be champion; copy it there")
@@ -314,17 +251,13 @@ def find_model(model: str, artifacts: Path) -> Path:
     """Return the model file or the run folder that a user means: a file that exists, else as `resolve_run`.
 
     So a name such as `cats.onnx` means its champion, unless there is a file of that name.
-
-    Raises:
-        ModelError: there is no such model.
-        RegistryError: the alias names a run that is not complete.
     """
     path = expand_path(model)
-    if path.is_file() and path.name != CHAMPION_FILE:
-        if path.suffix not in (".onnx", ".keras"):
-            raise ModelError(f"{path} is not a model: a model file ends in .onnx or .keras")
-        return path
-    return resolve_run(model, artifacts)
+    if not path.is_file() or path.name == CHAMPION_FILE:
+        return resolve_run(model, artifacts)
+    if path.suffix not in (".onnx", ".keras"):
+        raise ModelError(f"{path} is not a model: a model file ends in .onnx or .keras")
+    return path
 
 
 def resolve_run(model: str, artifacts: Path) -> Path:
@@ -350,18 +283,17 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         return artifacts / name / "runs" / run_id
     names = list_names(artifacts)
     if name in names and not run_id:
-        champion = champion_run(artifacts, name)
-        if champion is None:
-            raise ModelError(
-                f"{name} has no champion yet in {artifacts}; promote a run with `cnnpipe models promote`, "
-                f"or give one as {name}/<run id>"
-            )
-        return champion
+        if champion := champion_run(artifacts, name):
+            return champion
+        raise ModelError(
+            f"{name} has no champion yet in {artifacts}; promote a run with `cnnpipe models promote`, "
+            f"or give one as {name}/<run id>"
+        )
     if path.suffix in (".onnx", ".keras"):
         raise ModelError(f"there is no model file at {path}; check the path")
+    there = ", ".join(names) or "none"
     raise ModelError(
-        f"there is no model {model!r}; give a name ({', '.join(names) or 'none'} in {artifacts}), a run folder, "
-        "or an .onnx file"
+        f"there is no model {model!r}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"
     )
 
 
@@ -375,23 +307,15 @@ def resolve_model(model: str | None, artifacts: Path, precision: Precision | Lit
         ModelError: there is no such model, no such precision of it, or None was given and there is not one champion.
         RegistryError: the alias names a run that is not complete.
     """
-    found = _only_champion(artifacts) if model is None else find_model(model, artifacts)
+    if model is None:
+        names = [name for name in list_names(artifacts) if (artifacts / name / CHAMPION_FILE).is_file()]
+        if not names:
+            raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
+        if len(names) > 1:
+            raise ModelError(f"{artifacts} has several champions ({', '.join(names)}); choose one with --model")
+        found = _read_alias(artifacts / names[0] / CHAMPION_FILE)
+    else:
+        found = find_model(model, artifacts)
     if found.is_dir():
         choose_model_file(found, "cpu", precision)
     return found
-
-
-def _only_champion(artifacts: Path) -> Path:
-    aliases = [artifacts / name / CHAMPION_FILE for name in list_names(artifacts)]
-    aliases = [alias for alias in aliases if alias.is_file()]
-    if len(aliases) == 1:
-        return _read_alias(aliases[0])
-    if aliases:
-        names = ", ".join(alias.parent.name for alias in aliases)
-        raise ModelError(f"{artifacts} has several champions ({names}); choose one with --model")
-    raise ModelError(f"{artifacts} has no champion; train one with `make retrain`, or give --model FILE.onnx")
-
-
-def resolve_model_file(model: str | None, artifacts: Path) -> Path:
-    """Return the model file to apply: the fp32 one of a run; arguments and errors as for `resolve_model`."""
-    return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32").path

@@ -30,7 +30,7 @@ from cnnpipe.manifest import (
     read_parity,
     write_manifest,
 )
-from cnnpipe.registry import resolve_model, resolve_model_file
+from cnnpipe.registry import resolve_model
 
 STATISTICS = TrainingStatistics(
     num_images=1149,
@@ -285,7 +285,6 @@ def test_file_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_missing_precision_is_refused_when_the_model_is_looked_up(tmp_path: Path) -> None:
     run = write_run(tmp_path / "digits" / "runs" / "A", ("fp32",))
     assert resolve_model("digits/A", tmp_path) == run
-    assert resolve_model_file("digits/A", tmp_path) == run / "model.onnx"
     with pytest.raises(ModelError, match="has no fp16 model"):
         resolve_model("digits/A", tmp_path, "fp16")
     own = run / "model.onnx"

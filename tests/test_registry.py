@@ -12,7 +12,14 @@ from filelock import FileLock
 
 from cnnpipe import registry
 from cnnpipe.errors import ModelError, RegistryError
-from cnnpipe.manifest import MANIFEST_FILE, ModelInfo, RunManifest, TrainingStatistics, write_manifest
+from cnnpipe.manifest import (
+    MANIFEST_FILE,
+    ModelInfo,
+    RunManifest,
+    TrainingStatistics,
+    choose_model_file,
+    write_manifest,
+)
 from cnnpipe.registry import (
     CHAMPION_FILE,
     PROMOTIONS_FILE,
@@ -23,7 +30,7 @@ from cnnpipe.registry import (
     list_runs,
     promote_run,
     promotion_history,
-    resolve_model_file,
+    resolve_model,
     resolve_run,
     rollback,
 )
@@ -63,6 +70,10 @@ def artifacts(tmp_path: Path) -> Path:
     for run_id in "ABCD":
         _complete(folder, run_id)
     return folder
+
+
+def resolve_model_file(model: str | None, artifacts: Path) -> Path:
+    return choose_model_file(resolve_model(model, artifacts, "fp32"), "cpu", "fp32").path
 
 
 def _champion(artifacts: Path) -> str | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,7 +20,6 @@ import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError, one_line
-from cnnpipe.evaluate.predict import Probabilities
 from cnnpipe.paths import escape_path
 from cnnpipe.settings import EvaluateSettings
 from cnnpipe.storage import storage_errors, write_file, write_json, write_text
@@ -41,9 +41,8 @@ Source: Keras' `keras.config.epsilon()`, which its categorical cross-entropy use
 _SUM_TOLERANCE: Final = 0.25
 """Largest distance from 1 of a row's sum: a quantised softmax rounds every class by itself. Logits are far outside."""
 
-_MAX_DISAGREEMENTS_LISTED: Final = 10
-
 Labels = npt.NDArray[np.int64]  # (N,), index of the actual class
+Probabilities = npt.NDArray[np.float32]  # (N, classes)
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,9 @@ class ClassMetrics:
 
     name: str
     precision: float
-    """Fraction of the images predicted as this class that belong to it; 0.0 if none was predicted."""
     recall: float
-    """Fraction of the images of this class that were predicted as it; 0.0 if there are none."""
-    f1: float
-    """Harmonic mean of precision and recall."""
-    support: int
-    """Number of images of this class."""
+    f1: float  # harmonic mean of precision and recall
+    support: int  # number of images of this class
 
 
 @dataclass(frozen=True)
@@ -68,13 +63,10 @@ class Evaluation:
     num_images: int
     num_correct: int
     accuracy: float
-    loss: float
-    """Mean categorical cross-entropy, natural logarithm."""
-    top_k: int
-    """The k of `top_k_accuracy`: the setting, but at most the number of classes."""
+    loss: float  # mean categorical cross-entropy, natural logarithm
+    top_k: int  # the k of `top_k_accuracy`: the setting, but at most the number of classes
     top_k_accuracy: float
-    expected_calibration_error: float
-    """Mean distance between confidence and accuracy over the images."""
+    expected_calibration_error: float  # mean distance between confidence and accuracy over the images
     per_class: tuple[ClassMetrics, ...]
 
     @property
@@ -120,9 +112,8 @@ def evaluate_probabilities(
     num_likelier = ((probabilities > of_actual) | ((probabilities == of_actual) & earlier_class)).sum(axis=1)
     # Keras' own order: first to sum 1, then away from 0 and 1.
     likelihood = np.clip(of_actual[:, 0] / probabilities.sum(axis=1, dtype=np.float64), _EPSILON, 1.0 - _EPSILON)
-    figures = precision_recall_fscore_support(
-        labels, predicted, labels=range(len(class_names)), average=None, zero_division=0.0
-    )
+    classes = range(len(class_names))
+    figures = precision_recall_fscore_support(labels, predicted, labels=classes, average=None, zero_division=0.0)
     return Evaluation(
         num_images=num_images,
         num_correct=int(correct.sum()),
@@ -141,12 +132,9 @@ def _require_probabilities(probabilities: Probabilities, num_images: int, num_cl
             f"the model must give probabilities of shape ({num_images}, {num_classes}), images by classes, "
             f"received {probabilities.shape}; use a model of these classes"
         )
-    broken = int((~np.isfinite(probabilities).all(axis=1)).sum())
-    if broken:
-        raise ModelError(
-            f"the model gives NaN or infinity for {broken:,} of {num_images:,} images; "
-            "train again, with a smaller --learning-rate"
-        )
+    if broken := int((~np.isfinite(probabilities).all(axis=1)).sum()):
+        problem = f"the model gives NaN or infinity for {broken:,} of {num_images:,} images"
+        raise ModelError(f"{problem}; train again, with a smaller --learning-rate")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     lowest, highest, furthest = probabilities.min(), probabilities.max(), sums[np.abs(sums - 1.0).argmax()]
     if lowest < -1e-3 or highest > 1.0 + 1e-3 or abs(furthest - 1.0) > _SUM_TOLERANCE:
@@ -157,9 +145,7 @@ def _require_probabilities(probabilities: Probabilities, num_images: int, num_cl
 
 
 def _calibration_error(confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], num_bins: int) -> float:
-    """Return the expected calibration error over equal-width bins of the confidence.
-
-    Each bin's |accuracy - mean confidence| is weighted by its fraction of the images. Bin m holds ((m-1)/M, m/M].
+    """Return the mean |accuracy - mean confidence| of equal-width bins, by their images; bin m holds ((m-1)/M, m/M].
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3, https://arxiv.org/abs/1706.04599
     """
@@ -175,27 +161,21 @@ def write_evaluation(
     """Write the tables, `probabilities_test.npy` and, last, `metrics.json`.
 
     Args:
-        folder: the run's, or any other.
-        probabilities: (N, classes), as for `evaluate_probabilities`.
-        labels: (N,).
+        probabilities, labels: as for `evaluate_probabilities`.
         paths: the images' names, in the same order.
     Raises:
-        DatasetError: there is not one name for each image.
         StorageError: a file cannot be written.
     """
-    if len(paths) != len(labels):
-        raise DatasetError(f"{len(labels)} images have {len(paths)} names; prepare the dataset again")
     names, predicted, confidence = evaluation.class_names, probabilities.argmax(axis=1), probabilities.max(axis=1)
     predictions = [
         (escape_path(path), names[actual], names[guess], f"{probability:.6f}", int(actual == guess))
         for path, actual, guess, probability in zip(paths, labels, predicted, confidence, strict=True)
     ]
     counts = confusion_matrix(labels, predicted, labels=range(len(names)))  # rows actual, columns predicted
+    matrix = [(name, *row) for name, row in zip(names, counts, strict=True)]
     _write_csv(folder / PREDICTIONS_FILE, ("path", "label", "predicted", "probability", "correct"), predictions)
     _write_csv(folder / REPORT_FILE, ("class", *_FIGURES, "support"), _report_rows(evaluation))
-    _write_csv(
-        folder / CONFUSION_FILE, ("actual", *names), [(name, *row) for name, row in zip(names, counts, strict=True)]
-    )
+    _write_csv(folder / CONFUSION_FILE, ("actual", *names), matrix)
     with write_file(folder / PROBABILITIES_FILE) as temporary, storage_errors(folder / PROBABILITIES_FILE):
         np.save(temporary, probabilities)
     path, actual, guess, *_ = predictions[0]
@@ -204,61 +184,55 @@ def write_evaluation(
     write_json(folder / METRICS_FILE, values | {"class_names": names, "first_image": first})
 
 
-def _report_rows(evaluation: Evaluation) -> list[tuple[Any, ...]]:
-    """Return the rows of the classification report: the classes, then two averages, which never have a class's name."""
-    rows: list[tuple[Any, ...]] = [astuple(each) for each in evaluation.per_class]
+def _report_rows(evaluation: Evaluation) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of the classification report: the classes, then two averages, never named as a class is."""
+    rows = [astuple(each) for each in evaluation.per_class]
     for name, weighted in (("macro avg", False), ("weighted avg", True)):
         while name in evaluation.class_names:
             name = f"({name})"
-        averages = [evaluation.average(figure, weighted=weighted) for figure in _FIGURES]
+        averages = (evaluation.average(figure, weighted=weighted) for figure in _FIGURES)
         rows.append((name, *averages, evaluation.num_images))
-    return [(name, *(f"{value:.6f}" for value in values), support) for name, *values, support in rows]
+    for name, *values, support in rows:
+        yield name, *(f"{value:.6f}" for value in values), support
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
 def read_evaluation(run: Path) -> Evaluation:
-    """Read `metrics.json` back.
-
-    Raises:
-        RegistryError: it is missing or damaged.
-    """
-    path = run / METRICS_FILE
-    try:
-        values = json.loads(path.read_bytes())
+    """Read `metrics.json` back; raises RegistryError if it is missing or damaged."""
+    with _reading(run / METRICS_FILE):
+        values = json.loads((run / METRICS_FILE).read_bytes())
         values["per_class"] = tuple(ClassMetrics(**each) for each in values["per_class"])
         return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
-    except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
 
 
 def read_probabilities(run: Path, num_images: int) -> Probabilities:
     """Read the trained model's probabilities for the test images, (N, classes) float32.
 
-    Args:
-        num_images: N, of the test split.
     Raises:
-        RegistryError: the file is missing, damaged, or of another test split.
+        RegistryError: the file is missing, damaged, or not of `num_images` images.
     """
     path = run / PROBABILITIES_FILE
-    try:
-        with path.open("rb") as file:
-            probabilities: Probabilities = np.load(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {path.name}: evaluate it with `cnnpipe evaluate {run}`") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise RegistryError(f"{path} is damaged: {one_line(error)}; evaluate the run again") from error
+    with _reading(path):
+        probabilities: Probabilities = np.load(path, allow_pickle=False)
     if len(probabilities) != num_images:
         raise RegistryError(f"{path} has {len(probabilities)} rows for {num_images} images; evaluate the run again")
     return probabilities
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        message = f"{path.parent} has no {path.name}: evaluate it with `cnnpipe evaluate {path.parent}`"
+        raise RegistryError(message) from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise RegistryError(f"{path} is damaged: {one_line(repr(error))}; evaluate the run again") from error
 
 
 @dataclass(frozen=True)
@@ -266,26 +240,13 @@ class Parity:
     """How closely an exported model repeats the trained one on the same images."""
 
     num_images: int
-    agreement: float
-    """Fraction of images that get the same class, 0-1."""
-    max_difference: float
-    """Largest difference of any probability."""
-    disagreements: tuple[str, ...]
-    """First images that get another class."""
+    agreement: float  # fraction of images that get the same class, 0-1
+    max_difference: float  # largest difference of any probability
+    disagreements: tuple[str, ...]  # first 10 images that get another class
 
 
 def compare_probabilities(reference: Probabilities, exported: Probabilities, paths: Sequence[str]) -> Parity:
-    """Compare two models' probabilities for the same images.
-
-    Args:
-        reference: (N, classes), from the trained model.
-        exported: (N, classes), from the exported one.
-        paths: the images' names, in the same order.
-    """
+    """Compare a trained and an exported model's probabilities, (N, classes), for the same images, by path."""
     differs = np.flatnonzero(reference.argmax(axis=1) != exported.argmax(axis=1))
-    return Parity(
-        num_images=len(reference),
-        agreement=1.0 - len(differs) / len(reference),
-        max_difference=float(np.abs(reference - exported).max()),
-        disagreements=tuple(paths[index] for index in differs[:_MAX_DISAGREEMENTS_LISTED]),
-    )
+    agreement, max_difference = 1.0 - len(differs) / len(reference), float(np.abs(reference - exported).max())
+    return Parity(len(reference), agreement, max_difference, tuple(paths[index] for index in differs[:10]))

@@ -12,9 +12,8 @@ import onnx
 
 from cnnpipe import __version__
 from cnnpipe.errors import ModelError, ParityError, one_line
-from cnnpipe.evaluate.evaluation import LoadedRun, load_run
+from cnnpipe.evaluate.evaluation import load_keras_model, load_run, predict_onnx
 from cnnpipe.evaluate.metrics import Parity, compare_probabilities, read_evaluation, read_probabilities
-from cnnpipe.evaluate.predict import load_keras_model, predict_onnx
 from cnnpipe.export.graphs import simplify_graph
 from cnnpipe.export.variants import Reference, export_variants
 from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, OUTPUT_NAME, PARITY_FILE, ModelInfo, require_unfinished
@@ -33,7 +32,6 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     were compared with those of the trained model, which `cnnpipe evaluate` has written.
 
     Args:
-        run: holds `model.keras`, `metrics.json` and `probabilities_test.npy`.
         chosen: used instead of the run's own settings.
     Raises:
         ParityError: the two models disagree by more than the settings allow.
@@ -46,33 +44,7 @@ def export_run(run: Path, chosen: ExportSettings | None = None) -> Parity:
     dataset, settings = loaded.dataset, chosen or loaded.settings.export
     select_device(loaded.settings.train.device)
     model = load_keras_model(run / "model.keras")
-    info = _model_info(run, loaded)
-    trained = read_probabilities(run, dataset.num_images["test"])
-    graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
-    _remove_earlier(run)
-    file = run / MODEL_FILES["fp32"]
-    with write_file(file) as temporary:
-        with storage_errors(file):
-            onnx.save(graph, temporary)
-        session = open_session(temporary, "cpu")
-        exported = predict_onnx(session, dataset.images("test"))
-        parity = compare_probabilities(trained, exported, dataset.paths("test"))
-        _require_parity(parity, settings)
-    logger.info(
-        "exported %s: %d nodes, same class on %.4f of %d test images, largest difference %.1e",
-        *(file, len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference),
-    )
-    accuracy = float(np.mean(exported.argmax(axis=1) == dataset.labels("test")))
-    reference = Reference(graph, info, session, trained, accuracy)
-    records = {each.precision: each.to_record() for each in export_variants(run, reference, dataset, settings)}
-    fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
-    write_json(run / PARITY_FILE, {"fp32": fp32, **records})
-    return parity
-
-
-def _model_info(run: Path, loaded: LoadedRun) -> ModelInfo:
-    dataset = loaded.dataset
-    return ModelInfo(
+    info = ModelInfo(
         cnnpipe_version=__version__,
         name=run.parent.parent.name,
         run_id=run.name,
@@ -83,6 +55,27 @@ def _model_info(run: Path, loaded: LoadedRun) -> ModelInfo:
         test_accuracy=read_evaluation(run).accuracy,
         training_statistics=dataset.statistics,
     )
+    trained = read_probabilities(run, dataset.num_images["test"])
+    graph = _describe(convert_model(model, dataset.image_size, settings.opset), info)
+    for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
+        with storage_errors(run / name):  # a variant must never stand beside a model that it was not made from
+            (run / name).unlink(missing_ok=True)
+    file = run / MODEL_FILES["fp32"]
+    with write_file(file) as temporary:
+        with storage_errors(file):
+            onnx.save(graph, temporary)
+        session = open_session(temporary, "cpu")
+        exported = predict_onnx(session, dataset.images("test"))
+        parity = compare_probabilities(trained, exported, dataset.paths("test"))
+        _require_parity(parity, settings)
+    figures = (len(graph.graph.node), parity.agreement, parity.num_images, parity.max_difference)
+    text = "exported %s: %d nodes, same class on %.4f of %d test images, largest difference %.1e"
+    logger.info(text, file, *figures)
+    accuracy = float(np.mean(exported.argmax(axis=1) == dataset.labels("test")))
+    reference = Reference(graph, info, session, trained, accuracy)
+    fp32 = {"accuracy": accuracy, **asdict(parity), "sha256": sha256_file(file)}
+    write_json(run / PARITY_FILE, {"fp32": fp32, **export_variants(run, reference, dataset, settings)})
+    return parity
 
 
 def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
@@ -93,15 +86,10 @@ def _describe(model: onnx.ModelProto, info: ModelInfo) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"the exported graph is not valid ONNX: {one_line(error)}") from error
+        raise ModelError(
+            f"the exported graph is not valid ONNX: {one_line(error)}; train again with another opset"
+        ) from error
     return model
-
-
-def _remove_earlier(run: Path) -> None:
-    """Remove the results of an earlier export: a variant must never stand beside a model that it was not made from."""
-    for name in (PARITY_FILE, MODEL_FILES["int8"], MODEL_FILES["fp16"]):
-        with storage_errors(run / name):
-            (run / name).unlink(missing_ok=True)
 
 
 def _require_parity(parity: Parity, settings: ExportSettings) -> None:
@@ -111,7 +99,8 @@ def _require_parity(parity: Parity, settings: ExportSettings) -> None:
         raise ParityError(
             f"the ONNX model gives the trained model's class for {parity.agreement:.2%} of {parity.num_images} test "
             f"images (at least {settings.min_agreement:.2%}) and differs by {parity.max_difference:.1e} "
-            f"(at most {settings.max_difference:.1e}){examples}; it was not kept"
+            f"(at most {settings.max_difference:.1e}){examples}; it was not kept: train again, or allow more in the "
+            "settings of export"
         )
 
 
@@ -119,10 +108,6 @@ def convert_model(model: keras.Model, image_size: tuple[int, int], opset: int) -
     """Convert a network of `networks.build_network` to ONNX, without metadata.
 
     Uses a function with an explicit signature: `tf2onnx.convert.from_keras` fails on Keras 3.
-
-    Args:
-        image_size: (height, width) of its input.
-        opset: version of the ONNX operator set.
     """
     import tensorflow as tf
     import tf2onnx

@@ -5,15 +5,16 @@ Input and output stay as in the fp32 model; float32 weights and activations beco
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import timeit
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -21,9 +22,9 @@ import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from cnnpipe.errors import ModelError, ProviderError, one_line
-from cnnpipe.evaluate.metrics import Parity, compare_probabilities
-from cnnpipe.evaluate.predict import Images, Probabilities, predict_onnx
+from cnnpipe.errors import ModelError, one_line
+from cnnpipe.evaluate.evaluation import Images, predict_onnx
+from cnnpipe.evaluate.metrics import Probabilities, compare_probabilities
 from cnnpipe.export.graphs import end_in_float32, feed_pixels
 from cnnpipe.machine import find_processor
 from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, ModelInfo, Precision
@@ -35,25 +36,14 @@ from cnnpipe.train.networks import WHITENING_NAME
 
 logger = logging.getLogger(__name__)
 
-_NUM_TURNS: Final = 9
-_TURN_SECONDS: Final = 0.04
+_NUM_TURNS, _TURN_SECONDS = 9, 0.04
 _ROUNDING: Final = 1e-9
-
-_QUANTIZED_OPERATORS: Final = ["Conv", "Gemm", "MatMul", "Relu", "MaxPool", "Reshape", "Transpose"]
-"""Operators computed in int8. The softmax is not: with 256 steps between 0 and 1, many classes would tie."""
-
 _LAYERS: Final = ("Conv", "Gemm", "MatMul")
+_QUANTIZED_OPERATORS: Final = [*_LAYERS, "Relu", "MaxPool", "Reshape", "Transpose"]
+"""Operators computed in int8. The softmax is not: with 256 steps between 0 and 1, many classes would tie."""
 
 _CALIBRATION_BATCH: Final = 8
 """Images in a batch of the calibration: small, so that the layers of large images fit into memory."""
-
-_CALIBRATION_SEED: Final = 0
-
-_DEFAULT_SEVERITY: Final = 2
-"""Log severity of onnxruntime in a new process, which cannot be asked for: warnings.
-
-Source: https://onnxruntime.ai/docs/api/python/api_summary.html, `set_default_logger_severity`.
-"""
 
 _ERRORS: Final = (
     *(ValueError, KeyError, RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
@@ -66,75 +56,53 @@ _ERRORS: Final = (
 class Reference:
     """The fp32 model that a variant is compared with."""
 
-    model: onnx.ModelProto
-    """Graph with its metadata."""
+    model: onnx.ModelProto  # with its metadata
     info: ModelInfo
-    session: ClassifierSession
-    """Session of that model on the CPU."""
-    trained: Probabilities
-    """(N, classes), the trained model's probabilities for the test images."""
-    accuracy: float
-    """Accuracy on the test images, 0-1."""
+    session: ClassifierSession  # of that model on the CPU
+    trained: Probabilities  # (N, classes), of the trained model for the test images
+    accuracy: float  # on the test images, 0-1
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Result of one precision."""
+@dataclass
+class _Variant:
+    """Result of one precision: with the figures of its parity, its record in `parity.json`."""
 
-    precision: Precision
-    kept: bool
-    reason: str
-    """Why it was kept or not, half a sentence."""
-    accuracy: float | None = None
-    """Accuracy on the test images, 0-1; None if the variant could not be made."""
-    relative_speed: float | None = None
-    """Images/s as a multiple of the fp32 model's: int8 on the CPU, fp16 on CUDA; None if not measured."""
-    measured_on: str = ""
-    """Processor or GPU of that measurement."""
-    parity: Parity | None = None
-    """Comparison with the trained model."""
-    sha256: str = ""
-    """Digest of the file; empty if it was not kept."""
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the variant's record in `parity.json`: its own figures and those of its parity side by side."""
-        record = asdict(self)
-        del record["precision"]
-        return record | (record.pop("parity") or {})
+    kept: bool = False
+    reason: str = ""  # why it was kept or not, half a sentence
+    accuracy: float | None = None  # accuracy on the test images, 0-1; None if the variant could not be made
+    relative_speed: float | None = None  # to the fp32 model's images/s: int8 on the CPU, fp16 on CUDA, if measured
+    measured_on: str = ""  # processor or GPU of that measurement
+    sha256: str = ""  # digest of the file; empty if it was not kept
 
 
 def export_variants(
     run: Path, reference: Reference, dataset: PreparedDataset, settings: ExportSettings
-) -> tuple[Variant, ...]:
+) -> dict[Precision, dict[str, Any]]:
     """Write `model.int8.onnx` and `model.fp16.onnx` to a run, each only if it is accurate enough on the test images.
 
     A variant that cannot be made, or fails, is not kept; the run is complete without it.
 
-    Raises:
-        StorageError: a file cannot be written.
+    Returns:
+        The record of each in `parity.json`.
     """
-
-    def make_int8(folder: Path) -> onnx.ModelProto:
-        images = sample_calibration_images(dataset, settings.calibration_images)
-        return quantize_int8(reference.model, images, folder)
-
-    makers: dict[Precision, Callable[[Path], onnx.ModelProto]] = {}
-    if settings.int8:
-        makers["int8"] = make_int8
-    if settings.fp16:
-        makers["fp16"] = lambda _: convert_fp16(reference.model)
-    variants = []
-    for precision, make in makers.items():
+    records: dict[Precision, dict[str, Any]] = {}
+    wanted: dict[Precision, bool] = {"int8": settings.int8, "fp16": settings.fp16}
+    for precision in (each for each in wanted if wanted[each]):
         with TemporaryDirectory(prefix="cnnpipe-") as folder:
+            file = Path(folder) / MODEL_FILES[precision]
             try:
-                file = Path(folder) / MODEL_FILES[precision]
-                variant = _judge(precision, make(Path(folder)), file, run, reference, dataset, settings)
+                if precision == "int8":
+                    images = sample_calibration_images(dataset, settings.calibration_images)
+                    model = quantize_int8(reference.model, images, file.parent)
+                else:
+                    model = convert_fp16(reference.model)
+                record = _judge(precision, model, file, run, reference, dataset, settings.max_accuracy_loss)
             except ModelError as error:
-                variant = Variant(precision, kept=False, reason=str(error))
-        level = logging.INFO if variant.kept else logging.WARNING
-        logger.log(level, "%s: %s, %s", precision, "kept" if variant.kept else "not kept", variant.reason)
-        variants.append(variant)
-    return tuple(variants)
+                record = asdict(_Variant(reason=str(error)))
+        level, verdict = (logging.INFO, "kept") if record["kept"] else (logging.WARNING, "not kept")
+        logger.log(level, "%s: %s, %s", precision, verdict, record["reason"])
+        records[precision] = record
+    return records
 
 
 def _judge(
@@ -144,71 +112,54 @@ def _judge(
     run: Path,
     reference: Reference,
     dataset: PreparedDataset,
-    settings: ExportSettings,
-) -> Variant:
-    """Score a variant, written to a temporary `file`, and write it to the run if it is accurate enough."""
+    max_loss: float,
+) -> dict[str, Any]:
+    """Return the record of a variant, scored from a temporary `file`; write it to the run if it is accurate enough."""
     images = dataset.images("test")
     with storage_errors(file):
         file.write_bytes(_with_metadata(model, precision, reference.info))
     session = open_session(file, "cpu")
     probabilities = predict_onnx(session, images)
-    accuracy = float(np.mean(probabilities.argmax(axis=1) == dataset.labels("test")))
     parity = compare_probabilities(reference.trained, probabilities, dataset.paths("test"))
+    accuracy = float(np.mean(probabilities.argmax(axis=1) == dataset.labels("test")))
     lost = reference.accuracy - accuracy
-    if lost > settings.max_accuracy_loss + _ROUNDING:
-        reason = f"loses {100 * lost:.2f} points of accuracy, at most {100 * settings.max_accuracy_loss:.2f}"
-        return Variant(precision, kept=False, reason=reason, accuracy=accuracy, parity=parity)
-    reason = f"accuracy {accuracy:.4f} (fp32 {reference.accuracy:.4f}), "
-    try:
-        speed, processor = _measure(precision, file, run, session, reference, images)
-        reason += f"{speed:.1f} times as fast on {processor or 'this CPU'}"
-    except ProviderError as error:
-        speed, processor = None, ""
-        reason += f"speed not measured: {error}"
+    variant = _Variant(lost <= max_loss + _ROUNDING, accuracy=accuracy)
+    if not variant.kept:
+        variant.reason = f"loses {100 * lost:.2f} points of accuracy, at most {100 * max_loss:.2f}"
+        return asdict(variant) | asdict(parity)
+    variant.reason = f"accuracy {accuracy:.4f} (fp32 {reference.accuracy:.4f}), "
+    device = device_report() if precision == "fp16" else {"problem": ""}
+    if device["problem"]:
+        variant.reason += f"speed not measured: {device['problem']}"
+    else:
+        if precision == "int8":
+            pair, variant.measured_on = (session, reference.session), find_processor().model
+        else:
+            pair = open_session(file, "cuda"), open_session(run / MODEL_FILES["fp32"], "cuda")
+            variant.measured_on = device["gpus"][0]
+        variant.relative_speed = measure_relative_speed(*pair, images)
+        variant.reason += f"{variant.relative_speed:.1f} times as fast on {variant.measured_on or 'this CPU'}"
     content = _with_metadata(model, precision, reference.info.model_copy(update={"test_accuracy": accuracy}))
     write_bytes(run / file.name, content)
-    return Variant(precision, True, reason, accuracy, speed, processor, parity, hashlib.sha256(content).hexdigest())
+    variant.sha256 = hashlib.sha256(content).hexdigest()
+    return asdict(variant) | asdict(parity)
 
 
 def _with_metadata(model: onnx.ModelProto, precision: Precision, info: ModelInfo) -> bytes:
     onnx.helper.set_model_props(model, info.to_metadata() | {"precision": precision})
-    content: bytes = model.SerializeToString()
-    return content
-
-
-def _measure(
-    precision: Precision, file: Path, run: Path, session: ClassifierSession, reference: Reference, images: Images
-) -> tuple[float, str]:
-    """Return a variant's speed as a multiple of fp32's, on its own kind of device, and the device's name.
-
-    Raises:
-        ProviderError: CUDA cannot be used here.
-    """
-    if precision == "int8":
-        return measure_relative_speed(session, reference.session, images), find_processor().model
-    report = device_report()
-    if report["problem"]:
-        raise ProviderError(report["problem"])
-    variant, fp32 = (open_session(each, "cuda") for each in (file, run / MODEL_FILES["fp32"]))
-    return measure_relative_speed(variant, fp32, images), report["gpus"][0]
+    return bytes(model.SerializeToString())
 
 
 def measure_relative_speed(session: ClassifierSession, reference: ClassifierSession, images: Images) -> float:
     """Return a session's speed as a multiple of the reference's, in batches of its own default size.
 
     The two take turns, so that other work of the machine slows both, and the median of the turns counts.
-
-    Args:
-        images: (N, H, W, 3) uint8, at least one.
     """
     size = session.default_batch_size
     batch = np.resize(images[:size], (size, *images.shape[1:]))  # repeats them if there are fewer
 
     def seconds(each: ClassifierSession, num_batches: int) -> float:
-        began = time.perf_counter()
-        for _ in range(num_batches):
-            each.run(batch)
-        return time.perf_counter() - began
+        return timeit(lambda: each.run(batch), number=num_batches)
 
     seconds(reference, 1), seconds(session, 1)  # the first run of each allocates its buffers
     num_batches = max(1, round(_TURN_SECONDS / seconds(reference, 1)))
@@ -218,8 +169,7 @@ def measure_relative_speed(session: ClassifierSession, reference: ClassifierSess
 def sample_calibration_images(dataset: PreparedDataset, number: int) -> Images:
     """Return training images to calibrate with, always the same ones: (number or all there are, H, W, 3) uint8."""
     images = dataset.images("train")
-    random = np.random.default_rng(_CALIBRATION_SEED)
-    chosen = random.choice(len(images), min(number, len(images)), replace=False)
+    chosen = np.random.default_rng(0).choice(len(images), min(number, len(images)), replace=False)
     return np.asarray(images[np.sort(chosen)])
 
 
@@ -232,28 +182,31 @@ def quantize_int8(model: onnx.ModelProto, images: Images, folder: Path) -> onnx.
     whitens (see `cnnpipe.train.networks`): it amplifies small differences, which 8 bits round away.
 
     Args:
-        model: as exported, in fp32.
         images: (N, H, W, 3) uint8 training images, from which the ranges of the activations are taken.
         folder: for temporary files.
     Raises:
         ModelError: the quantiser does not support this model.
-        StorageError: the temporary files cannot be written.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     prepared, quantized = folder / "prepared.onnx", folder / "quantized.onnx"
-    with _model_errors("int8"), storage_errors(folder), _quiet():
+    starts = range(0, len(images), _CALIBRATION_BATCH)
+    batches = ({INPUT_NAME: images[start : start + _CALIBRATION_BATCH]} for start in starts)
+    with _making("int8"), storage_errors(folder):
         graph = _optimize(model, prepared)
         feed_pixels(graph)
-        float_layers = _name_layers(graph.graph)
+        layers = [node for node in graph.graph.node if node.op_type in _LAYERS]
+        in_float = [node for node in layers if WHITENING_NAME in node.name or node is layers[-1]]
+        for index, node in enumerate(layers):
+            node.name = f"layer_{index}"  # they are excluded by name
         onnx.save(graph, prepared)
         quantize_static(
             prepared,
             quantized,
-            _calibration_reader(images),
+            SimpleNamespace(get_next=lambda: next(batches, None)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPERATORS,
-            nodes_to_exclude=float_layers,
+            nodes_to_exclude=[node.name for node in in_float],
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -266,9 +219,6 @@ def _optimize(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     """Return the model as onnxruntime simplifies it: a dense layer becomes one Gemm, which is rounded to int8 once.
 
     `quant_pre_process` would do the same, but onnxruntime 1.26 drops its result unless shapes are inferred with sympy.
-
-    Args:
-        file: temporary file.
     """
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
@@ -281,39 +231,12 @@ def _optimize(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     return optimized
 
 
-def _name_layers(graph: onnx.GraphProto) -> list[str]:
-    """Give every layer a name of its own, and return the names of those that stay float32."""
-    layers = [node for node in graph.node if node.op_type in _LAYERS]
-    in_float = [node for node in layers if WHITENING_NAME in node.name or node is layers[-1]]
-    for index, node in enumerate(layers):
-        node.name = f"layer_{index}"
-    return [node.name for node in in_float]
-
-
-def _calibration_reader(images: Images) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._starts = iter(range(0, len(images), _CALIBRATION_BATCH))
-
-        def get_next(self) -> dict[str, Images] | None:
-            start = next(self._starts, None)
-            return None if start is None else {INPUT_NAME: images[start : start + _CALIBRATION_BATCH]}
-
-    return Reader()
-
-
 def convert_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model in 16-bit floats except for the softmax, which is as fast in float32, and exact.
-
-    Raises:
-        ModelError: the model cannot be converted.
-    """
+    """Return the model in 16-bit floats except for the softmax, which is as fast in float32, and exact."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     copy = onnx.ModelProto.FromString(model.SerializeToString())  # the conversion changes its argument
-    with _model_errors("fp16"):
+    with _making("fp16"):
         blocked = [*DEFAULT_OP_BLOCK_LIST, "Softmax"]
         converted = convert_float_to_float16(copy, keep_io_types=True, op_block_list=blocked)
         end_in_float32(converted)
@@ -333,23 +256,18 @@ def _finish(made: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto
     return made
 
 
-@contextlib.contextmanager
-def _model_errors(precision: str) -> Iterator[None]:
-    try:
-        yield
-    except _ERRORS as error:
-        raise ModelError(f"this model cannot be made {precision}: {one_line(error)}; leave {precision} out") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantiser's log of its own steps from the user; errors are raised."""
+@contextmanager
+def _making(precision: str) -> Iterator[None]:
+    """Turn the errors of a quantiser into one line, and keep its log of its own steps from the user."""
     quantizer_logger = logging.getLogger("onnxruntime.quantization")
     level = quantizer_logger.level
     quantizer_logger.setLevel(logging.CRITICAL)
     onnxruntime.set_default_logger_severity(4)
     try:
         yield
+    except _ERRORS as error:
+        problem = f"this model cannot be made {precision}: {one_line(error)}"
+        raise ModelError(f"{problem}; use --no-{precision}") from error
     finally:
-        onnxruntime.set_default_logger_severity(_DEFAULT_SEVERITY)
+        onnxruntime.set_default_logger_severity(2)  # warnings, the default of a new process, which cannot be asked for
         quantizer_logger.setLevel(level)

@@ -40,18 +40,16 @@ with chdir(Path(os.__file__).parent) if Path("matplotlibrc").exists() else nullc
     from matplotlib.axes import Axes
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
     from matplotlib.ticker import MaxNLocator
 matplotlib.rcdefaults()  # for a program that had imported it before
 
-_RESOLUTIONS: Final = (120, 96, 76, 60)  # dots an inch
+_QUALITIES: Final = ((120, None), (120, 256), (96, 256), (76, 256), (60, 256))  # dots an inch, colours
 _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
                           "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")  # fmt: skip
 
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#0072B2", "#D55E00", "#555555"
 _RIGHT_COLOUR, _WRONG_COLOUR = "#007A59", "#C44E00"  # the palette's green and vermillion, darker: they colour text too
-_MAX_INLINE_BYTES: Final = 120_000
-_MAX_GRID_BYTES: Final = 300_000
+_MAX_INLINE_BYTES, _MAX_GRID_BYTES = 120_000, 300_000
 _GRID_COLUMNS, _GRID_ROWS = 6, 4
 _MAX_LABELLED_CLASSES: Final = 120
 
@@ -60,24 +58,16 @@ _MAX_LABELLED_CLASSES: Final = 120
 class PredictedImages:
     """Images with their actual and predicted classes."""
 
-    images: npt.NDArray[np.uint8]
-    """(N, H, W, 3) RGB."""
-    labels: npt.NDArray[np.int64]
-    """(N,), index of the actual class."""
-    predicted: npt.NDArray[np.int64]
-    """(N,), index of the predicted class."""
-    probabilities: npt.NDArray[np.floating[Any]]
-    """(N,), probability of the predicted class, 0-1."""
+    images: npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
+    labels: npt.NDArray[np.int64]  # (N,), index of the actual class
+    predicted: npt.NDArray[np.int64]  # (N,), index of the predicted class
+    probabilities: npt.NDArray[np.floating[Any]]  # (N,), of the predicted class, 0-1
     class_names: Sequence[str]
 
 
 def plot_run(run: Path) -> list[Path]:
-    """Draw all pictures of an evaluated run into its folder.
+    """Draw accuracy, loss, confusion matrix, samples and mistakes of an evaluated run into its folder.
 
-    Args:
-        run: holds `history.csv`, `metrics.json` and `probabilities_test.npy`.
-    Returns:
-        The files: accuracy, loss, confusion matrix, samples, mistakes.
     Raises:
         RegistryError: the run is complete, a file of it is missing or damaged, or it was evaluated on another dataset.
         StorageError: a picture cannot be written.
@@ -99,19 +89,12 @@ def plot_run(run: Path) -> list[Path]:
     ]
 
 
-def plot_history(run: Path) -> tuple[Path, Path]:
-    """Draw `accuracy.png` and `loss.png` from a run's `history.csv`, and return their paths.
-
-    Raises:
-        RegistryError: the history is missing or damaged.
-        StorageError: a picture cannot be written.
-    """
+def plot_history(run: Path) -> list[Path]:
+    """Draw `accuracy.png` and `loss.png` from a run's `history.csv`; raises as `plot_run`."""
     history = {name: np.array(values) for name, values in read_history(run).items()}
     best = best_epoch(history["val_accuracy"].tolist(), history["val_loss"].tolist())
-    paths = (run / "accuracy.png", run / "loss.png")
-    for path in paths:
-        save_figure(_draw_curves(history, path.stem, best), path, _MAX_INLINE_BYTES)
-    return paths
+    figures = {metric: _draw_curves(history, metric, best) for metric in ("accuracy", "loss")}
+    return [save_figure(figure, run / f"{metric}.png", _MAX_INLINE_BYTES) for metric, figure in figures.items()]
 
 
 def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, best: int) -> Figure:
@@ -126,10 +109,8 @@ def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, be
     (ring,) = axes.plot(epochs[best], val[best], color=_BEST_COLOUR, linestyle="none", zorder=4, label=best_label)
     ring.set(marker="o", fillstyle="none", markersize=11, markeredgewidth=2)
     axes.set_title(f"{metric.capitalize()} over {len(epochs)} epoch{'s' if len(epochs) > 1 else ''}")
-    axes.set_xlabel("epoch")
-    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    axes.set(xlabel="epoch", ylabel=metric, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_ylabel(metric)
     _limit_values(axes, np.concatenate([train, val]), metric)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.85)
@@ -143,8 +124,7 @@ def _limit_values(axes: Axes, values: npt.NDArray[np.float64], metric: str) -> N
         return
     low, high = float(finite.min()), float(finite.max())
     if metric == "loss" and low > 0 and high / float(np.median(finite)) > 10:
-        axes.set_yscale("log")
-        axes.set_ylabel("loss (logarithmic)")
+        axes.set(yscale="log", ylabel="loss (logarithmic)")
         return
     margin = max(0.05 * (high - low), (0.1 - (high - low)) / 2)
     top = min(1.0, high + margin) if metric == "accuracy" else high + margin
@@ -158,14 +138,10 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
 
     Args:
         matrix: counts; rows actual, columns predicted.
-        class_names: in the same order.
-        path: the picture to write.
-    Raises:
-        StorageError: the picture cannot be written.
     """
     counts = np.asarray(matrix, dtype=np.int64)
     num_classes = len(counts)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(0.66 * num_classes, 3.2, 9.0))  # of the matrix, inches; the labels come on top
     label_size = float(np.interp(num_classes, [10, 30, 60, 100], [10, 8, 6.5, 5.5]))
     names = [shorten_name(name, index, 24 if num_classes <= 60 else 20) for index, name in enumerate(class_names)]
@@ -173,73 +149,53 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     figure = Figure(figsize=(side, side))
     axes = figure.add_axes((0, 0, 1, 1))
     # The square root makes a confusion of a few percent visible beside a diagonal near 100 %.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0.0, vmax=1.0))
-    _draw_colour_bar(figure, image, side)
-    _label_classes(axes, names, label_size)
-    _write_cells(axes, counts, shares)
+    image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, vmin=0.0, vmax=1.0))
+    ticks = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 + 0.15 / side, 0, 0.2 / side, 1)), ticks=ticks)
+    bar.ax.set_yticklabels([f"{tick:.0%}" for tick in ticks])
+    bar.set_label("share of the actual class")
+    step = math.ceil(num_classes / _MAX_LABELLED_CLASSES)  # with very many classes, only every second, third, …
+    axes.set(xlabel="predicted", ylabel="actual")
+    axes.set_xticks(range(0, num_classes, step), names[::step], rotation=90, fontsize=label_size, **_text_style())
+    axes.set_yticks(range(0, num_classes, step), names[::step], fontsize=label_size, **_text_style())
+    axes.tick_params(length=2 if num_classes > 30 else 3.5, pad=2)
+    _write_cells(axes, counts, fractions)
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f"Confusion matrix: {right:,} of {total:,} right ({right / max(total, 1):.2%})")
-    save_figure(figure, path, _MAX_INLINE_BYTES)
-    return path
+    return save_figure(figure, path, _MAX_INLINE_BYTES)
 
 
-def _draw_colour_bar(figure: Figure, image: AxesImage, side: float) -> None:
-    beside = figure.add_axes((1 + 0.15 / side, 0, 0.2 / side, 1))
-    shares = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
-    bar = figure.colorbar(image, cax=beside, ticks=shares)
-    bar.ax.set_yticklabels([f"{share:.0%}" for share in shares])
-    bar.set_label("share of the actual class")
-
-
-def _label_classes(axes: Axes, names: Sequence[str], size: float) -> None:
-    """Name the rows and the columns; with very many classes only every second, third, …"""
-    step = math.ceil(len(names) / _MAX_LABELLED_CLASSES)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("actual")
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=size, **_text_style())
-    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size, **_text_style())
-    axes.tick_params(length=2 if len(names) > 30 else 3.5, pad=2)
-
-
-def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> None:
+def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64]) -> None:
     if len(counts) > 30:
         return
     widest = len(f"{counts.max():,}")
     size = float(np.interp(len(counts), [10, 12, 20, 30], [9, 8, 7.5, 5.5])) * min(1.0, 6 / widest)
     for row, column in np.ndindex(*counts.shape):
-        count, share = counts[row, column], shares[row, column]
+        count, fraction = counts[row, column], fractions[row, column]
         if not count and len(counts) > 12:
             continue  # the colour says it, and the other numbers stand out
-        text = f"{count:,}\n{share:.1%}" if len(counts) <= 12 and count else f"{count:,}"
-        colour = "white" if share > 0.3 else "#222222"
+        text = f"{count:,}\n{fraction:.1%}" if len(counts) <= 12 and count else f"{count:,}"
+        colour = "white" if fraction > 0.3 else "#222222"
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def plot_samples(shown: PredictedImages, path: Path) -> Path:
-    """Draw a grid of test images with their predictions, evenly spaced over the split and beginning with the first.
-
-    Raises:
-        StorageError: the picture cannot be written.
-    """
-    labels, predicted = shown.labels, shown.predicted
-    number = min(_GRID_COLUMNS * _GRID_ROWS, len(labels))
-    chosen = np.arange(number) * len(labels) // number
-    right = int((predicted == labels).sum())
-    title = f"Sample predictions: {number} of {len(labels):,} test images; of all, {right / len(labels):.2%} are right"
-    save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
-    return path
+    """Draw a grid of test images with their predictions, evenly spaced over the split and beginning with the first."""
+    total = len(shown.labels)
+    number = min(_GRID_COLUMNS * _GRID_ROWS, total)
+    right = (shown.predicted == shown.labels).mean()
+    title = f"Sample predictions: {number} of {total:,} test images; of all, {right:.2%} are right"
+    return save_figure(_draw_grid(shown, np.arange(number) * total // number, title), path, _MAX_GRID_BYTES)
 
 
 def plot_mistakes(shown: PredictedImages, path: Path) -> Path:
-    """Draw a grid of the wrong predictions with the highest probability, highest first; see `plot_samples`."""
-    labels, predicted, probabilities = shown.labels, shown.predicted, shown.probabilities
-    wrong = np.flatnonzero(predicted != labels)
-    chosen = wrong[np.argsort(-probabilities[wrong], kind="stable")][: _GRID_COLUMNS * _GRID_ROWS]
-    title = f"Most confident mistakes: {len(chosen)} of {len(wrong):,} among {len(labels):,} test images"
+    """Draw a grid of the wrong predictions with the highest probability, highest first."""
+    wrong = np.flatnonzero(shown.predicted != shown.labels)
+    chosen = wrong[np.argsort(-shown.probabilities[wrong], kind="stable")][: _GRID_COLUMNS * _GRID_ROWS]
+    title = f"Most confident mistakes: {len(chosen)} of {len(wrong):,} among {len(shown.labels):,} test images"
     if not len(wrong):
-        title = f"No mistakes: all {len(labels):,} test images are classified right"
-    save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
-    return path
+        title = f"No mistakes: all {len(shown.labels):,} test images are classified right"
+    return save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
 
 
 def _draw_grid(shown: PredictedImages, chosen: npt.NDArray[np.int64], title: str) -> Figure:
@@ -279,48 +235,30 @@ def shorten_name(name: str, index: int, length: int) -> str:
 
 
 @cache
-def _fonts() -> tuple[str, ...]:
-    """Return matplotlib's own font and the installed ones for other scripts."""
+def _text_style() -> dict[str, Any]:
+    """Return the style of a text with a class name: fonts for its script, and `$` is a dollar sign, not mathematics."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed))
+    return {"family": ["DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed)], "parse_math": False}
 
 
 @cache
 def _drawable_characters() -> frozenset[int]:
-    return frozenset(
-        code for name in _fonts() for code in font_manager.get_font(font_manager.findfont(name)).get_charmap()
-    )
+    fonts = (font_manager.get_font(font_manager.findfont(name)) for name in _text_style()["family"])
+    return frozenset(code for font in fonts for code in font.get_charmap())
 
 
-def _text_style() -> dict[str, Any]:
-    """Return the style of a text with a class name: `$` is a dollar sign, not mathematics."""
-    return {"family": list(_fonts()), "parse_math": False}
-
-
-def save_figure(figure: Figure, path: Path, max_bytes: int) -> None:
+def save_figure(figure: Figure, path: Path, max_bytes: int) -> Path:
     """Write a figure as PNG, as sharp as `max_bytes` allows: first with fewer colours, then with fewer pixels.
 
-    Pillow writes it without metadata, so the same figure always gives the same bytes.
-
-    Raises:
-        StorageError: it cannot be written.
+    It holds what lies outside of the figure too, so labels are never cut. Pillow writes it without metadata, so the
+    same figure always gives the same bytes.
     """
-    content = _encode_png(_render(figure, _RESOLUTIONS[0]))
-    for dpi in _RESOLUTIONS:
-        if len(content) <= max_bytes:
+    for dpi, num_colours in _QUALITIES:
+        drawn, written = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pil_kwargs={"compress_level": 1})
+        picture = Image.open(drawn).convert("RGB")
+        (picture.quantize(num_colours) if num_colours else picture).save(written, "PNG", optimize=True)
+        if written.tell() <= max_bytes:
             break
-        content = _encode_png(_render(figure, dpi).quantize(256))
-    write_bytes(path, content)
-
-
-def _render(figure: Figure, dpi: int) -> Image.Image:
-    """Draw the figure with everything that lies outside of it: labels are never cut."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pil_kwargs={"compress_level": 1})
-    return Image.open(buffer).convert("RGB")
-
-
-def _encode_png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    write_bytes(path, written.getvalue())
+    return path

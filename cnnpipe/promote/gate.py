@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +19,9 @@ from typing import Final
 
 import numpy as np
 
-from cnnpipe.errors import DatasetError, RegistryError
-from cnnpipe.evaluate.evaluation import LoadedRun, describe_difference, load_run
+from cnnpipe.errors import DatasetError, RegistryError, one_line
+from cnnpipe.evaluate.evaluation import LoadedRun, describe_difference, load_run, predict_onnx
 from cnnpipe.evaluate.metrics import METRICS_FILE
-from cnnpipe.evaluate.predict import predict_onnx
 from cnnpipe.manifest import (
     MANIFEST_FILE,
     MODEL_FILES,
@@ -50,34 +50,27 @@ class Decision:
     """Whether a run is promoted, and why."""
 
     promoted: bool
-    reason: str
-    """One sentence."""
+    reason: str  # one sentence
     run_id: str
-    accuracy: float
-    """Accuracy of the run on the test split, 0-1."""
+    accuracy: float  # of the run on the test split, 0-1
     min_accuracy: float
-    champion: str | None
-    """Run id of the champion that it was compared with."""
-    champion_accuracy: float | None
-    """Accuracy of that champion on the same images."""
+    champion: str | None  # run id of the champion that it was compared with
+    champion_accuracy: float | None  # of that champion on the same images, 0-1
     num_images: int
     dataset_fingerprint: str
-    time: str
-    """UTC, ISO 8601."""
+    time: str  # UTC, ISO 8601
 
 
 def conclude_run(run: Path, forced: str | None = None) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
-    Writes `promotion.json` and, last, `manifest.json`. A complete run keeps its decision, with two exceptions: it is
-    decided again if an interruption kept the alias from moving and there has been another champion since; and a
-    rollback that came after it is not undone.
+    Writes `promotion.json` and, last, `manifest.json`. A complete run keeps its decision, but is decided on again if an
+    interruption kept the alias from moving and there has been another champion since. A later rollback is not undone.
 
     Args:
-        run: an evaluated and exported run.
         forced: a reason to promote the run whatever the rules say; decided and recorded again.
     Returns:
-        The decision; `promoted` says whether the run is the champion now.
+        The decision; `promoted` is whether the run is the champion now.
     Raises:
         RegistryError: the run lacks the files of an earlier stage or is in no registry, or another process holds it.
         ModelError: the exported model cannot be read.
@@ -89,10 +82,10 @@ def conclude_run(run: Path, forced: str | None = None) -> Decision:
         if decision is None:
             loaded = load_run(run)
             info = open_session(run / MODEL_FILES["fp32"], "cpu").info
-            champion = None if forced is not None else champion_run(artifacts, name)
-            decision = decide_promotion(info, champion, loaded)
-            if forced is not None:
-                decision = replace(decision, promoted=True, reason=forced)
+            if forced is None:
+                decision = decide_promotion(info, champion_run(artifacts, name), loaded)
+            else:
+                decision = replace(decide_promotion(info, None, loaded), promoted=True, reason=forced)
             write_json(run / PROMOTION_FILE, asdict(decision))
             _complete_run(run, info, decision, loaded)
         if decision.promoted:
@@ -105,7 +98,11 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
     """Return the decision on a complete run, or None if there is none that still holds."""
     if not (run / MANIFEST_FILE).is_file():
         return None
-    decision = read_decision(run)
+    path = run / PROMOTION_FILE
+    try:
+        decision = Decision(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RegistryError(f"{path} cannot be read: {one_line(error)}; promote the run with --force") from error
     history = [move.run_id for move in promotion_history(artifacts, name)]
     if not decision.promoted or history[-1:] == [run.name]:
         return decision
@@ -117,12 +114,10 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
 
 
 def decide_promotion(info: ModelInfo, champion: Path | None, candidate: LoadedRun) -> Decision:
-    """Apply the rules to a candidate.
+    """Apply the rules to a candidate, the exported model `info`, on the test split of its dataset.
 
     Args:
-        info: metadata of the candidate's exported model.
         champion: the champion's run folder, or None before the first promotion.
-        candidate: the candidate's settings and its dataset, whose test split decides.
     """
     dataset = candidate.dataset
     accuracy, min_accuracy = info.test_accuracy, candidate.settings.promote.min_accuracy
@@ -165,8 +160,7 @@ def _find_difference(champion: Path, info: ModelInfo, candidate: LoadedRun) -> s
         owners = ("only the champion", "only this run")
         return f"has other classes ({describe_difference(theirs.class_names, info.class_names, owners)})"
     if theirs.image_size != info.image_size:
-        sizes = (f"{height}x{width}" for height, width in (theirs.image_size, info.image_size))
-        return "takes images of {} pixels, this run of {}".format(*sizes)
+        return "takes images of {}x{} pixels, this run of {}x{}".format(*theirs.image_size, *info.image_size)
     if theirs.dataset_fingerprint == candidate.dataset.fingerprint:
         return None
     origin = read_origin(champion)
@@ -179,17 +173,14 @@ def _find_difference(champion: Path, info: ModelInfo, candidate: LoadedRun) -> s
 
 def _shares_images(prepared: Path | None, dataset: PreparedDataset) -> bool:
     """Return whether most test images of a prepared dataset are in another too: then its folder was only moved."""
-    if prepared is None:
-        return False
-    try:
-        tested = load_prepared(prepared).images("test")
-    except DatasetError:  # it is gone
-        return False
-    return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
+    with suppress(DatasetError):  # it is gone
+        if prepared is not None:
+            tested = load_prepared(prepared).images("test")
+            return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
+    return False
 
 
 def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
-    """Return the champion's accuracy on the dataset's test split."""
     theirs = read_manifest(champion).model
     if theirs.dataset_fingerprint == dataset.fingerprint:
         return theirs.test_accuracy
@@ -198,39 +189,17 @@ def _accuracy_on(champion: Path, dataset: PreparedDataset) -> float:
     return float(np.mean(predicted == dataset.labels("test")))
 
 
-def read_decision(run: Path) -> Decision:
-    """Read a run's `promotion.json`.
-
-    Raises:
-        RegistryError: it is missing or damaged.
-    """
-    path = run / PROMOTION_FILE
-    try:
-        return Decision(**json.loads(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise RegistryError(f"{run} has no {PROMOTION_FILE}: conclude it with `cnnpipe models promote`") from error
-    except (ValueError, TypeError) as error:
-        raise RegistryError(f"{path} is damaged: {error}; promote the run with --force, or another") from error
-
-
 def _complete_run(run: Path, info: ModelInfo, decision: Decision, loaded: LoadedRun) -> None:
     """Write the manifest, the last file of a run."""
-    dataset = loaded.dataset
     try:
-        metrics = json.loads((run / METRICS_FILE).read_bytes())
-        parity = json.loads((run / PARITY_FILE).read_bytes())
+        metrics, parity = (json.loads((run / name).read_bytes()) for name in (METRICS_FILE, PARITY_FILE))
     except (OSError, ValueError) as error:
         raise RegistryError(f"{run} cannot be completed: {error}; evaluate and export it first") from error
+    dataset = {key: getattr(loaded.dataset, key) for key in ("name", "source", "fingerprint", "num_images")}
     manifest = RunManifest(
         model=info,
         created=decision.time,
-        dataset={
-            "name": dataset.name,
-            "source": dataset.source,
-            "location": loaded.location,
-            "fingerprint": dataset.fingerprint,
-            "num_images": dataset.num_images,
-        },
+        dataset={**dataset, "location": loaded.location},
         metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
         parity=parity,
         promoted=decision.promoted,

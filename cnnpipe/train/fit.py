@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from cnnpipe.errors import TrainingError
-from cnnpipe.evaluate.predict import predict_keras
+from cnnpipe.evaluate.evaluation import predict_keras
 from cnnpipe.machine import describe_environment
 from cnnpipe.paths import escape_path
 from cnnpipe.prepare.dataset import PreparedDataset

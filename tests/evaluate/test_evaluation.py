@@ -18,7 +18,14 @@ from sklearn.metrics import classification_report
 from tiny_models import expected_probabilities, load_digits, model_info, write_digits, write_model
 
 from cnnpipe.errors import DatasetError, ModelError, RegistryError
-from cnnpipe.evaluate.evaluation import evaluate_split
+from cnnpipe.evaluate.evaluation import (
+    evaluate_run,
+    evaluate_split,
+    load_keras_model,
+    open_model,
+    predict_keras,
+    predict_onnx,
+)
 from cnnpipe.evaluate.metrics import (
     CONFUSION_FILE,
     METRICS_FILE,
@@ -31,7 +38,6 @@ from cnnpipe.evaluate.metrics import (
     read_probabilities,
     write_evaluation,
 )
-from cnnpipe.evaluate.predict import load_keras_model, open_model, predict_keras, predict_onnx
 from cnnpipe.prepare.dataset import PreparedDataset, prepare_dataset
 from cnnpipe.session import open_session
 from cnnpipe.settings import EvaluateSettings, PrepareSettings
@@ -233,12 +239,6 @@ def test_report_has_the_classes_and_the_averages_of_sklearn(tmp_path: Path) -> N
         assert figures == pytest.approx(expected, abs=1e-6)
 
 
-def test_names_must_be_one_for_each_image(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="4 images have 3 names"):
-        write_evaluation(tmp_path, _evaluate(), PROBABILITIES, LABELS, PATHS[:3])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_thousand_classes_make_small_metrics_and_a_matrix_of_their_own(tmp_path: Path) -> None:
     probabilities, labels = _random_case(seed=4, number=1500, classes=1000)
     names = tuple(f"class {number:03}" for number in range(1000))
@@ -349,7 +349,7 @@ def test_onnx_model_of_other_classes_is_refused(
 
 def test_model_of_another_image_size_is_refused(finished_run: Path, small_digits: PreparedDataset) -> None:
     for file in ("model.keras", "model.onnx"):
-        with pytest.raises(ModelError, match=r"takes images of 32x32 pixels, the dataset .* with 8x8; prepare it"):
+        with pytest.raises(ModelError, match=r"takes images of 32x32 pixels, the dataset .* with 8x8; prepare digits8"):
             evaluate_split(open_model(finished_run / file), small_digits, EvaluateSettings())
 
 
@@ -364,6 +364,15 @@ def test_keras_model_of_a_run_with_other_classes_is_refused(artifacts: Path, dig
     metrics.write_text(metrics.read_text().replace('"9"', '"nine"'))
     with pytest.raises(ModelError, match="only the model has nine; only the dataset has 9"):
         evaluate_split(open_model(run / "model.keras"), digits, EvaluateSettings())
+
+
+def test_run_with_damaged_metrics_is_evaluated_again(artifacts: Path) -> None:
+    run = next((artifacts / "digits" / "runs").iterdir())
+    (run / "manifest.json").unlink()
+    before = (run / METRICS_FILE).read_bytes()
+    (run / METRICS_FILE).write_bytes(before[:100])
+    evaluate_run(run)
+    assert (run / METRICS_FILE).read_bytes() == before
 
 
 def test_file_that_is_no_model_is_a_model_error_of_one_line(tmp_path: Path, digits: PreparedDataset) -> None:
@@ -399,5 +408,5 @@ def test_keras_model_that_classifies_no_images_is_refused(tmp_path: Path) -> Non
 
 
 def test_evaluating_an_onnx_model_waits_for_no_tensorflow() -> None:
-    program = "import sys, cnnpipe.evaluate.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    program = "import sys, cnnpipe.evaluate.evaluation; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

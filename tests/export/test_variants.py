@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cnnpipe.errors import ModelError
-from cnnpipe.evaluate.predict import predict_onnx
+from cnnpipe.evaluate.evaluation import predict_onnx
 from cnnpipe.export.graphs import feed_pixels
 from cnnpipe.export.onnx import convert_model
 from cnnpipe.export.variants import convert_fp16, measure_relative_speed, quantize_int8, sample_calibration_images
@@ -256,7 +256,7 @@ def test_fp16_computes_all_but_the_softmax_in_fp16() -> None:
 def test_model_that_cannot_be_quantised_is_told_in_one_line(tmp_path: Path) -> None:
     model = make_network()
     model.graph.node[3].op_type = "Kovn"
-    with pytest.raises(ModelError, match=r"this model cannot be made int8: .*; leave int8 out") as caught:
+    with pytest.raises(ModelError, match=r"this model cannot be made int8: .*; use --no-int8") as caught:
         quantize_int8(model, random_images(4), tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -42,9 +42,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     seen: list[Figure] = []
     save = plots.save_figure
 
-    def remember(figure: Figure, path: Path, max_bytes: int) -> None:
+    def remember(figure: Figure, path: Path, max_bytes: int) -> Path:
         seen.append(figure)
-        save(figure, path, max_bytes)
+        return save(figure, path, max_bytes)
 
     monkeypatch.setattr(plots, "save_figure", remember)
     return seen

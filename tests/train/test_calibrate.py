@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cnnpipe.evaluate.evaluation import evaluate_split
-from cnnpipe.evaluate.predict import open_model
+from cnnpipe.evaluate.evaluation import evaluate_split, open_model
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run
 from cnnpipe.settings import EvaluateSettings, RetrainSettings, TrainSettings

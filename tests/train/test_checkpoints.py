@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cnnpipe.errors import TrainingError
-from cnnpipe.evaluate.predict import predict_keras
+from cnnpipe.evaluate.evaluation import predict_keras
 from cnnpipe.manifest import digest_files
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import list_runs

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cnnpipe.cli import app
 from cnnpipe.errors import ProviderError, TrainingError
-from cnnpipe.evaluate.predict import predict_keras
+from cnnpipe.evaluate.evaluation import predict_keras
 from cnnpipe.machine import Processor
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import create_run

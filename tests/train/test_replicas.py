@@ -22,7 +22,7 @@ from cnnpipe.settings import RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras, replicated
 from cnnpipe.prepare.dataset import load_prepared
 from cnnpipe.train.fit import train_model
-from cnnpipe.evaluate.predict import predict_keras
+from cnnpipe.evaluate.evaluation import predict_keras
 
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1]))
