@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -99,7 +99,9 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         # They come up while this process loads onnxruntime; for a few files one is enough.
         many = settings.files is not None or has_files(root, _FILES_WORTH_ALL_WORKERS)
         stack.enter_context(pool).start(pool.workers if many else 1)
-        session = _open(model, settings)
+        from cnnpipe.session import open_session
+
+        session = open_session(model, settings.device, threads=1, precision=settings.precision)
         check_top_k(settings.top_k, session)
         previous, previous_sha256 = _previous_table(table, settings, begun, session)
         job = _describe_job(settings, root, session, previous_sha256)
@@ -164,46 +166,34 @@ def _previous_table(
         resumable = settings.resume and begun.job.previous_sha256 in ("", digest)
         if resumable or begun.table_sha256 == digest:
             return None, begun.job.previous_sha256
-    previous = PreviousTable(table)
-    difference = _difference(previous, session, settings)
-    if not difference:
+    previous = PreviousTable.open(table)
+    folder = escape_path(str(expand_path(settings.folder).absolute()))
+    model = f"{session.info.name}/{session.info.run_id} ({session.model_sha256[:12]}…)"
+    compared = (
+        ("the folder", previous.folder, folder if settings.retry_failed else previous.folder),
+        ("the model", f"{previous.model} ({previous.model_sha256[:12]}…)", model),
+        ("top_k", previous.form.top_k, settings.top_k),
+        ("safe_csv", previous.form.safe_csv, settings.safe_csv),
+    )
+    different = [f"{name} {then} (now {now})" for name, then, now in compared if then != now]
+    if not different:
         return previous, digest
     if settings.retry_failed:
         raise PredictionsError(
-            f"the rows of {table} were made with {difference}, and a table cannot mix rows of two models or settings; "
-            "classify all files again, with --overwrite in place of --retry-failed"
+            f"the rows of {table} were made with {different[0]}, and a table cannot mix rows of two models or "
+            "settings; classify all files again, with --overwrite in place of --retry-failed"
         )
-    _logger.warning("every file is classified again: %s was made with %s", table, difference)
+    _logger.warning("every file is classified again: %s was made with %s", table, different[0])
     return None, ""
 
 
-def _difference(previous: PreviousTable, session: ClassifierSession, settings: ClassifySettings) -> str:
-    """Return in what a table was made otherwise than its new rows would be, or an empty string."""
-    folder, old, new = escape_path(str(expand_path(settings.folder).absolute())), previous.model_sha256, ""
-    if settings.retry_failed and previous.folder != folder:
-        return f"the folder {previous.folder} (now {folder})"
-    if old != (new := session.model_sha256):
-        return f"the model {previous.model} ({old[:12]}…, now {new[:12]}…)"
-    for name in ("top_k", "safe_csv"):
-        if (then := getattr(previous.form, name)) != (now := getattr(settings, name)):
-            return f"{name} {then!r} (now {now!r})"
-    return ""
-
-
-def _open(model: Path, settings: ClassifySettings) -> ClassifierSession:
-    from cnnpipe.session import open_session
-
-    return open_session(model, settings.device, threads=1, precision=settings.precision)
-
-
 def _describe_job(settings: ClassifySettings, root: Path, session: ClassifierSession, previous_sha256: str) -> Job:
+    same = ("files", "include", "exclude", "top_k", "shard_size", "safe_csv", "min_probability", "file_timeout")
     return Job(
+        **{name: getattr(settings, name) for name in same},
         root=str(root.absolute()),
         table="",
         mode="retry-failed" if settings.retry_failed else "incremental" if settings.incremental else "all",
-        files=settings.files,
-        include=settings.include,
-        exclude=settings.exclude,
         previous_sha256=previous_sha256,
         model=f"{session.info.name}/{session.info.run_id}",
         model_path=str(session.path.absolute()),
@@ -213,11 +203,6 @@ def _describe_job(settings: ClassifySettings, root: Path, session: ClassifierSes
         # No batch spans two shards, and one that is not full costs a GPU as much as one that is.
         batch_size=settings.batch_size or min(session.default_batch_size, settings.shard_size),
         batch_size_asked=settings.batch_size is not None,
-        top_k=settings.top_k,
-        shard_size=settings.shard_size,
-        safe_csv=settings.safe_csv,
-        min_probability=settings.min_probability,
-        file_timeout=settings.file_timeout,
         workers=settings.workers or usable_cores(),
         versions=package_versions(_VERSIONS),
     )
@@ -247,33 +232,22 @@ def _default_table(
             yield path.with_name(_TABLE_NAME), begun
             return
         if begun.job.root == job.root:
-            then, now = getattr(begun.job, different[0]), getattr(job, different[0])
             _logger.info(
                 "%s holds a classification of this folder that was interrupted, with %s %r, now %r; it stays as it is",
-                *(escape_path(str(path)), different[0], then, now),
+                *(escape_path(str(path)), *different[0]),
             )
-    folder = _create_output_folder(root, artifacts, started)
+    name = escape_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
+    wanted = make_folder(artifacts / "predictions") / f"{name}-{started:%Y%m%dT%H%M%SZ}"
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with storage_errors(folder), suppress(FileExistsError):  # another one began in the same second
+            folder.mkdir()
+            break
     try:
         yield folder / _TABLE_NAME, None
     finally:
         with suppress(OSError):  # it is not empty: the table is in it
             folder.rmdir()
-
-
-def _create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
-    """Create the folder for a table without a name, called after the input and the time."""
-    name = escape_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
-    predictions = make_folder(artifacts / "predictions")
-    wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
-    folder, number = predictions / wanted, 1
-    while True:
-        with storage_errors(folder):
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another classification began in the same second
-                number += 1
-                folder = predictions / f"{wanted}-{number}"
 
 
 @dataclass
@@ -307,6 +281,7 @@ class Classification:
         self._settings = settings
         self._session = session
         self._pool = pool
+        self._threads = usable_cores() if session.device == "cpu" else 1
         self._file = file
         self._report = expand_path(settings.report).absolute() if settings.report else None
         self._seconds = StageSeconds()
@@ -328,8 +303,7 @@ class Classification:
             StorageError: rows cannot be written.
         """
         job, session, shown = self.job, self._session, self.show(progress)
-        threads = usable_cores() if session.device == "cpu" else 1
-        options = EngineOptions(job.batch_size, job.top_k, threads)
+        options = EngineOptions(job.batch_size, job.top_k, self._threads)
         digest = self._file.previous_digest if job.mode == "incremental" and job.previous_sha256 else None
         shards = self._file.shards(self._files_after)
         found = classify_shards(Path(job.root), shards, session, self._pool, options, self._seconds, digest)
@@ -476,43 +450,30 @@ class Classification:
         return 0 if self.job.files is not None else sum(1 for _ in self._find(None, 0, Counter()))
 
     def _summarize(self, counts: Counts, sorted_files: SortedFiles | None) -> ClassificationSummary:
-        settings, session, job = self._settings, self._session, self.job
-        seconds = asdict(self._seconds)
+        settings, session, job, info = self._settings, self._session, self.job, self._session.info
+        seconds, total, start_up = asdict(self._seconds), self._clock.seconds, self._clock.start_up
         num_new = self._file.progress()[0] - self._resumed
-        total = self._clock.seconds
-        threads = usable_cores() if session.device == "cpu" else 1
-        parallel = {"decode": self._pool.workers, "inference": threads}
-        elapsed = {stage: spent / parallel.get(stage, 1) for stage, spent in seconds.items()}
-        info = session.info
+        parallel = {"decode": self._pool.workers, "inference": self._threads}
         return ClassificationSummary(
+            **vars(counts),
+            **{
+                name: getattr(job, name) for name in ("min_probability", "precision", "batch_size", "top_k", "safe_csv")
+            },
             table=escape_path(job.table),
             folder=escape_path(job.root),
-            found=counts.found,
-            ok=counts.ok,
-            error=counts.error,
             resumed=self._resumed,
-            unchanged=counts.unchanged,
-            uncertain=counts.uncertain,
-            min_probability=job.min_probability,
             passed_over=self._passed_over.total(),
             failure_rate=counts.error / max(counts.found, 1),
             max_failure_rate=settings.max_failure_rate,
-            classes=counts.labels,
-            error_kinds=counts.error_kinds,
-            first_errors=counts.first_errors,
-            images_per_second=num_new / max(total - self._clock.start_up, 1e-9),
+            images_per_second=num_new / max(total - start_up, 1e-9),
             images_per_second_with_start_up=num_new / total,
-            seconds=StageReport(total=total, start_up=self._clock.start_up, **seconds),
-            slowest_stage=max(elapsed, key=lambda stage: elapsed[stage]),
+            seconds=StageReport(total=total, start_up=start_up, **seconds),
+            slowest_stage=max(seconds, key=lambda stage: seconds[stage] / parallel.get(stage, 1)),
             device=session.device,
             provider=session.provider,
-            precision=job.precision,
             precision_reason=session.precision_reason,
-            batch_size=job.batch_size,
             workers=self._pool.workers,
-            threads=threads,
-            top_k=job.top_k,
-            safe_csv=job.safe_csv,
+            threads=self._threads,
             sorted_files=sorted_files,
             report=escape_path(str(self._report)) if self._report else None,
             model=ModelUsed(info.name, info.run_id, escape_path(job.model_path), session.model_sha256),

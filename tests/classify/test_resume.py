@@ -476,7 +476,7 @@ def test_retry_failed_needs_the_table_and_its_model(images: Path, model: Path, t
 
 @pytest.mark.parametrize("changes", [{"retry_failed": True}, {"incremental": True}])
 def test_bringing_up_to_date_needs_a_table(images: Path, model: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs output, the table to bring up to date"):
+    with pytest.raises(ValueError, match="needs output: name the table to update"):
         settings_for(images, model, None, **changes)
 
 
