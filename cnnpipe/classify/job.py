@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,6 @@ DROP TABLE IF EXISTS job; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS previ
 CREATE TABLE job (
     settings TEXT NOT NULL,                 -- JSON of `Job`
     begun TEXT NOT NULL,                    -- ISO 8601, UTC
-    class_names TEXT NOT NULL,              -- JSON; labels are indices of these
     kept INTEGER NOT NULL DEFAULT 0,        -- rows of the previous table that --retry-failed takes over
     listed INTEGER NOT NULL DEFAULT 0,      -- 1: the last file has been found
     table_sha256 TEXT NOT NULL DEFAULT ''   -- of the final table; set just before it gets its name
@@ -56,7 +55,7 @@ CREATE TABLE files (
     ordinal INTEGER PRIMARY KEY,            -- position in the table
     path NOT NULL,                          -- TEXT if ASCII, else a BLOB with the bytes of the name
     sha256 TEXT,                            -- empty if the file could not be read
-    label INTEGER,                          -- NULL if the file failed or is not done
+    label INTEGER,                          -- index of the class; NULL if the file failed or is not done
     probability REAL,
     other_ranks BLOB,                       -- int32 labels, then float32 probabilities, of ranks 2 to top_k
     error TEXT,                             -- `kind: message`
@@ -269,10 +268,10 @@ def open_job(
         if resume:
             with suppress(PredictionsError) if start_over else nullcontext():
                 begun = _read(database, path, job)
-        file = JobFile(path, database, job, begun)
+        file = JobFile(path, database, job, class_names, begun)
         try:
             if begun is None:
-                file.create(class_names, previous)
+                file.create(previous)
             yield file
         finally:
             if file.roll_back():  # nothing is worth resuming
@@ -367,12 +366,15 @@ class JobFile:
         table_path: where the final table is written before it gets its name.
     """
 
-    def __init__(self, path: Path, database: sqlite3.Connection, job: Job, begun: BegunJob | None) -> None:
+    def __init__(
+        self, path: Path, database: sqlite3.Connection, job: Job, class_names: Sequence[str], begun: BegunJob | None
+    ) -> None:
         self.path = path
         self.job = replace(job, batch_size=begun.job.batch_size) if begun else job
         self.begun = begun.begun if begun else None
         self.table_path = path.with_name(f"{path.name}-table")
         self._database = database
+        self._class_names = class_names
 
     def shards(self, find: Callable[[str | None, int], Iterator[str]]) -> Iterator[Shard]:
         """Yield the shards that have no rows yet, in order.
@@ -395,9 +397,10 @@ class JobFile:
             yield Shard(-(-start // size), names, range(start, start + len(names)))
             start += len(names)
 
-    def note_listed(self) -> None:
-        """Note that the last file has a row, so that none is looked for again; raises StorageError."""
-        self._set("listed", 1)
+    def note(self, column: Literal["listed", "table_sha256"], value: int | str) -> None:
+        """Note in the table `job` that all files are listed, or the digest of the final table; raises StorageError."""
+        with self._transaction():
+            self._database.execute(f"UPDATE job SET {column} = ?", (value,))  # noqa: S608
 
     def plan(self, shard: Shard) -> None:
         """Note the files of a shard whose rows may come after those of later shards; raises StorageError."""
@@ -451,7 +454,6 @@ class JobFile:
 
     def counts(self) -> Counts:
         """Count the rows."""
-        class_names = self._class_names()
         least = float(np.float32(self.job.min_probability))  # as float32, like the probabilities
         query = (
             "SELECT label, count(*), count(error), ifnull(sum(probability < ?), 0), count(unchanged) "
@@ -470,16 +472,17 @@ class JobFile:
             error=error,
             uncertain=uncertain,
             unchanged=unchanged,
-            classes={class_names[label]: number for label, number, *_ in groups if label is not None},
+            classes={self._class_names[label]: number for label, number, *_ in groups if label is not None},
             error_kinds=dict(self._fetch(kinds)),
             first_errors=tuple(
-                FailedFile(_shown(path), *text.split(": ", 1)) for path, text in self._fetch(first, _FAILED_FILES_SHOWN)
+                FailedFile(escape_path(_name(path)), *text.split(": ", 1))
+                for path, text in self._fetch(first, _FAILED_FILES_SHOWN)
             ),
         )
 
     def columns(self) -> Iterator[Columns]:
         """Yield all rows in order, some thousands at a time."""
-        class_names = np.array([*self._class_names(), None], object)
+        class_names = np.array([*self._class_names, None], object)
         query = (
             "SELECT path, nullif(sha256, ''), ifnull(label, -1), ifnull(probability, -1), other_ranks, error "
             "FROM files ORDER BY ordinal"
@@ -493,13 +496,9 @@ class JobFile:
                     labels = np.concatenate([labels, other_labels])
                     probabilities = np.concatenate([probabilities, other_probabilities])
                 if set(map(type, paths)) != {str}:
-                    paths = tuple(map(_shown, paths))
+                    paths = tuple(escape_path(_name(path)) for path in paths)
                 names = [class_names[each].tolist() for each in labels]
                 yield Columns(paths, names, probabilities, errors, sha256, self.job.model)
-
-    def note_table(self, sha256: str) -> None:
-        """Note the digest of the final table, just before it gets its name; raises StorageError."""
-        self._set("table_sha256", sha256)
 
     def remove(self) -> None:
         """Remove the file: the table and its summary are complete, or there is nothing to resume.
@@ -514,17 +513,16 @@ class JobFile:
             for suffix in ("-table", "-journal", ""):  # the file last: without its journal it could not be read
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-    def create(self, class_names: Sequence[str], previous: PreviousTable | None) -> None:
+    def create(self, previous: PreviousTable | None) -> None:
         """Write the settings and the rows of a previous table that are taken over, in one transaction."""
         job = self.job
         with self._errors():
             self._database.executescript(f"BEGIN; {_SCHEMA}")
         with self._transaction():
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            row = (job.to_json(), now, json.dumps(list(class_names)))
-            self._database.execute("INSERT INTO job (settings, begun, class_names) VALUES (?, ?, ?)", row)
+            row = (job.to_json(), datetime.now(UTC).isoformat(timespec="seconds"))
+            self._database.execute("INSERT INTO job (settings, begun) VALUES (?, ?)", row)
             if previous is not None and job.previous_sha256:
-                rows = previous.rows(Path(job.root), job.shard_size, class_names)
+                rows = previous.rows(Path(job.root), job.shard_size, self._class_names)
                 if job.mode == "retry-failed":
                     columns = "ordinal, path, sha256, label, probability, other_ranks, shard"
                     insert = f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
@@ -535,10 +533,6 @@ class JobFile:
                     kept_rows = (row[1:6] for row in rows if row[3] is not None)
                     self._database.executemany("INSERT OR REPLACE INTO previous VALUES (?, ?, ?, ?, ?)", kept_rows)
 
-    def _class_names(self) -> list[str]:
-        names: list[str] = json.loads(self._fetch("SELECT class_names FROM job")[0][0])
-        return names
-
     def _insert(self, **columns: Sequence[Any]) -> None:
         """Insert rows, or replace those of the same ordinals; columns that are not named are NULL."""
         names, row = ", ".join(columns), f"({', '.join('?' * len(columns))})"
@@ -547,10 +541,6 @@ class JobFile:
             values = ", ".join([row] * len(block))
             statement = f"INSERT OR REPLACE INTO files ({names}) VALUES {values}"  # noqa: S608  our own names
             self._database.execute(statement, tuple(chain.from_iterable(block)))
-
-    def _set(self, column: str, value: int | str) -> None:
-        with self._transaction():
-            self._database.execute(f"UPDATE job SET {column} = ?", (value,))  # noqa: S608
 
     def _fetch(self, query: str, *parameters: Any) -> list[Any]:
         with self._errors():
@@ -593,11 +583,6 @@ def _stored(paths: Iterable[str]) -> list[str | bytes]:
 def _name(stored: str | bytes) -> str:
     """Return the path that `_stored` stands for, with undecodable bytes as surrogates (PEP 383)."""
     return stored if isinstance(stored, str) else os.fsdecode(stored)
-
-
-def _shown(stored: str | bytes) -> str:
-    """Return a path as `escape_path` shows it."""
-    return stored if isinstance(stored, str) else stored.decode("utf-8", "backslashreplace")
 
 
 def _pack_ranks(labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float32]) -> list[bytes]:

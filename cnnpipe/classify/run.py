@@ -322,7 +322,7 @@ class Classification:
                     shown.add(len(part.rows.paths), len(part.rows.errors))
             for future in unwritten:
                 future.result()
-        self._file.note_listed()
+        self._file.note("listed", 1)
 
     def plan(self) -> Iterator[tuple[Shard, list[str]]]:
         """Yield the shards that have no rows yet, to be done in other processes and added in any order.
@@ -335,7 +335,7 @@ class Classification:
         for shard in self._file.shards(self._files_after):
             self._file.plan(shard)
             yield shard, [self._file.previous_digest(path) for path in shard.paths]
-        self._file.note_listed()
+        self._file.note("listed", 1)
 
     def add(self, shard: Shard, rows: Rows, seconds: StageSeconds) -> None:
         """Add the rows of a whole shard that another process has made.
@@ -396,7 +396,7 @@ class Classification:
         write_table(unfinished, self.job.form, self._file.columns())
         digest = sha256_file(unfinished)
         replaces = self._settings.replaces_output or (table.is_file() and sha256_file(table) == digest)
-        self._file.note_table(digest)
+        self._file.note("table_sha256", digest)
         if replaces:  # a summary must never stand beside a table that it does not describe
             with storage_errors(summary_path(table)):
                 summary_path(table).unlink(missing_ok=True)
