@@ -26,13 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnpipe.classify.engine import Shard, ShardRows
-from cnnpipe.classify.summary import FailedFile, read_summary
+from cnnpipe.classify.summary import FailedFile
 from cnnpipe.classify.table import Columns, TableFormat, read_table
 from cnnpipe.errors import PredictionsError, StorageError, one_line
+from cnnpipe.images.leftovers import summary_path
 from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["BegunJob", "Counts", "Job", "JobFile", "PreviousTable", "job_path", "open_job", "read_job"]
+__all__ = ["BegunJob", "Job", "JobFile", "PreviousTable", "job_path", "open_job", "read_job"]
 
 _APPLICATION_ID: Final = 0x636E6E70
 """Marks an SQLite file as a job of cnnpipe: "cnnp" in ASCII."""
@@ -151,20 +152,6 @@ class BegunJob:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Counts of the rows of a job, by the names of `ClassificationSummary`."""
-
-    found: int
-    ok: int
-    error: int
-    uncertain: int
-    unchanged: int
-    classes: dict[str, int]
-    error_kinds: dict[str, int]
-    first_errors: tuple[FailedFile, ...]
-
-
-@dataclass(frozen=True)
 class PreviousTable:
     """A finished table that is brought up to date, and how it was made."""
 
@@ -182,16 +169,15 @@ class PreviousTable:
         Raises:
             PredictionsError: it has none, or one of another version.
         """
-        shown = escape_path(str(path))
-        summary = read_summary(path)
-        if summary is None:
-            raise PredictionsError(
-                f"{shown} has no {escape_path(path.name)}.summary.json beside it that says how it was made; "
-                "classify again with --overwrite"
-            )
+        shown, described = escape_path(str(path)), escape_path(summary_path(path).name)
         try:
+            summary = json.loads(summary_path(path).read_bytes())
             form, model = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"]), summary["model"]
             return cls(path, form, str(summary["folder"]), f"{model['name']}/{model['run_id']}", str(model["sha256"]))
+        except (OSError, ValueError) as error:
+            raise PredictionsError(
+                f"{shown} has no {described} beside it that says how it was made; classify again with --overwrite"
+            ) from error
         except (KeyError, TypeError) as error:
             raise PredictionsError(
                 f"the summary of {shown} is from another version ({one_line(error)}); classify again with --overwrite"
@@ -452,8 +438,8 @@ class JobFile:
         done, failed, pending = self._fetch(query)[0]
         return done, failed, pending
 
-    def counts(self) -> Counts:
-        """Count the rows."""
+    def counts(self) -> dict[str, Any]:
+        """Return the counts of the rows, by their names in `ClassificationSummary`."""
         least = float(np.float32(self.job.min_probability))  # as float32, like the probabilities
         query = (
             "SELECT label, count(*), count(error), ifnull(sum(probability < ?), 0), count(unchanged) "
@@ -466,19 +452,17 @@ class JobFile:
             "GROUP BY 1 ORDER BY 2 DESC, min(ordinal)"
         )
         first = "SELECT path, error FROM files WHERE error IS NOT NULL ORDER BY ordinal LIMIT ?"
-        return Counts(
-            found=found,
-            ok=found - error,
-            error=error,
-            uncertain=uncertain,
-            unchanged=unchanged,
-            classes={self._class_names[label]: number for label, number, *_ in groups if label is not None},
-            error_kinds=dict(self._fetch(kinds)),
-            first_errors=tuple(
-                FailedFile(escape_path(_name(path)), *text.split(": ", 1))
-                for path, text in self._fetch(first, _FAILED_FILES_SHOWN)
-            ),
-        )
+        failed = self._fetch(first, _FAILED_FILES_SHOWN)
+        return {
+            "found": found,
+            "ok": found - error,
+            "error": error,
+            "uncertain": uncertain,
+            "unchanged": unchanged,
+            "classes": {self._class_names[label]: number for label, number, *_ in groups if label is not None},
+            "error_kinds": dict(self._fetch(kinds)),
+            "first_errors": tuple(FailedFile(escape_path(_name(path)), *text.split(": ", 1)) for path, text in failed),
+        }
 
     def columns(self) -> Iterator[Columns]:
         """Yield all rows in order, some thousands at a time."""

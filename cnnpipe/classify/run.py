@@ -9,14 +9,14 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cnnpipe.classify.engine import EngineOptions, Rows, Shard, ShardRows, StageSeconds, check_top_k, classify_shards
-from cnnpipe.classify.job import BegunJob, Counts, Job, JobFile, PreviousTable, job_path, open_job, read_job
+from cnnpipe.classify.job import BegunJob, Job, JobFile, PreviousTable, job_path, open_job, read_job
 from cnnpipe.classify.sort_into import SortedFiles, check_target, mark_target, sort_files
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport, write_summary
 from cnnpipe.classify.table import read_table, write_table
@@ -81,7 +81,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         ProviderError: the device cannot be used.
         StorageError: the output cannot be written.
     """
-    clock = _Clock(datetime.now(UTC), time.perf_counter())
+    started, began = datetime.now(UTC), time.perf_counter()
     root = expand_path(settings.folder)
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {escape_path(str(root))}; name a folder that has images in or below it")
@@ -106,7 +106,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         previous, previous_sha256 = _previous_table(table, settings, begun, session)
         job = _describe_job(settings, root, session, previous_sha256)
         if table is None:
-            table, begun = stack.enter_context(_default_table(root, artifacts, clock.started, job, settings.resume))
+            table, begun = stack.enter_context(_default_table(root, artifacts, started, job, settings.resume))
         if settings.report is not None:
             from cnnpipe.classify.contact_sheet import check_report  # only who wants a report waits for it
 
@@ -120,7 +120,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
             start_over=settings.overwrite and not needed,
             resume=settings.resume or needed or _is_in_place(table, begun),
         )  # fmt: skip
-        yield Classification(settings, session, pool, stack.enter_context(file), clock)
+        yield Classification(settings, session, pool, stack.enter_context(file), started, began)
 
 
 def _check_output(table: Path, settings: ClassifySettings, begun: BegunJob | None) -> None:
@@ -250,20 +250,6 @@ def _default_table(
             folder.rmdir()
 
 
-@dataclass
-class _Clock:
-    """When an attempt began, and how long it took to be ready."""
-
-    started: datetime
-    began: float
-    start_up: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the attempt began."""
-        return time.perf_counter() - self.began
-
-
 class Classification:
     """A classification that is ready to go; made by `open_classification`.
 
@@ -275,7 +261,13 @@ class Classification:
     """
 
     def __init__(
-        self, settings: ClassifySettings, session: ClassifierSession, pool: DecoderPool, file: JobFile, clock: _Clock
+        self,
+        settings: ClassifySettings,
+        session: ClassifierSession,
+        pool: DecoderPool,
+        file: JobFile,
+        started: datetime,
+        began: float,
     ) -> None:
         self.job = file.job
         self._settings = settings
@@ -286,8 +278,9 @@ class Classification:
         self._report = expand_path(settings.report).absolute() if settings.report else None
         self._seconds = StageSeconds()
         self._passed_over: Counter[str] = Counter()
-        self._clock = clock
-        self._clock.start_up = clock.seconds
+        self._started = started
+        self._began = began
+        self._start_up = time.perf_counter() - began
         self._resumed, self._resumed_failed, self._pending = file.progress()
         if self._resumed and file.begun is not None:
             _logger.info(
@@ -305,7 +298,7 @@ class Classification:
         job, session, shown = self.job, self._session, self.show(progress)
         options = EngineOptions(job.batch_size, job.top_k, self._threads)
         digest = self._file.previous_digest if job.mode == "incremental" and job.previous_sha256 else None
-        shards = self._file.shards(self._files_after)
+        shards = self._file.shards(self._find)
         found = classify_shards(Path(job.root), shards, session, self._pool, options, self._seconds, digest)
         # Flushing a shard to the disk takes its time: in a thread, while the next one is under way.
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
@@ -332,7 +325,7 @@ class Classification:
         Raises:
             StorageError: they cannot be noted.
         """
-        for shard in self._file.shards(self._files_after):
+        for shard in self._file.shards(self._find):
             self._file.plan(shard)
             yield shard, [self._file.previous_digest(path) for path in shard.paths]
         self._file.note("listed", 1)
@@ -367,28 +360,35 @@ class Classification:
             PredictionsError: another process has written a table of that name meanwhile.
             StorageError: something cannot be written.
         """
-        counts = self._file.counts()
+        settings, job, counts = self._settings, self.job, self._file.counts()
+        found, kinds, root, table = counts["found"], counts["error_kinds"], Path(self.job.root), Path(self.job.table)
         if self._passed_over:
             _logger.warning("%s", describe_passed_over(self._passed_over))
-        self._check_found(counts)
-        self._make_table()
-        summary = self._summarize(counts, self._sort())
-        if self._report is not None:
-            self._write_report(summary, self._report)
-        _logger.info("summary: %s", write_summary(summary, Path(self.job.table)))
-        self._file.remove()
-        return summary
-
-    def _check_found(self, counts: Counts) -> None:
-        """Refuse to make a table of nothing."""
-        settings, job, kinds = self._settings, self.job, counts.error_kinds
-        described = f"the list {settings.files}" if settings.files else escape_path(settings.folder)
-        if not counts.found and not settings.retry_failed:
+        if not found and not settings.retry_failed:
+            described = f"the list {settings.files}" if settings.files else escape_path(settings.folder)
             raise DatasetError(f"no file is left of {described}; check the patterns and the list")
         # Paths that come through a pipe are known only now.
-        if settings.files and kinds.get("not_found", 0) + kinds.get("not_a_file", 0) == counts.found:
+        if settings.files and kinds.get("not_found", 0) + kinds.get("not_a_file", 0) == found:
             self._file.remove()
-            raise no_listed_file(settings.files, Path(job.root), counts.first_errors[0].path)
+            raise no_listed_file(settings.files, root, counts["first_errors"][0].path)
+        self._make_table()
+        sorted_files = None
+        if settings.sort_into is not None:
+            rows, target = read_table(table, job.form), expand_path(settings.sort_into)
+            mark_target(target)
+            sorted_files = sort_files(rows, root, target, settings.min_probability)
+        summary = self._summarize(counts, sorted_files)
+        if self._report is not None:
+            from cnnpipe.classify.contact_sheet import write_report
+
+            rows, accuracy = read_table(table, job.form), self._session.info.test_accuracy
+            write_report(
+                rows, root, summary, self._report, job.min_probability, test_accuracy=accuracy,
+                replace=settings.replaces_output or self._file.begun is not None,
+            )  # fmt: skip
+        write_summary(summary, table)
+        self._file.remove()
+        return summary
 
     def _make_table(self) -> None:
         """Write the table and put it in place; its digest is noted before, so that a job that is resumed knows it."""
@@ -408,37 +408,19 @@ class Classification:
                 "run again with --overwrite to replace it: nothing has to be classified again"
             ) from error
 
-    def _sort(self) -> SortedFiles | None:
-        settings, job = self._settings, self.job
-        if settings.sort_into is None:
-            return None
-        rows, target = read_table(Path(job.table), job.form), expand_path(settings.sort_into)
-        mark_target(target)
-        return sort_files(rows, Path(job.root), target, settings.min_probability)
-
-    def _write_report(self, summary: ClassificationSummary, path: Path) -> None:
-        from cnnpipe.classify.contact_sheet import write_report
-
-        job, accuracy = self.job, self._session.info.test_accuracy
-        rows = read_table(Path(job.table), job.form)
-        replaces = self._settings.replaces_output or self._file.begun is not None
-        write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replaces)
-
-    def _files_after(self, last: str | None, number: int) -> Iterator[str]:
+    def _find(self, last: str | None, number: int, passed_over: Counter[str] | None = None) -> Iterator[str]:
         """Yield the files after the `number`-th, which is `last`; all of them after None and 0.
 
         Raises:
             DatasetError: the folder or the list cannot be read.
             PredictionsError: the list is another one than before.
         """
-        return self._find(last, number, self._passed_over)
-
-    def _find(self, last: str | None, number: int, passed_over: Counter[str]) -> Iterator[str]:
         job = self.job
         wanted = FileFilter(job.include, job.exclude)
         if job.files is not None:
             return _skip(filter(wanted.admits, read_file_list(job.files)), last, number)
-        found = find_files(Path(job.root), after=last, passed_over=passed_over)
+        counted = self._passed_over if passed_over is None else passed_over
+        found = find_files(Path(job.root), after=last, passed_over=counted)
         if job.include or job.exclude:
             found = filter(wanted.admits, found)
         return _without_own(found, Path(job.root), [Path(job.table), *([self._report] if self._report else [])])
@@ -449,13 +431,13 @@ class Classification:
             return self._resumed + self._pending
         return 0 if self.job.files is not None else sum(1 for _ in self._find(None, 0, Counter()))
 
-    def _summarize(self, counts: Counts, sorted_files: SortedFiles | None) -> ClassificationSummary:
+    def _summarize(self, counts: dict[str, Any], sorted_files: SortedFiles | None) -> ClassificationSummary:
         settings, session, job, info = self._settings, self._session, self.job, self._session.info
-        seconds, total, start_up = asdict(self._seconds), self._clock.seconds, self._clock.start_up
+        seconds, total = asdict(self._seconds), time.perf_counter() - self._began
         num_new = self._file.progress()[0] - self._resumed
         parallel = {"decode": self._pool.workers, "inference": self._threads}
         return ClassificationSummary(
-            **vars(counts),
+            **counts,
             **{
                 name: getattr(job, name) for name in ("min_probability", "precision", "batch_size", "top_k", "safe_csv")
             },
@@ -463,11 +445,11 @@ class Classification:
             folder=escape_path(job.root),
             resumed=self._resumed,
             passed_over=self._passed_over.total(),
-            failure_rate=counts.error / max(counts.found, 1),
+            failure_rate=counts["error"] / max(counts["found"], 1),
             max_failure_rate=settings.max_failure_rate,
-            images_per_second=num_new / max(total - start_up, 1e-9),
+            images_per_second=num_new / max(total - self._start_up, 1e-9),
             images_per_second_with_start_up=num_new / total,
-            seconds=StageReport(total=total, start_up=start_up, **seconds),
+            seconds=StageReport(total=total, start_up=self._start_up, **seconds),
             slowest_stage=max(seconds, key=lambda stage: seconds[stage] / parallel.get(stage, 1)),
             device=session.device,
             provider=session.provider,
@@ -478,7 +460,7 @@ class Classification:
             report=escape_path(str(self._report)) if self._report else None,
             model=ModelUsed(info.name, info.run_id, escape_path(job.model_path), session.model_sha256),
             versions=package_versions(_VERSIONS),
-            started=self._clock.started.isoformat(timespec="seconds"),
+            started=self._started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -313,7 +313,7 @@ def connect(address: str) -> None:
 def test_a_worker_that_lacks_the_package_is_told(prefect_server: None, tmp_path: Path) -> None:
     hidden = tmp_path / "flows.py"  # found before the package, in the folder that the worker runs in
     hidden.write_text("")
-    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.classify'.*; install the same cnnpipe"
+    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.classify_flow'.*; install the same cnnpipe"
     with Cluster(tmp_path).with_workers(1, tmp_path) as other, pytest.raises(ServerError, match=told):
         connect(other.address)
 
