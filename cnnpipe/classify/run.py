@@ -435,12 +435,11 @@ class Classification:
         settings, session, job, info = self._settings, self._session, self.job, self._session.info
         seconds, total = asdict(self._seconds), time.perf_counter() - self._began
         num_new = self._file.progress()[0] - self._resumed
+        same = ("min_probability", "precision", "batch_size", "top_k", "safe_csv")
         parallel = {"decode": self._pool.workers, "inference": self._threads}
         return ClassificationSummary(
             **counts,
-            **{
-                name: getattr(job, name) for name in ("min_probability", "precision", "batch_size", "top_k", "safe_csv")
-            },
+            **{name: getattr(job, name) for name in same},
             table=escape_path(job.table),
             folder=escape_path(job.root),
             resumed=self._resumed,
