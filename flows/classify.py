@@ -23,7 +23,7 @@ SchedulerOption = Annotated[
     str | None,
     typer.Option(
         "--scheduler",
-        help="Address of a Dask scheduler, such as tcp://host:8786; Default: a cluster on this machine.",
+        help="Address of a Dask scheduler, such as tcp://host:8786. Default: a cluster on this machine.",
         show_default=False,
     ),
 ]

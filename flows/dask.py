@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cnnpipe.classify.engine import EngineOptions, Rows, Shard, StageSeconds, classify_shards
 from cnnpipe.classify.job import Job
-from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError
+from cnnpipe.errors import ConfigError, PredictionsError, ServerError, UsageError, one_line
 from cnnpipe.images.workers import DecoderPool
 from cnnpipe.machine import package_versions, usable_cores
 from cnnpipe.paths import escape_path
@@ -133,85 +133,64 @@ def run_shard(job: str, number: int, files: bytes, previous_sha256: list[str], c
     settings = Job.from_json(job)
     paths = [os.fsdecode(path) for path in files.split(b"\0")[:-1]]
     digests = dict(zip(paths, previous_sha256, strict=True)) if any(previous_sha256) else None
-    seconds = StageSeconds()
+    root, seconds = Path(settings.root), StageSeconds()
     with _one_at_a_time:
-        _check_images(Path(settings.root))
-        session, pool = _tools.open(settings, cores)
+        # A machine that does not see the folder, or only where it is mounted, must not call every file unreadable.
+        try:
+            reason = "" if any(root.iterdir()) else "it is empty"
+        except OSError as error:
+            reason = one_line(error.strerror)
+        if reason:
+            raise PredictionsError(
+                f"the images in {escape_path(settings.root)} cannot be found on {socket.gethostname()}: {reason}; "
+                "all workers must see them under the same path, such as on a network file system"
+            )
+        if (job, cores) not in _opened:
+            _opened.clear()
+            _open_tools.close()
+            atexit.register(_open_tools.close)
+            with ExitStack() as stack:
+                _opened[job, cores] = _open(settings, cores, stack)
+                _open_tools.push(stack.pop_all())
+        session, pool = _opened[job, cores]
         options = EngineOptions(settings.batch_size, settings.top_k, cores if session.device == "cpu" else 1)
-        shards = iter([Shard(number, paths)])
         digest = digests.__getitem__ if digests else None
-        parts = classify_shards(Path(settings.root), shards, session, pool, options, seconds, digest)
+        parts = classify_shards(root, iter([Shard(number, paths)]), session, pool, options, seconds, digest)
         return Rows.join([part.rows for part in parts]), seconds
 
 
 _one_at_a_time = threading.Lock()
 """Held while a shard is done: a process that is given several shards at once uses all its cores for each."""
 
+_opened: dict[tuple[str, int], tuple[ClassifierSession, DecoderPool]] = {}
+"""The model and decoding processes by job and cores: kept from one shard to the next, until another job comes."""
 
-def _check_images(root: Path) -> None:
-    """Refuse to call every file unreadable on a machine that does not see the folder, or only where it is mounted."""
-    try:
-        with os.scandir(root) as entries:
-            reason = "" if any(entries) else "it is empty"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
-        raise PredictionsError(
-            f"the images in {escape_path(str(root))} cannot be found on {socket.gethostname()}: {reason}; "
-            "all workers must see them under the same path, such as on a network file system"
-        )
+_open_tools = ExitStack()
 
 
-class _Tools:
-    """The model and decoding processes of a job, kept from one shard to the next until another job comes."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Job, int] | None = None
-        self._stack = ExitStack()
-        self._opened: tuple[ClassifierSession, DecoderPool] | None = None
-
-    def open(self, job: Job, cores: int) -> tuple[ClassifierSession, DecoderPool]:
-        """Load the model and start decoding processes; raises as `run_shard`."""
-        if self._opened is None or self._key != (job, cores):
-            self.close()
-            atexit.unregister(self.close)
-            atexit.register(self.close)
-            with ExitStack() as stack:
-                self._opened, self._key = _open_tools(job, cores, stack), (job, cores)
-                self._stack = stack.pop_all()
-        return self._opened
-
-    def close(self) -> None:
-        self._opened = None
-        self._stack.close()
-
-
-_tools = _Tools()
-
-
-def _open_tools(job: Job, cores: int, stack: ExitStack) -> tuple[ClassifierSession, DecoderPool]:
+def _open(job: Job, cores: int, stack: ExitStack) -> tuple[ClassifierSession, DecoderPool]:
+    """Load the model and start decoding processes; raises as `run_shard`."""
     from cnnpipe.session import open_session
 
+    host, model = socket.gethostname(), escape_path(job.model_path)
     versions = package_versions(tuple(name for name in job.versions if name != "cnnpipe"))
-    if versions != job.versions:
-        name = next(name for name in {**job.versions, **versions} if versions.get(name) != job.versions.get(name))
+    for name in {**job.versions, **versions}:
+        if versions.get(name) != job.versions.get(name):
+            raise PredictionsError(
+                f"{host} has {name} {versions.get(name, 'not at all')} where the classification was begun with "
+                f"{job.versions.get(name)}, and a table cannot mix rows of two versions; install the same on all "
+                "machines"
+            )
+    if not Path(job.model_path).exists():
         raise PredictionsError(
-            f"{socket.gethostname()} has {name} {versions.get(name, 'not at all')} where the classification was begun "
-            f"with {job.versions.get(name)}, and a table cannot mix rows of two versions; install the same on all "
-            "machines"
+            f"there is no model {model} on {host}; all workers must see the images and the model under the same paths, "
+            "such as on a network file system"
         )
     pool = stack.enter_context(DecoderPool(cores, seconds_per_file=job.file_timeout))
     pool.start(cores)
-    if not Path(job.model_path).exists():
-        raise PredictionsError(
-            f"there is no model {escape_path(job.model_path)} on {socket.gethostname()}; all workers must see the "
-            "images and the model under the same paths, such as on a network file system"
-        )
     session = open_session(Path(job.model_path), job.device, threads=1)
     if session.model_sha256 != job.model_sha256:
-        raise PredictionsError(
-            f"{job.model_path} on {socket.gethostname()} is not the model that the classification was begun with"
-        )
+        raise PredictionsError(f"{model} on {host} is not the model that the classification was begun with")
     return session, pool
 
 
@@ -229,6 +208,7 @@ class _ShardsUnderWay:
         self._classification = classification
         self._task = task
         self._runner = runner
+        self._client = runner.client
         self._submitter = submitter
         self._shown = classification.show(progress)
         self._workers: set[str] = set()
@@ -258,10 +238,10 @@ class _ShardsUnderWay:
         """Wait for all of them; raises as `classify_on_dask`."""
         while self._futures:
             self._take_one()
-        if self._failed:
-            raise self._failure()
+        self._check_failed(1)
 
     def _take_one(self) -> None:
+        """Wait for the next shard that ends, and keep its rows or the reason why it failed."""
         shard, future = self._futures.pop(self._wait_for_one().key)
         error = future.exception()  # of Dask, such as of a shard that took several workers along
         if future.cancelled():
@@ -273,10 +253,9 @@ class _ShardsUnderWay:
             if self._shown is not None:
                 self._shown.add(len(rows.paths), len(rows.errors))
             return
-        self._failed[shard.number] = _reason(outcome)
+        self._failed[shard.number] = one_line(outcome, 400) or type(outcome).__name__
         _logger.error("shard %d failed: %s", shard.number, self._failed[shard.number])
-        if len(self._failed) >= _MAX_FAILED_SHARDS:
-            raise self._failure()
+        self._check_failed(_MAX_FAILED_SHARDS)
 
     def _wait_for_one(self) -> Future:
         """Return the next shard that has ended; meanwhile, watch that there are workers."""
@@ -287,22 +266,19 @@ class _ShardsUnderWay:
             elif time.monotonic() - seen > SECONDS_WITHOUT_WORKERS:
                 raise ServerError(
                     f"the Dask cluster has had no workers for {SECONDS_WITHOUT_WORKERS:.0f} s; "
-                    "the rows that are there are kept: start some and run it again"
+                    "finished rows are kept: start workers and run it again"
                 )
-            try:
+            with suppress(Empty):
                 return self._ended.get(timeout=_SECONDS_BETWEEN_LOOKS)
-            except Empty:
-                continue
 
     def _count_workers(self) -> int:
         """Return the number of workers, and log those that were lost."""
-        client = self._runner.client
         try:
-            workers = set(client.nthreads()) if client.status == "running" else None
-        except OSError:
-            workers = None
-        if workers is None:
-            raise _lost_scheduler()
+            if self._client.status != "running":
+                raise _lost_scheduler()
+            workers = set(self._client.nthreads())
+        except OSError as error:
+            raise _lost_scheduler() from error
         for address in self._workers - workers:
             _logger.warning("the worker at %s has gone; what it had begun is done again", address)
         if self._workers and not workers:
@@ -310,12 +286,13 @@ class _ShardsUnderWay:
         self._workers = workers
         return len(workers)
 
-    def _failure(self) -> PredictionsError:
-        first = min(self._failed)
-        return PredictionsError(
-            f"{len(self._failed):,} of {self._num_handed_out:,} shards failed, number {first} because: "
-            f"{self._failed[first]}; the others are kept: fix that and run it again, which does what is missing"
-        )
+    def _check_failed(self, too_many: int) -> None:
+        if len(self._failed) >= too_many:
+            first = min(self._failed)
+            raise PredictionsError(
+                f"{len(self._failed):,} of {self._num_handed_out:,} shards failed, number {first} because: "
+                f"{self._failed[first]}; finished rows are kept: fix that and run it again, which does what is missing"
+            )
 
 
 def _fetch_state(future: Future) -> State[Any]:
@@ -327,17 +304,8 @@ def _fetch_state(future: Future) -> State[Any]:
     return state
 
 
-def _reason(error: BaseException) -> str:
-    """Return why a shard failed, on one line."""
-    from distributed import KilledWorker
-
-    if isinstance(error, KilledWorker):
-        return f"every worker that tried it died, the last one at {error.last_worker.address}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _lost_scheduler() -> ServerError:
-    return ServerError("the Dask scheduler was lost in the middle; the rows that are there are kept: run it again")
+    return ServerError("the connection to the Dask scheduler was lost; finished rows are kept: run it again")
 
 
 @contextmanager
@@ -358,8 +326,7 @@ def cluster_task_runner(scheduler: str | None, task: Task[..., Any]) -> Iterator
         else:
             _check_scheduler(scheduler)
             runner = DaskTaskRunner(address=scheduler, client_kwargs={"timeout": _SECONDS_TO_CONNECT})
-        stack.enter_context(runner)
-        _check_workers(runner.client, scheduler, task)
+        _check_workers(stack.enter_context(runner).client, scheduler, task)
         yield runner
 
 
@@ -372,14 +339,13 @@ def _check_scheduler(address: str) -> None:
     from distributed.core import rpc
     from distributed.security import Security
 
-    async def ask() -> dict[str, Any]:
+    async def ask() -> str:
         security = Security().get_connection_args("client")
-        async with rpc(address, timeout=_SECONDS_TO_CONNECT, connection_args=security) as scheduler:
-            answer: dict[str, Any] = await scheduler.identity()
-            return answer
+        async with asyncio.timeout(_SECONDS_TO_CONNECT), rpc(address, connection_args=security) as scheduler:
+            return str((await scheduler.identity())["type"])
 
     try:
-        kind = asyncio.run(asyncio.wait_for(ask(), _SECONDS_TO_CONNECT))["type"]
+        kind = asyncio.run(ask())
         reason = "" if kind == "Scheduler" else f"a {kind} is there"
     except (OSError, TypeError) as error:  # a TimeoutError, which says nothing, or TLS without a certificate
         reason = " ".join(str(error).split()) or f"no answer in {_SECONDS_TO_CONNECT:.0f} s"
@@ -421,19 +387,19 @@ def _local_cluster() -> Iterator[LocalCluster]:
     """Start a cluster on the loopback interface, and end it with the block."""
     from distributed import LocalCluster
 
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cnnpipe-dask-"))
-        yield stack.enter_context(
-            LocalCluster(
-                n_workers=usable_cores(),
-                threads_per_worker=1,
-                host=_LOOPBACK,
-                # Any free port: Dask listens for its dashboard even where there is none.
-                dashboard_address=f"{_LOOPBACK}:0",
-                scheduler_kwargs={"dashboard": False},
-                memory_limit=0,  # the engine keeps its own; Dask would kill a worker by what it guesses
-                local_directory=scratch,
-                preload=_IGNORE_INTERRUPT,
-                silence_logs=logging.ERROR,
-            )
-        )
+    with (
+        tempfile.TemporaryDirectory(prefix="cnnpipe-dask-") as scratch,
+        LocalCluster(
+            n_workers=usable_cores(),
+            threads_per_worker=1,
+            host=_LOOPBACK,
+            # Any free port: Dask listens for its dashboard even where there is none.
+            dashboard_address=f"{_LOOPBACK}:0",
+            scheduler_kwargs={"dashboard": False},
+            memory_limit=0,  # the engine keeps its own; Dask would kill a worker by what it guesses
+            local_directory=scratch,
+            preload=_IGNORE_INTERRUPT,
+            silence_logs=logging.ERROR,
+        ) as cluster,
+    ):
+        yield cluster

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -29,8 +31,11 @@ if TYPE_CHECKING:  # onnxruntime is loaded by whoever opens the session
 __all__ = ["BatchRunner", "EngineOptions", "Rows", "Shard", "ShardRows", "StageSeconds", "check_top_k",
            "classify_shards"]  # fmt: skip
 
-_MAX_WAITING_FILES: Final = 4096
-"""Files without an image that may wait for the images before them; with more, that batch is run as it is."""
+_MAX_FILES_WITHOUT_IMAGE: Final = 4096
+"""Files without an image that may stand in a batch; with them its rows are made, however few images it has."""
+
+_BATCHES_BEGUN: Final = 4
+"""Batches for each thread that may have begun: enough that no thread waits."""
 
 _FEW_RANKS: Final = 8
 """Up to this many ranks, repeated maxima are faster than sorting all classes."""
@@ -47,7 +52,8 @@ class EngineOptions:
     top_k: int = 1
     """Classes to report for each image."""
     threads: int = 1
-    """Batches that run at a time, each in a thread; more than 1 is for a session of one thread on several cores."""
+    """Batches that run at a time, each in a thread. With a session of one thread, one for each core is faster than
+    one batch on all cores: no core waits at every layer for another that is decoding at that moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,42 +71,31 @@ class Shard:
 class Rows:
     """The outcomes for consecutive files, column by column."""
 
-    paths: Sequence[str]
+    paths: list[str]
     """Relative to the folder, as `find_files` gave them."""
-    sha256: Sequence[str]
+    sha256: list[str]
     """SHA-256 of each file's bytes; empty if they could not be read."""
+    errors: dict[int, str]
+    """Index of a file that failed -> `kind: message`."""
+    unchanged: list[int]
+    """Indices of files that have the digest of their previous row, which stays valid."""
     labels: npt.NDArray[np.int32]
     """(files, top_k) indices of the likeliest classes, the likeliest first; -1 in a row without."""
     probabilities: npt.NDArray[np.float32]
-    """(files, top_k), 0-1."""
-    errors: dict[int, str]
-    """Index of a file that failed -> `kind: message`."""
-    unchanged: Sequence[int]
-    """Indices of files that have the digest of their previous row, which stays valid."""
+    """(files, top_k), 0-1; 0 in a row without."""
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Self:
         """Return all rows of at least one part, one after the other."""
-        starts = np.cumsum([0, *(len(part.paths) for part in parts)]).tolist()
-        return cls(
-            [path for part in parts for path in part.paths],
-            [sha256 for part in parts for sha256 in part.sha256],
-            np.concatenate([part.labels for part in parts]),
-            np.concatenate([part.probabilities for part in parts]),
-            {start + i: error for start, part in zip(starts, parts, strict=False) for i, error in part.errors.items()},
-            [start + index for start, part in zip(starts, parts, strict=False) for index in part.unchanged],
-        )
-
-    def part(self, start: int, stop: int) -> Rows:
-        """Return some of the rows."""
-        return Rows(
-            self.paths[start:stop],
-            self.sha256[start:stop],
-            self.labels[start:stop],
-            self.probabilities[start:stop],
-            {index - start: error for index, error in self.errors.items() if start <= index < stop},
-            [index - start for index in self.unchanged if start <= index < stop],
-        )
+        labels, probabilities = ([getattr(part, name) for part in parts] for name in ("labels", "probabilities"))
+        rows = cls([], [], {}, [], np.concatenate(labels), np.concatenate(probabilities))
+        for part in parts:
+            start = len(rows.paths)
+            rows.paths.extend(part.paths)
+            rows.sha256.extend(part.sha256)
+            rows.errors.update({start + index: error for index, error in part.errors.items()})
+            rows.unchanged.extend(start + index for index in part.unchanged)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,21 +150,115 @@ def classify_shards(
         RuntimeError: a bug in the decoder.
     """
     check_top_k(options.top_k, session)
-    open_shards, files, images = _OpenShards(), _WaitingFiles(), _WaitingImages()
-    batches = _Batches(options.batch_size or session.default_batch_size, open_shards.lengths)
-    runner = BatchRunner(session.run, batches.size, fixed_shape=session.wants_fixed_batch)
-    with _Inference(runner, options.threads, options.top_k, seconds) as inference:
-        paths = open_shards.paths(shards, seconds)
-        for chunk in pool.decode(root, paths, session.info.image_size, previous_digest):
-            seconds.decode += chunk.seconds
-            files.add(chunk)
-            images.add(chunk.images)
-            for size in batches.add(chunk):
-                inference.begin(images.take(size))
-            too_many = files.number > 2 * _MAX_WAITING_FILES
-            # One at a time: a GPU that is waited for until it has nothing left to do has a pause.
-            yield from open_shards.split(files.take(*inference.take_finished(1 if too_many else 0)))
-        yield from open_shards.split(files.take(*inference.take_finished(inference.num_begun)))
+    size = options.batch_size or session.default_batch_size
+    runner = BatchRunner(session.run, size, fixed_shape=session.wants_fixed_batch)
+    open_shards: deque[Shard] = deque()
+    chunks = pool.decode(root, _open_paths(shards, open_shards, seconds), session.info.image_size, previous_digest)
+    begun: deque[tuple[_Batch, Future[tuple[Rows, float]]]] = deque()
+    threads = ThreadPoolExecutor(options.threads, thread_name_prefix="inference")
+    try:
+        # One at a time: a GPU that is waited for until it has nothing left to do has a pause.
+        for batch in chain(_make_batches(chunks, open_shards, size, seconds), repeat(None)):
+            if batch is not None:
+                begun.append((batch, threads.submit(batch.classify, runner, options.top_k)))
+            elif not begun:
+                return
+            while begun and (batch is None or begun[0][1].done() or len(begun) > _BATCHES_BEGUN * options.threads):
+                first, future = begun.popleft()
+                rows, spent = future.result()
+                seconds.inference += spent
+                yield ShardRows(first.shard, first.start, rows)
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _open_paths(shards: Iterator[Shard], open_shards: deque[Shard], seconds: StageSeconds) -> Iterator[str]:
+    """Yield the paths of shards, and note the shards that were begun."""
+    while True:
+        began = time.perf_counter()
+        shard = next(shards, None)
+        seconds.list += time.perf_counter() - began
+        if shard is None:
+            return
+        open_shards.append(shard)
+        yield from shard.paths
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Decoded files, of one shard, whose images are run together; maybe none of them is an image."""
+
+    shard: Shard
+    start: int
+    """Index of the first file in the shard."""
+    paths: list[str] = field(default_factory=list)
+    sha256: list[str] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+    unchanged: list[int] = field(default_factory=list)
+    images: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    num_images: int = 0
+
+    @property
+    def num_others(self) -> int:
+        """Files without an image."""
+        return len(self.paths) - self.num_images
+
+    def classify(self, runner: BatchRunner, top_k: int) -> tuple[Rows, float]:
+        """Return the rows, and the seconds that this took."""
+        began = time.perf_counter()
+        num_files = len(self.paths)
+        labels, probabilities = np.full((num_files, top_k), -1, np.int32), np.zeros((num_files, top_k), np.float32)
+        if self.images:
+            found = runner.run(self.images[0] if len(self.images) == 1 else np.concatenate(self.images))
+            has_image = np.ones(num_files, bool)
+            has_image[[*self.errors, *self.unchanged]] = False
+            labels[has_image] = likeliest = _likeliest(found, top_k)
+            probabilities[has_image] = np.take_along_axis(found, likeliest, axis=1)
+        rows = Rows(self.paths, self.sha256, self.errors, self.unchanged, labels, probabilities)
+        return rows, time.perf_counter() - began
+
+
+def _make_batches(
+    chunks: Iterator[DecodedChunk], open_shards: deque[Shard], size: int, seconds: StageSeconds
+) -> Iterator[_Batch]:
+    """Cut the stream of decoded files where a batch is full, a shard ends, or too many files have no image.
+
+    Files are counted, never chunks, whose lengths depend on the clock.
+    """
+    batch: _Batch | None = None
+    for chunk in chunks:
+        seconds.decode += chunk.seconds
+        others = sorted(chunk.others)
+        images = np.delete(np.arange(len(chunk.paths)), others).tolist() if others else range(len(chunk.paths))
+        start = start_image = start_other = 0
+        while start < len(chunk.paths):
+            batch = batch or _Batch(open_shards[0], 0)
+            stop_image = start_image + size - batch.num_images
+            stop_other = start_other + _MAX_FILES_WITHOUT_IMAGE - batch.num_others
+            stop = min(
+                len(chunk.paths),
+                start + len(batch.shard.paths) - batch.start - len(batch.paths),
+                *(index + 1 for index in (*images[stop_image - 1 : stop_image], *others[stop_other - 1 : stop_other])),
+            )
+            stop_image, stop_other = bisect_left(images, stop), bisect_left(others, stop)
+            for index in others[start_other:stop_other]:
+                file, row = chunk.others[index], len(batch.paths) + index - start
+                if file.unchanged:
+                    batch.unchanged.append(row)
+                else:
+                    batch.errors[row] = f"{file.error_kind}: {file.error}"
+            batch.paths += chunk.paths[start:stop]
+            batch.sha256 += chunk.sha256[start:stop]
+            if stop_image > start_image:
+                batch.images.append(chunk.images[start_image:stop_image])
+                batch.num_images += stop_image - start_image
+            start, start_image, start_other = stop, stop_image, stop_other
+            end = batch.start + len(batch.paths)
+            if shard_ended := end == len(batch.shard.paths):
+                open_shards.popleft()
+            if shard_ended or batch.num_images == size or batch.num_others == _MAX_FILES_WITHOUT_IMAGE:
+                yield batch
+                batch = None if shard_ended else _Batch(batch.shard, end)
 
 
 def _likeliest(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int32]:
@@ -183,169 +272,6 @@ def _likeliest(probabilities: npt.NDArray[np.float32], top_k: int) -> npt.NDArra
         if rank + 1 < top_k:
             left[np.arange(len(left)), order[:, rank]] = -1
     return order
-
-
-class _WaitingImages:
-    """Images of the files whose batch has not ended; each is copied at most once, however small the chunks."""
-
-    def __init__(self) -> None:
-        self._parts: deque[npt.NDArray[np.uint8]] = deque()
-
-    def add(self, images: npt.NDArray[np.uint8]) -> None:
-        """Append images, (N, H, W, 3); N may be 0."""
-        if len(images):
-            self._parts.append(images)
-
-    def take(self, number: int) -> npt.NDArray[np.uint8]:
-        """Take the first `number` images, at least one; there must be that many."""
-        taken: list[npt.NDArray[np.uint8]] = []
-        while number:
-            part = self._parts.popleft()
-            taken.append(part[:number])
-            if len(part) > number:
-                self._parts.appendleft(part[number:])
-            number -= len(taken[-1])
-        return taken[0] if len(taken) == 1 else np.concatenate(taken)
-
-
-_Results = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
-"""Class indices and probabilities of images, (N, top_k) each."""
-
-
-class _Inference:
-    """Runs batches in threads, a few ahead of what is taken, and gives their results in order.
-
-    Args:
-        threads: one for each core, with a session of one thread, is faster than one batch on all cores: no core waits
-            at every layer for another that is decoding at that moment.
-    """
-
-    def __init__(self, runner: BatchRunner, threads: int, top_k: int, seconds: StageSeconds) -> None:
-        self._runner = runner
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="inference")
-        self._max_begun = 4 * threads
-        self._begun: deque[Future[tuple[_Results, float]]] = deque()
-        self._top_k = top_k
-        self._none = np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32)
-        self._seconds = seconds
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def begin(self, images: npt.NDArray[np.uint8]) -> None:
-        """Run a batch as soon as a thread is free."""
-        self._begun.append(self._threads.submit(self._run, images))
-
-    def _run(self, images: npt.NDArray[np.uint8]) -> tuple[_Results, float]:
-        began = time.perf_counter()
-        probabilities = self._runner.run(images)
-        labels = _likeliest(probabilities, self._top_k)
-        results = labels, np.take_along_axis(probabilities, labels, axis=1)
-        return results, time.perf_counter() - began
-
-    @property
-    def num_begun(self) -> int:
-        """Batches whose results were not taken yet."""
-        return len(self._begun)
-
-    def take_finished(self, num_awaited: int) -> _Results:
-        """Return the results of the first batches that have ended; wait if too many have not.
-
-        Args:
-            num_awaited: batches to wait for in any case.
-        """
-        taken = [self._none]
-        while self._begun and (
-            len(taken) <= num_awaited or self._begun[0].done() or len(self._begun) > self._max_begun
-        ):
-            results, seconds = self._begun.popleft().result()
-            self._seconds.inference += seconds
-            taken.append(results)
-        if len(taken) <= 2:
-            return taken[-1]
-        return np.concatenate([labels for labels, _ in taken]), np.concatenate([each for _, each in taken])
-
-
-class _OpenShards:
-    """Hands out the paths of shards, and assigns rows to them."""
-
-    def __init__(self) -> None:
-        self.lengths: deque[int] = deque()
-        """Numbers of files of the shards that were begun, for whoever counts files after the decoder."""
-        self._open: deque[tuple[Shard, int]] = deque()  # index of the next row
-
-    def paths(self, shards: Iterator[Shard], seconds: StageSeconds) -> Iterator[str]:
-        while True:
-            began = time.perf_counter()
-            shard = next(shards, None)
-            seconds.list += time.perf_counter() - began
-            if shard is None:
-                return
-            self.lengths.append(len(shard.paths))
-            self._open.append((shard, 0))
-            yield from shard.paths
-
-    def split(self, rows: Rows) -> Iterator[ShardRows]:
-        done = 0
-        while done < len(rows.paths):
-            shard, start = self._open.popleft()
-            stop = done + min(len(shard.paths) - start, len(rows.paths) - done)
-            part = ShardRows(shard, start, rows if stop - done == len(rows.paths) else rows.part(done, stop))
-            if not part.complete:
-                self._open.appendleft((shard, start + stop - done))
-            done = stop
-            yield part
-
-
-class _Batches:
-    """Decides where a batch ends: by counting files, never by chunks, whose lengths depend on the clock."""
-
-    def __init__(self, size: int, lengths: deque[int]) -> None:
-        self.size = size
-        """Images of a full batch."""
-        self._lengths = lengths
-        self._num_left = 0
-        """Files of the shard that are still to come."""
-        self._num_images = 0
-        self._num_waiting = 0
-        """Files without an image after the first image of the open batch."""
-
-    def add(self, chunk: DecodedChunk) -> list[int]:
-        """Return the number of images of each batch that ends in this chunk."""
-        ended = []
-        for has_image, length in _runs(len(chunk.paths), sorted(chunk.others)):
-            while length:
-                if not self._num_left:
-                    self._num_left = self._lengths.popleft()
-                step = min(length, self._num_left)
-                if has_image:
-                    step = min(step, self.size - self._num_images)
-                    self._num_images += step
-                elif self._num_images:
-                    step = min(step, _MAX_WAITING_FILES + 1 - self._num_waiting)
-                    self._num_waiting += step
-                length -= step
-                self._num_left -= step
-                full = self._num_images == self.size or self._num_waiting > _MAX_WAITING_FILES
-                if self._num_images and (full or not self._num_left):
-                    ended.append(self._num_images)
-                    self._num_images = self._num_waiting = 0
-        return ended
-
-
-def _runs(num_files: int, without_image: Sequence[int]) -> Iterator[tuple[bool, int]]:
-    """Yield runs of files with an image (True) and without, and their lengths."""
-    start = 0
-    for index in without_image:
-        if index > start:
-            yield True, index - start
-        yield False, 1
-        start = index + 1
-    if num_files > start:
-        yield True, num_files - start
 
 
 class BatchRunner:
@@ -385,73 +311,6 @@ class BatchRunner:
         if not (num_missing and self._fixed_shape):
             return self._run(images)
         return self._run(np.pad(images, ((0, num_missing), (0, 0), (0, 0), (0, 0))))[: len(images)]
-
-
-class _WaitingFiles:
-    """Decoded files that have no rows yet."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        """Files that wait."""
-        self._chunks: deque[tuple[DecodedChunk, npt.NDArray[np.intp]]] = deque()  # with the indices of its images
-        self._start = self._num_images = 0
-        """Files and images of the first chunk that have been taken."""
-
-    def add(self, chunk: DecodedChunk) -> None:
-        """Append the files of a chunk."""
-        indices = np.delete(np.arange(len(chunk.paths)), sorted(chunk.others))
-        self._chunks.append((chunk, indices))
-        self.number += len(chunk.paths)
-
-    def take(self, labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float32]) -> Rows:
-        """Take the files up to the first image that has no result yet, and return their rows.
-
-        Args:
-            labels, probabilities: (N, top_k), of the first N images that wait.
-        """
-        paths: list[str] = []
-        sha256: list[str] = []
-        errors: dict[int, str] = {}
-        unchanged: list[int] = []
-        positions = [np.empty(0, np.intp)]
-        num_left = len(labels)
-        while self._chunks:
-            chunk, images = self._chunks[0]
-            start, last = self._start, self._num_images + num_left
-            stop = int(images[last]) if last < len(images) else len(chunk.paths)
-            offset = len(paths) - start
-            taken = images[self._num_images : last] + offset
-            paths += chunk.paths[start:stop]
-            sha256 += chunk.sha256[start:stop]
-            for index, other in chunk.others.items():
-                if start <= index < stop and other.unchanged:
-                    unchanged.append(index + offset)
-                elif start <= index < stop:
-                    errors[index + offset] = f"{other.error_kind}: {other.error}"
-            positions.append(taken)
-            num_left -= len(taken)
-            if stop < len(chunk.paths):
-                self._start, self._num_images = stop, last
-                break
-            self._chunks.popleft()
-            self._start = self._num_images = 0
-        self.number -= len(paths)
-        if len(paths) > len(labels):
-            labels, probabilities = _spread(np.concatenate(positions), len(paths), labels, probabilities)
-        return Rows(paths, sha256, labels, probabilities, errors, unchanged)
-
-
-def _spread(
-    positions: npt.NDArray[np.intp],
-    num_rows: int,
-    labels: npt.NDArray[np.int32],
-    probabilities: npt.NDArray[np.float32],
-) -> _Results:
-    """Put the results of images into rows for all files."""
-    all_labels = np.full((num_rows, labels.shape[1]), -1, np.int32)
-    all_probabilities = np.zeros((num_rows, labels.shape[1]), np.float32)
-    all_labels[positions], all_probabilities[positions] = labels, probabilities
-    return all_labels, all_probabilities
 
 
 def check_top_k(top_k: int, session: ClassifierSession) -> None:

@@ -15,23 +15,25 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from cnnpipe.classify.engine import Rows, Shard, ShardRows
-from cnnpipe.classify.summary import FailedFile, read_summary
-from cnnpipe.classify.table import Columns, Prediction, TableFormat, read_table
+from cnnpipe.classify.engine import Shard, ShardRows
+from cnnpipe.classify.summary import FailedFile
+from cnnpipe.classify.table import Columns, TableFormat, read_table
 from cnnpipe.errors import PredictionsError, StorageError, one_line
+from cnnpipe.images.leftovers import summary_path
 from cnnpipe.paths import escape_path, unescape_path
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["BegunJob", "Counts", "Job", "JobFile", "PreviousTable", "job_path", "open_job", "read_job"]
+__all__ = ["BegunJob", "Job", "JobFile", "PreviousTable", "job_path", "open_job", "read_job"]
 
 _APPLICATION_ID: Final = 0x636E6E70
 """Marks an SQLite file as a job of cnnpipe: "cnnp" in ASCII."""
@@ -42,10 +44,10 @@ _VERSION: Final = 1
 _SCHEMA: Final = f"""
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_VERSION};
+DROP TABLE IF EXISTS job; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS previous;
 CREATE TABLE job (
     settings TEXT NOT NULL,                 -- JSON of `Job`
     begun TEXT NOT NULL,                    -- ISO 8601, UTC
-    class_names TEXT NOT NULL,              -- JSON; labels are indices of these
     kept INTEGER NOT NULL DEFAULT 0,        -- rows of the previous table that --retry-failed takes over
     listed INTEGER NOT NULL DEFAULT 0,      -- 1: the last file has been found
     table_sha256 TEXT NOT NULL DEFAULT ''   -- of the final table; set just before it gets its name
@@ -54,7 +56,7 @@ CREATE TABLE files (
     ordinal INTEGER PRIMARY KEY,            -- position in the table
     path NOT NULL,                          -- TEXT if ASCII, else a BLOB with the bytes of the name
     sha256 TEXT,                            -- empty if the file could not be read
-    label INTEGER,                          -- NULL if the file failed or is not done
+    label INTEGER,                          -- index of the class; NULL if the file failed or is not done
     probability REAL,
     other_ranks BLOB,                       -- int32 labels, then float32 probabilities, of ranks 2 to top_k
     error TEXT,                             -- `kind: message`
@@ -62,8 +64,9 @@ CREATE TABLE files (
     shard INTEGER                           -- number of its shard while the file is not done; NULL after
 );
 CREATE INDEX pending ON files (shard) WHERE shard IS NOT NULL;
+CREATE INDEX failed ON files (ordinal) WHERE error IS NOT NULL;
 CREATE TABLE previous (                     -- classified rows of the table that --incremental brings up to date
-    path TEXT PRIMARY KEY,                  -- as displayed
+    path PRIMARY KEY,                       -- as displayed, stored as above
     sha256 TEXT, label INTEGER, probability REAL, other_ranks BLOB
 ) WITHOUT ROWID;
 """
@@ -131,11 +134,11 @@ class Job:
         """How the table is written."""
         return TableFormat(Path(self.table).suffix, self.top_k, self.safe_csv)
 
-    def differences(self, begun: Job) -> list[str]:
-        """Return the names of the fields that affect rows and differ from those of a job begun before."""
+    def differences(self, begun: Job) -> list[tuple[str, Any, Any]]:
+        """Return the fields that affect rows and differ from those of a job begun before, as (name, then, now)."""
         free = _IRRELEVANT_TO_ROWS if self.batch_size_asked else (*_IRRELEVANT_TO_ROWS, "batch_size")
-        names = (each.name for each in fields(self) if each.name not in free)
-        return [name for name in names if getattr(self, name) != getattr(begun, name)]
+        both = ((name, getattr(begun, name), now) for name, now in vars(self).items() if name not in free)
+        return [(name, then, now) for name, then, now in both if then != now]
 
 
 @dataclass(frozen=True)
@@ -149,58 +152,61 @@ class BegunJob:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Counts of the rows of a job."""
-
-    ok: int = 0
-    error: int = 0
-    uncertain: int = 0
-    unchanged: int = 0
-    labels: dict[str, int] = field(default_factory=dict)
-    """Files by their likeliest class, in the model's order."""
-    error_kinds: dict[str, int] = field(default_factory=dict)
-    """Most frequent first."""
-    first_errors: tuple[FailedFile, ...] = ()
-
-    @property
-    def found(self) -> int:
-        """All rows."""
-        return self.ok + self.error
-
-
-class _OtherVersionError(PredictionsError):
-    """A job file is of another version of cnnpipe."""
-
-
 class PreviousTable:
-    """A finished table that is brought up to date, and how it was made.
+    """A finished table that is brought up to date, and how it was made."""
 
-    Raises:
-        PredictionsError: the table has no summary, or one of another version.
-    """
+    path: Path
+    form: TableFormat
+    folder: str
+    model: str
+    """`<name>/<run id>`."""
+    model_sha256: str
 
-    def __init__(self, path: Path) -> None:
-        summary = read_summary(path)
-        shown = escape_path(str(path))
-        if summary is None:
-            raise PredictionsError(
-                f"{shown} has no {escape_path(path.name)}.summary.json beside it that says how it was made; "
-                "classify again with --overwrite"
-            )
-        self.path = path
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Return a table by its summary.
+
+        Raises:
+            PredictionsError: it has none, or one of another version.
+        """
+        shown, described = escape_path(str(path)), escape_path(summary_path(path).name)
         try:
-            self.form = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"])
-            self.folder = str(summary["folder"])
-            model = summary["model"]
-            self.model, self.model_sha256 = f"{model['name']}/{model['run_id']}", str(model["sha256"])
+            summary = json.loads(summary_path(path).read_bytes())
+            form, model = TableFormat(path.suffix, summary["top_k"], summary["safe_csv"]), summary["model"]
+            return cls(path, form, str(summary["folder"]), f"{model['name']}/{model['run_id']}", str(model["sha256"]))
+        except (OSError, ValueError) as error:
+            raise PredictionsError(
+                f"{shown} has no {described} beside it that says how it was made; classify again with --overwrite"
+            ) from error
         except (KeyError, TypeError) as error:
             raise PredictionsError(
                 f"the summary of {shown} is from another version ({one_line(error)}); classify again with --overwrite"
             ) from error
 
-    def rows(self) -> Iterator[Prediction]:
-        """Yield its rows; raises as `read_table`."""
-        return read_table(self.path, self.form)
+    def rows(self, root: Path, shard_size: int, class_names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows as the table `files` holds them, up to `other_ranks`, and the shard of a file that failed.
+
+        Raises:
+            PredictionsError: the table cannot be read, or has a label that is not one of the classes.
+        """
+        indices, failed = {name: index for index, name in enumerate(class_names)}, count()
+        for ordinal, row in enumerate(read_table(self.path, self.form)):
+            path = row.path
+            if row.status == "error":
+                if "\\x" in path:
+                    path = str(unescape_path(root, path)).removeprefix(f"{root}/")
+                yield ordinal, *_stored([path]), None, None, None, None, next(failed) // shard_size
+                continue
+            try:
+                labels = np.array([[indices[label] for label in row.labels]], np.int32)
+            except KeyError as error:
+                raise PredictionsError(
+                    f"{escape_path(str(self.path))} has the label {error}, which is not a class of the model; "
+                    "classify again with --overwrite"
+                ) from error
+            probabilities = np.array([row.probabilities], np.float32)
+            others = _pack_ranks(labels, probabilities)[0] if len(row.labels) > 1 else None
+            yield ordinal, *_stored([path]), row.sha256, int(labels[0, 0]), float(probabilities[0, 0]), others, None
 
 
 def job_path(table: Path) -> Path:
@@ -243,116 +249,88 @@ def open_job(
         StorageError: it cannot be written.
     """
     make_folder(path.parent)
-    database = _connect(path)
-    try:
-        begun = _read_to_resume(database, path, job, start_over=start_over, resume=resume)
-        if begun is None:
-            _remove(path)  # while it is locked: no other process can have begun to use it
-            database.close()
-            database = _connect(path)
-        file = JobFile(path, database, job, begun)
+    with closing(_connect(path)) as database:
+        begun = None
+        if resume:
+            with suppress(PredictionsError) if start_over else nullcontext():
+                begun = _read(database, path, job)
+        file = JobFile(path, database, job, class_names, begun)
         try:
             if begun is None:
-                file.create(class_names, previous)
+                file.create(previous)
             yield file
         finally:
             if file.roll_back():  # nothing is worth resuming
                 file.remove()
-    finally:
-        database.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     """Open a file and lock it: SQLite's own lock, which ends with the process, even if it is killed.
 
     Raises:
-        PredictionsError: another process holds it, or it is not an SQLite file.
+        PredictionsError: another process holds it, or it is not a job file.
         StorageError: it cannot be opened.
     """
+    shown = escape_path(str(path))
     if path.is_dir():
-        raise PredictionsError(f"{escape_path(str(path))} is a folder, not a job file; rename or remove it")
+        raise PredictionsError(f"{shown} is a folder, not a job file; rename or remove it")
     while True:
         try:
-            database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-            try:
+            with ExitStack() as stack:
+                database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+                stack.callback(database.close)
                 database.execute("PRAGMA locking_mode = EXCLUSIVE")
                 database.execute("BEGIN EXCLUSIVE")
                 database.execute("COMMIT")
-            except BaseException:
-                database.close()
-                raise
+                (application,) = database.execute("PRAGMA application_id").fetchone()
+                if application != _APPLICATION_ID and database.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    raise PredictionsError(f"{shown} is an SQLite file of another program; rename or remove it")
+                if path.exists():
+                    stack.pop_all()
+                    return database
+            # Whoever held it has just finished, and removed it.
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # without its extension
                 raise PredictionsError(
-                    f"another process is writing {escape_path(str(path.with_suffix('')))}; wait for it, or name "
-                    "another --output"
+                    f"another process is writing {shown.removesuffix('.job')}; wait for it, or name another --output"
                 ) from error
             raise _storage_error(path, error) from error
         except sqlite3.DatabaseError as error:
-            raise PredictionsError(
-                f"{escape_path(str(path))} is not a job file of cnnpipe ({error}); rename or remove it"
-            ) from error
-        if path.exists():
-            return database
-        database.close()  # whoever held it has just finished, and removed it
+            raise PredictionsError(f"{shown} is not a job file of cnnpipe ({error}); rename or remove it") from error
 
 
-def _read(database: sqlite3.Connection, path: Path) -> BegunJob | None:
+def _read(database: sqlite3.Connection, path: Path, job: Job | None = None) -> BegunJob | None:
     """Return what a job file says; None if it is new.
 
+    Args:
+        job: what its settings must be.
     Raises:
-        PredictionsError: it is not a job file, or is one of another version.
+        PredictionsError: it is of another version, or has the rows of another job.
+        StorageError: it cannot be read.
     """
     shown = escape_path(str(path))
     try:
-        (application,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        if not (application or database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+        if not version:
             return None
-        if application != _APPLICATION_ID:
-            raise PredictionsError(f"{shown} is an SQLite file of another program; rename or remove it")
-        try:
-            if version != _VERSION:
-                raise ValueError(f"version {version}")
-            settings, begun, table = database.execute("SELECT settings, begun, table_sha256 FROM job").fetchone()
-            return BegunJob(Job.from_json(settings), table, datetime.fromisoformat(begun))
-        except (ValueError, TypeError, KeyError, sqlite3.OperationalError) as error:
-            raise _OtherVersionError(
-                f"{shown} holds a classification that another version of cnnpipe began; finish it with that version, "
-                "or start over with --overwrite"
-            ) from error
+        if version != _VERSION:
+            raise ValueError(f"version {version}")
+        settings, table, begun = database.execute("SELECT settings, table_sha256, begun FROM job").fetchone()
+        found = BegunJob(Job.from_json(settings), table, datetime.fromisoformat(begun))
+    except (ValueError, TypeError, KeyError, sqlite3.OperationalError) as error:
+        raise PredictionsError(
+            f"{shown} holds a classification that another version of cnnpipe began; finish it with that version, "
+            "or start over with --overwrite"
+        ) from error
     except sqlite3.Error as error:
         raise _storage_error(path, error) from error
-
-
-def _read_to_resume(
-    database: sqlite3.Connection, path: Path, job: Job, *, start_over: bool, resume: bool
-) -> BegunJob | None:
-    """Return what a job file says; None if it is new or may be dropped; raises as `open_job`."""
-    try:
-        begun = _read(database, path)
-    except _OtherVersionError:
-        if resume and not start_over:
-            raise
-        return None
-    different = job.differences(begun.job) if begun else []
-    if begun is None or not resume or (different and start_over):
-        return None
-    if different:
-        name = different[0]
+    if job is not None and (different := job.differences(found.job)):
+        name, then, now = different[0]
         raise PredictionsError(
-            f"{escape_path(str(path))} holds a classification that was interrupted, with {name} "
-            f"{getattr(begun.job, name)!r}; now it is {getattr(job, name)!r}, and a table cannot mix rows of two "
-            "settings; run it again as it was, or start over with --overwrite"
+            f"{shown} holds a classification that was interrupted, with {name} {then!r}; now it is {now!r}, "
+            "and a table cannot mix rows of two settings; run it again as it was, or start over with --overwrite"
         )
-    return begun
-
-
-def _remove(path: Path) -> None:
-    """Remove a job file and what may lie beside it."""
-    with storage_errors(path):
-        for suffix in ("-table", "-journal", ""):  # the file last: without its journal it could not be read
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    return found
 
 
 def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
@@ -371,18 +349,18 @@ class JobFile:
         path: of the file.
         job: the settings.
         begun: when an earlier process began the job; None if this one did.
+        table_path: where the final table is written before it gets its name.
     """
 
-    def __init__(self, path: Path, database: sqlite3.Connection, job: Job, begun: BegunJob | None) -> None:
+    def __init__(
+        self, path: Path, database: sqlite3.Connection, job: Job, class_names: Sequence[str], begun: BegunJob | None
+    ) -> None:
         self.path = path
         self.job = replace(job, batch_size=begun.job.batch_size) if begun else job
         self.begun = begun.begun if begun else None
+        self.table_path = path.with_name(f"{path.name}-table")
         self._database = database
-
-    @property
-    def table_path(self) -> Path:
-        """Where the final table is written before it gets its name."""
-        return self.path.with_name(f"{self.path.name}-table")
+        self._class_names = class_names
 
     def shards(self, find: Callable[[str | None, int], Iterator[str]]) -> Iterator[Shard]:
         """Yield the shards that have no rows yet, in order.
@@ -405,9 +383,10 @@ class JobFile:
             yield Shard(-(-start // size), names, range(start, start + len(names)))
             start += len(names)
 
-    def note_listed(self) -> None:
-        """Note that the last file has a row, so that none is looked for again; raises StorageError."""
-        self._set("listed", 1)
+    def note(self, column: Literal["listed", "table_sha256"], value: int | str) -> None:
+        """Note in the table `job` that all files are listed, or the digest of the final table; raises StorageError."""
+        with self._transaction():
+            self._database.execute(f"UPDATE job SET {column} = ?", (value,))  # noqa: S608
 
     def plan(self, shard: Shard) -> None:
         """Note the files of a shard whose rows may come after those of later shards; raises StorageError."""
@@ -421,36 +400,33 @@ class JobFile:
             StorageError: they cannot be written.
         """
         rows, shard, start = part.rows, part.shard, part.start
-        labels: list[int | None] = rows.labels[:, 0].tolist()
-        probabilities: list[float | None] = rows.probabilities[:, 0].tolist()
-        ranks = _pack_ranks(rows) if self.job.top_k > 1 else []
+        columns: dict[str, list[Any]] = {
+            "path": _stored(rows.paths),
+            "sha256": rows.sha256,
+            "label": rows.labels[:, 0].tolist(),
+            "probability": rows.probabilities[:, 0].tolist(),
+        }
+        if rows.labels.shape[1] > 1:
+            columns["other_ranks"] = _pack_ranks(rows.labels, rows.probabilities)
         for index in rows.errors:
-            labels[index] = probabilities[index] = None
-        optional: dict[str, list[Any]] = {"other_ranks": ranks} if ranks else {}
+            for name in columns.keys() - {"path", "sha256"}:
+                columns[name][index] = None
         if rows.errors:
-            optional["error"] = [rows.errors.get(index) for index in range(len(labels))]
+            columns["error"] = [rows.errors.get(index) for index in range(len(rows.paths))]
         if rows.unchanged:
-            ranks = optional.setdefault("other_ranks", [None] * len(labels))
-            optional["unchanged"] = [None] * len(labels)
+            columns["unchanged"] = [None] * len(rows.paths)
+            names = [name for name in ("label", "probability", "other_ranks") if name in columns]
+            query = f"SELECT {', '.join(names)}, 1 FROM previous WHERE path = ?"  # noqa: S608  our own names
             for index in rows.unchanged:
-                query = "SELECT label, probability, other_ranks FROM previous WHERE path = ?"
-                [(labels[index], probabilities[index], ranks[index])] = self._fetch(
-                    query, escape_path(rows.paths[index])
-                )
-                optional["unchanged"][index] = 1
+                [row] = self._fetch(query, *_stored([escape_path(rows.paths[index])]))
+                for name, value in zip((*names, "unchanged"), row, strict=True):
+                    columns[name][index] = value
         with self._transaction(commit=part.complete):
-            self._insert(
-                ordinal=shard.ordinals[start : start + len(labels)],
-                path=_stored(rows.paths),
-                sha256=rows.sha256,
-                label=labels,
-                probability=probabilities,
-                **optional,
-            )
+            self._insert(ordinal=shard.ordinals[start : start + len(rows.paths)], **columns)
 
     def previous_digest(self, path: str) -> str:
         """Return the SHA-256 that a file had when its previous row was made; empty if there is no row to keep."""
-        found = self._fetch("SELECT sha256 FROM previous WHERE path = ?", escape_path(path))
+        found = self._fetch("SELECT sha256 FROM previous WHERE path = ?", *_stored([escape_path(path)]))
         return str(found[0][0]) if found else ""
 
     def progress(self) -> tuple[int, int, int]:
@@ -462,32 +438,35 @@ class JobFile:
         done, failed, pending = self._fetch(query)[0]
         return done, failed, pending
 
-    def counts(self) -> Counts:
-        """Count the rows."""
-        class_names = self._class_names()
+    def counts(self) -> dict[str, Any]:
+        """Return the counts of the rows, by their names in `ClassificationSummary`."""
         least = float(np.float32(self.job.min_probability))  # as float32, like the probabilities
-        query = "SELECT label, count(*), sum(probability < ?), sum(unchanged) FROM files GROUP BY label ORDER BY label"
-        ok = error = uncertain = unchanged = 0
-        labels: dict[str, int] = {}
-        for label, number, below, same in self._fetch(query, least):
-            if label is None:
-                error = number
-                continue
-            labels[class_names[label]] = number
-            ok, uncertain, unchanged = ok + number, uncertain + below, unchanged + (same or 0)
-        kinds = self._fetch(
+        query = (
+            "SELECT label, count(*), count(error), ifnull(sum(probability < ?), 0), count(unchanged) "
+            "FROM files GROUP BY label ORDER BY label"
+        )
+        groups = self._fetch(query, least)
+        found, error, uncertain, unchanged = (sum(group[index] for group in groups) for index in range(1, 5))
+        kinds = (
             "SELECT substr(error, 1, instr(error, ': ') - 1), count(*) FROM files WHERE error IS NOT NULL "
             "GROUP BY 1 ORDER BY 2 DESC, min(ordinal)"
-        ) if error else []  # fmt: skip
-        first = self._fetch(
-            "SELECT path, error FROM files WHERE error IS NOT NULL ORDER BY ordinal LIMIT ?", _FAILED_FILES_SHOWN
-        ) if error else []  # fmt: skip
-        failed = tuple(FailedFile(_shown(path), *text.split(": ", 1)) for path, text in first)
-        return Counts(ok, error, uncertain, unchanged, labels, dict(kinds), failed)
+        )
+        first = "SELECT path, error FROM files WHERE error IS NOT NULL ORDER BY ordinal LIMIT ?"
+        failed = self._fetch(first, _FAILED_FILES_SHOWN)
+        return {
+            "found": found,
+            "ok": found - error,
+            "error": error,
+            "uncertain": uncertain,
+            "unchanged": unchanged,
+            "classes": {self._class_names[label]: number for label, number, *_ in groups if label is not None},
+            "error_kinds": dict(self._fetch(kinds)),
+            "first_errors": tuple(FailedFile(escape_path(_name(path)), *text.split(": ", 1)) for path, text in failed),
+        }
 
     def columns(self) -> Iterator[Columns]:
         """Yield all rows in order, some thousands at a time."""
-        class_names = np.array([*self._class_names(), None], object)
+        class_names = np.array([*self._class_names, None], object)
         query = (
             "SELECT path, nullif(sha256, ''), ifnull(label, -1), ifnull(probability, -1), other_ranks, error "
             "FROM files ORDER BY ordinal"
@@ -501,13 +480,9 @@ class JobFile:
                     labels = np.concatenate([labels, other_labels])
                     probabilities = np.concatenate([probabilities, other_probabilities])
                 if set(map(type, paths)) != {str}:
-                    paths = tuple(map(_shown, paths))
+                    paths = tuple(escape_path(_name(path)) for path in paths)
                 names = [class_names[each].tolist() for each in labels]
                 yield Columns(paths, names, probabilities, errors, sha256, self.job.model)
-
-    def note_table(self, sha256: str) -> None:
-        """Note the digest of the final table, just before it gets its name; raises StorageError."""
-        self._set("table_sha256", sha256)
 
     def remove(self) -> None:
         """Remove the file: the table and its summary are complete, or there is nothing to resume.
@@ -518,53 +493,29 @@ class JobFile:
         with self._errors():
             # Closing must not delete a journal of this name: it may be that of the process that comes next.
             self._database.execute("PRAGMA journal_mode = MEMORY")
-        _remove(self.path)
+        with storage_errors(self.path):
+            for suffix in ("-table", "-journal", ""):  # the file last: without its journal it could not be read
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-    def create(self, class_names: Sequence[str], previous: PreviousTable | None) -> None:
+    def create(self, previous: PreviousTable | None) -> None:
         """Write the settings and the rows of a previous table that are taken over, in one transaction."""
         job = self.job
         with self._errors():
             self._database.executescript(f"BEGIN; {_SCHEMA}")
         with self._transaction():
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            row = (job.to_json(), now, json.dumps(list(class_names)))
-            self._database.execute("INSERT INTO job (settings, begun, class_names) VALUES (?, ?, ?)", row)
-            if previous is not None and job.mode == "retry-failed":
-                self._take_over(previous, class_names)
-            elif previous is not None and job.previous_sha256:
-                indices = {name: index for index, name in enumerate(class_names)}
-                kept = (
-                    (row.path, row.sha256, *_indexed(row, indices))
-                    for row in previous.rows()
-                    # What failed is tried again: it may have been the disk, or the time limit.
-                    if row.status == "ok" and indices.keys() >= set(row.labels)
-                )
-                self._database.executemany("INSERT OR REPLACE INTO previous VALUES (?, ?, ?, ?, ?)", kept)
-
-    def _take_over(self, previous: PreviousTable, class_names: Sequence[str]) -> None:
-        """Insert the rows of a previous table; those that failed are to be done, in shards."""
-        indices = {name: index for index, name in enumerate(class_names)}
-        num_failed = 0
-        columns = "ordinal, path, sha256, label, probability, other_ranks, shard"
-        insert = f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-        for ordinal, row in enumerate(previous.rows()):
-            if row.status == "error":
-                [path] = _stored([_name_in(Path(self.job.root), row.path)])
-                self._database.execute(insert, (ordinal, path, *[None] * 4, num_failed // self.job.shard_size))
-                num_failed += 1
-                continue
-            if unknown := set(row.labels) - indices.keys():
-                raise PredictionsError(
-                    f"{escape_path(str(previous.path))} has the label {min(unknown)!r}, which is not a class of the "
-                    "model; classify again with --overwrite"
-                )
-            values = (ordinal, *_stored([row.path]), row.sha256, *_indexed(row, indices), None)
-            self._database.execute(insert, values)
-        self._database.execute("UPDATE job SET listed = 1, kept = (SELECT count(*) - count(shard) FROM files)")
-
-    def _class_names(self) -> list[str]:
-        names: list[str] = json.loads(self._fetch("SELECT class_names FROM job")[0][0])
-        return names
+            row = (job.to_json(), datetime.now(UTC).isoformat(timespec="seconds"))
+            self._database.execute("INSERT INTO job (settings, begun) VALUES (?, ?)", row)
+            if previous is not None and job.previous_sha256:
+                rows = previous.rows(Path(job.root), job.shard_size, self._class_names)
+                if job.mode == "retry-failed":
+                    columns = "ordinal, path, sha256, label, probability, other_ranks, shard"
+                    insert = f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+                    self._database.executemany(insert, rows)
+                    kept = "SELECT count(*) - count(shard) FROM files"
+                    self._database.execute(f"UPDATE job SET listed = 1, kept = ({kept})")  # noqa: S608
+                else:  # what failed is tried again: it may have been the disk, or the time limit
+                    kept_rows = (row[1:6] for row in rows if row[3] is not None)
+                    self._database.executemany("INSERT OR REPLACE INTO previous VALUES (?, ?, ?, ?, ?)", kept_rows)
 
     def _insert(self, **columns: Sequence[Any]) -> None:
         """Insert rows, or replace those of the same ordinals; columns that are not named are NULL."""
@@ -574,10 +525,6 @@ class JobFile:
             values = ", ".join([row] * len(block))
             statement = f"INSERT OR REPLACE INTO files ({names}) VALUES {values}"  # noqa: S608  our own names
             self._database.execute(statement, tuple(chain.from_iterable(block)))
-
-    def _set(self, column: str, value: int | str) -> None:
-        with self._transaction():
-            self._database.execute(f"UPDATE job SET {column} = ?", (value,))  # noqa: S608
 
     def _fetch(self, query: str, *parameters: Any) -> list[Any]:
         with self._errors():
@@ -622,32 +569,10 @@ def _name(stored: str | bytes) -> str:
     return stored if isinstance(stored, str) else os.fsdecode(stored)
 
 
-def _shown(stored: str | bytes) -> str:
-    """Return a path as `escape_path` shows it."""
-    return stored if isinstance(stored, str) else stored.decode("utf-8", "backslashreplace")
-
-
-def _name_in(root: Path, shown: str) -> str:
-    """Return the path, relative to the folder, of a file as a table shows it."""
-    return str(unescape_path(root, shown)).removeprefix(f"{root}/") if "\\x" in shown else shown
-
-
-def _indexed(row: Prediction, indices: dict[str, int]) -> tuple[int, float, bytes | None]:
-    """Return the label, the probability and the other ranks of a classified row as the database holds them."""
-    labels = [indices[label] for label in row.labels]
-    probabilities = np.array(row.probabilities, np.float32)
-    others = np.array(labels[1:], np.int32).tobytes() + probabilities[1:].tobytes() if len(labels) > 1 else None
-    return labels[0], float(probabilities[0]), others
-
-
-def _pack_ranks(rows: Rows) -> list[bytes | None]:
-    """Return the column `other_ranks`."""
-    packed = np.concatenate([rows.labels[:, 1:], rows.probabilities[:, 1:].view(np.int32)], axis=1)
-    data, width = packed.tobytes(), packed.shape[1] * 4
-    ranks: list[bytes | None] = [data[start : start + width] for start in range(0, len(data), width)]
-    for index in rows.errors:
-        ranks[index] = None
-    return ranks
+def _pack_ranks(labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float32]) -> list[bytes]:
+    """Return the column `other_ranks` of (N, top_k) labels and probabilities."""
+    packed = np.concatenate([labels[:, 1:], probabilities[:, 1:].view(np.int32)], axis=1)
+    return [row.tobytes() for row in packed]
 
 
 def _unpack_ranks(packed: Sequence[bytes | None], top_k: int) -> tuple[Any, Any]:

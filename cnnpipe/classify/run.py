@@ -9,14 +9,14 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cnnpipe.classify.engine import EngineOptions, Rows, Shard, ShardRows, StageSeconds, check_top_k, classify_shards
-from cnnpipe.classify.job import BegunJob, Counts, Job, JobFile, PreviousTable, job_path, open_job, read_job
+from cnnpipe.classify.job import BegunJob, Job, JobFile, PreviousTable, job_path, open_job, read_job
 from cnnpipe.classify.sort_into import SortedFiles, check_target, mark_target, sort_files
 from cnnpipe.classify.summary import ClassificationSummary, ModelUsed, StageReport, write_summary
 from cnnpipe.classify.table import read_table, write_table
@@ -81,7 +81,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         ProviderError: the device cannot be used.
         StorageError: the output cannot be written.
     """
-    clock = _Clock(datetime.now(UTC), time.perf_counter())
+    started, began = datetime.now(UTC), time.perf_counter()
     root = expand_path(settings.folder)
     if not has_files(root) and not settings.files:
         raise DatasetError(f"no files in {escape_path(str(root))}; name a folder that has images in or below it")
@@ -99,12 +99,14 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
         # They come up while this process loads onnxruntime; for a few files one is enough.
         many = settings.files is not None or has_files(root, _FILES_WORTH_ALL_WORKERS)
         stack.enter_context(pool).start(pool.workers if many else 1)
-        session = _open(model, settings)
+        from cnnpipe.session import open_session
+
+        session = open_session(model, settings.device, threads=1, precision=settings.precision)
         check_top_k(settings.top_k, session)
         previous, previous_sha256 = _previous_table(table, settings, begun, session)
         job = _describe_job(settings, root, session, previous_sha256)
         if table is None:
-            table, begun = stack.enter_context(_default_table(root, artifacts, clock.started, job, settings.resume))
+            table, begun = stack.enter_context(_default_table(root, artifacts, started, job, settings.resume))
         if settings.report is not None:
             from cnnpipe.classify.contact_sheet import check_report  # only who wants a report waits for it
 
@@ -118,7 +120,7 @@ def open_classification(settings: ClassifySettings, artifacts: Path) -> Iterator
             start_over=settings.overwrite and not needed,
             resume=settings.resume or needed or _is_in_place(table, begun),
         )  # fmt: skip
-        yield Classification(settings, session, pool, stack.enter_context(file), clock)
+        yield Classification(settings, session, pool, stack.enter_context(file), started, began)
 
 
 def _check_output(table: Path, settings: ClassifySettings, begun: BegunJob | None) -> None:
@@ -164,46 +166,34 @@ def _previous_table(
         resumable = settings.resume and begun.job.previous_sha256 in ("", digest)
         if resumable or begun.table_sha256 == digest:
             return None, begun.job.previous_sha256
-    previous = PreviousTable(table)
-    difference = _difference(previous, session, settings)
-    if not difference:
+    previous = PreviousTable.open(table)
+    folder = escape_path(str(expand_path(settings.folder).absolute()))
+    model = f"{session.info.name}/{session.info.run_id} ({session.model_sha256[:12]}…)"
+    compared = (
+        ("the folder", previous.folder, folder if settings.retry_failed else previous.folder),
+        ("the model", f"{previous.model} ({previous.model_sha256[:12]}…)", model),
+        ("top_k", previous.form.top_k, settings.top_k),
+        ("safe_csv", previous.form.safe_csv, settings.safe_csv),
+    )
+    different = [f"{name} {then} (now {now})" for name, then, now in compared if then != now]
+    if not different:
         return previous, digest
     if settings.retry_failed:
         raise PredictionsError(
-            f"the rows of {table} were made with {difference}, and a table cannot mix rows of two models or settings; "
-            "classify all files again, with --overwrite in place of --retry-failed"
+            f"the rows of {table} were made with {different[0]}, and a table cannot mix rows of two models or "
+            "settings; classify all files again, with --overwrite in place of --retry-failed"
         )
-    _logger.warning("every file is classified again: %s was made with %s", table, difference)
+    _logger.warning("every file is classified again: %s was made with %s", table, different[0])
     return None, ""
 
 
-def _difference(previous: PreviousTable, session: ClassifierSession, settings: ClassifySettings) -> str:
-    """Return in what a table was made otherwise than its new rows would be, or an empty string."""
-    folder, old, new = escape_path(str(expand_path(settings.folder).absolute())), previous.model_sha256, ""
-    if settings.retry_failed and previous.folder != folder:
-        return f"the folder {previous.folder} (now {folder})"
-    if old != (new := session.model_sha256):
-        return f"the model {previous.model} ({old[:12]}…, now {new[:12]}…)"
-    for name in ("top_k", "safe_csv"):
-        if (then := getattr(previous.form, name)) != (now := getattr(settings, name)):
-            return f"{name} {then!r} (now {now!r})"
-    return ""
-
-
-def _open(model: Path, settings: ClassifySettings) -> ClassifierSession:
-    from cnnpipe.session import open_session
-
-    return open_session(model, settings.device, threads=1, precision=settings.precision)
-
-
 def _describe_job(settings: ClassifySettings, root: Path, session: ClassifierSession, previous_sha256: str) -> Job:
+    same = ("files", "include", "exclude", "top_k", "shard_size", "safe_csv", "min_probability", "file_timeout")
     return Job(
+        **{name: getattr(settings, name) for name in same},
         root=str(root.absolute()),
         table="",
         mode="retry-failed" if settings.retry_failed else "incremental" if settings.incremental else "all",
-        files=settings.files,
-        include=settings.include,
-        exclude=settings.exclude,
         previous_sha256=previous_sha256,
         model=f"{session.info.name}/{session.info.run_id}",
         model_path=str(session.path.absolute()),
@@ -213,11 +203,6 @@ def _describe_job(settings: ClassifySettings, root: Path, session: ClassifierSes
         # No batch spans two shards, and one that is not full costs a GPU as much as one that is.
         batch_size=settings.batch_size or min(session.default_batch_size, settings.shard_size),
         batch_size_asked=settings.batch_size is not None,
-        top_k=settings.top_k,
-        shard_size=settings.shard_size,
-        safe_csv=settings.safe_csv,
-        min_probability=settings.min_probability,
-        file_timeout=settings.file_timeout,
         workers=settings.workers or usable_cores(),
         versions=package_versions(_VERSIONS),
     )
@@ -247,47 +232,22 @@ def _default_table(
             yield path.with_name(_TABLE_NAME), begun
             return
         if begun.job.root == job.root:
-            then, now = getattr(begun.job, different[0]), getattr(job, different[0])
             _logger.info(
                 "%s holds a classification of this folder that was interrupted, with %s %r, now %r; it stays as it is",
-                *(escape_path(str(path)), different[0], then, now),
+                *(escape_path(str(path)), *different[0]),
             )
-    folder = _create_output_folder(root, artifacts, started)
+    name = escape_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
+    wanted = make_folder(artifacts / "predictions") / f"{name}-{started:%Y%m%dT%H%M%SZ}"
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with storage_errors(folder), suppress(FileExistsError):  # another one began in the same second
+            folder.mkdir()
+            break
     try:
         yield folder / _TABLE_NAME, None
     finally:
         with suppress(OSError):  # it is not empty: the table is in it
             folder.rmdir()
-
-
-def _create_output_folder(root: Path, artifacts: Path, started: datetime) -> Path:
-    """Create the folder for a table without a name, called after the input and the time."""
-    name = escape_path(root.resolve().name).encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore") or "root"
-    predictions = make_folder(artifacts / "predictions")
-    wanted = f"{name}-{started:%Y%m%dT%H%M%SZ}"
-    folder, number = predictions / wanted, 1
-    while True:
-        with storage_errors(folder):
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another classification began in the same second
-                number += 1
-                folder = predictions / f"{wanted}-{number}"
-
-
-@dataclass
-class _Clock:
-    """When an attempt began, and how long it took to be ready."""
-
-    started: datetime
-    began: float
-    start_up: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the attempt began."""
-        return time.perf_counter() - self.began
 
 
 class Classification:
@@ -301,18 +261,26 @@ class Classification:
     """
 
     def __init__(
-        self, settings: ClassifySettings, session: ClassifierSession, pool: DecoderPool, file: JobFile, clock: _Clock
+        self,
+        settings: ClassifySettings,
+        session: ClassifierSession,
+        pool: DecoderPool,
+        file: JobFile,
+        started: datetime,
+        began: float,
     ) -> None:
         self.job = file.job
         self._settings = settings
         self._session = session
         self._pool = pool
+        self._threads = usable_cores() if session.device == "cpu" else 1
         self._file = file
         self._report = expand_path(settings.report).absolute() if settings.report else None
         self._seconds = StageSeconds()
         self._passed_over: Counter[str] = Counter()
-        self._clock = clock
-        self._clock.start_up = clock.seconds
+        self._started = started
+        self._began = began
+        self._start_up = time.perf_counter() - began
         self._resumed, self._resumed_failed, self._pending = file.progress()
         if self._resumed and file.begun is not None:
             _logger.info(
@@ -328,10 +296,9 @@ class Classification:
             StorageError: rows cannot be written.
         """
         job, session, shown = self.job, self._session, self.show(progress)
-        threads = usable_cores() if session.device == "cpu" else 1
-        options = EngineOptions(job.batch_size, job.top_k, threads)
+        options = EngineOptions(job.batch_size, job.top_k, self._threads)
         digest = self._file.previous_digest if job.mode == "incremental" and job.previous_sha256 else None
-        shards = self._file.shards(self._files_after)
+        shards = self._file.shards(self._find)
         found = classify_shards(Path(job.root), shards, session, self._pool, options, self._seconds, digest)
         # Flushing a shard to the disk takes its time: in a thread, while the next one is under way.
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
@@ -348,7 +315,7 @@ class Classification:
                     shown.add(len(part.rows.paths), len(part.rows.errors))
             for future in unwritten:
                 future.result()
-        self._file.note_listed()
+        self._file.note("listed", 1)
 
     def plan(self) -> Iterator[tuple[Shard, list[str]]]:
         """Yield the shards that have no rows yet, to be done in other processes and added in any order.
@@ -358,10 +325,10 @@ class Classification:
         Raises:
             StorageError: they cannot be noted.
         """
-        for shard in self._file.shards(self._files_after):
+        for shard in self._file.shards(self._find):
             self._file.plan(shard)
             yield shard, [self._file.previous_digest(path) for path in shard.paths]
-        self._file.note_listed()
+        self._file.note("listed", 1)
 
     def add(self, shard: Shard, rows: Rows, seconds: StageSeconds) -> None:
         """Add the rows of a whole shard that another process has made.
@@ -393,28 +360,35 @@ class Classification:
             PredictionsError: another process has written a table of that name meanwhile.
             StorageError: something cannot be written.
         """
-        counts = self._file.counts()
+        settings, job, counts = self._settings, self.job, self._file.counts()
+        found, kinds, root, table = counts["found"], counts["error_kinds"], Path(self.job.root), Path(self.job.table)
         if self._passed_over:
             _logger.warning("%s", describe_passed_over(self._passed_over))
-        self._check_found(counts)
-        self._make_table()
-        summary = self._summarize(counts, self._sort())
-        if self._report is not None:
-            self._write_report(summary, self._report)
-        _logger.info("summary: %s", write_summary(summary, Path(self.job.table)))
-        self._file.remove()
-        return summary
-
-    def _check_found(self, counts: Counts) -> None:
-        """Refuse to make a table of nothing."""
-        settings, job, kinds = self._settings, self.job, counts.error_kinds
-        described = f"the list {settings.files}" if settings.files else escape_path(settings.folder)
-        if not counts.found and not settings.retry_failed:
+        if not found and not settings.retry_failed:
+            described = f"the list {settings.files}" if settings.files else escape_path(settings.folder)
             raise DatasetError(f"no file is left of {described}; check the patterns and the list")
         # Paths that come through a pipe are known only now.
-        if settings.files and kinds.get("not_found", 0) + kinds.get("not_a_file", 0) == counts.found:
+        if settings.files and kinds.get("not_found", 0) + kinds.get("not_a_file", 0) == found:
             self._file.remove()
-            raise no_listed_file(settings.files, Path(job.root), counts.first_errors[0].path)
+            raise no_listed_file(settings.files, root, counts["first_errors"][0].path)
+        self._make_table()
+        sorted_files = None
+        if settings.sort_into is not None:
+            rows, target = read_table(table, job.form), expand_path(settings.sort_into)
+            mark_target(target)
+            sorted_files = sort_files(rows, root, target, settings.min_probability)
+        summary = self._summarize(counts, sorted_files)
+        if self._report is not None:
+            from cnnpipe.classify.contact_sheet import write_report
+
+            rows, accuracy = read_table(table, job.form), self._session.info.test_accuracy
+            write_report(
+                rows, root, summary, self._report, job.min_probability, test_accuracy=accuracy,
+                replace=settings.replaces_output or self._file.begun is not None,
+            )  # fmt: skip
+        write_summary(summary, table)
+        self._file.remove()
+        return summary
 
     def _make_table(self) -> None:
         """Write the table and put it in place; its digest is noted before, so that a job that is resumed knows it."""
@@ -422,7 +396,7 @@ class Classification:
         write_table(unfinished, self.job.form, self._file.columns())
         digest = sha256_file(unfinished)
         replaces = self._settings.replaces_output or (table.is_file() and sha256_file(table) == digest)
-        self._file.note_table(digest)
+        self._file.note("table_sha256", digest)
         if replaces:  # a summary must never stand beside a table that it does not describe
             with storage_errors(summary_path(table)):
                 summary_path(table).unlink(missing_ok=True)
@@ -434,37 +408,19 @@ class Classification:
                 "run again with --overwrite to replace it: nothing has to be classified again"
             ) from error
 
-    def _sort(self) -> SortedFiles | None:
-        settings, job = self._settings, self.job
-        if settings.sort_into is None:
-            return None
-        rows, target = read_table(Path(job.table), job.form), expand_path(settings.sort_into)
-        mark_target(target)
-        return sort_files(rows, Path(job.root), target, settings.min_probability)
-
-    def _write_report(self, summary: ClassificationSummary, path: Path) -> None:
-        from cnnpipe.classify.contact_sheet import write_report
-
-        job, accuracy = self.job, self._session.info.test_accuracy
-        rows = read_table(Path(job.table), job.form)
-        replaces = self._settings.replaces_output or self._file.begun is not None
-        write_report(rows, Path(job.root), summary, path, job.min_probability, test_accuracy=accuracy, replace=replaces)
-
-    def _files_after(self, last: str | None, number: int) -> Iterator[str]:
+    def _find(self, last: str | None, number: int, passed_over: Counter[str] | None = None) -> Iterator[str]:
         """Yield the files after the `number`-th, which is `last`; all of them after None and 0.
 
         Raises:
             DatasetError: the folder or the list cannot be read.
             PredictionsError: the list is another one than before.
         """
-        return self._find(last, number, self._passed_over)
-
-    def _find(self, last: str | None, number: int, passed_over: Counter[str]) -> Iterator[str]:
         job = self.job
         wanted = FileFilter(job.include, job.exclude)
         if job.files is not None:
             return _skip(filter(wanted.admits, read_file_list(job.files)), last, number)
-        found = find_files(Path(job.root), after=last, passed_over=passed_over)
+        counted = self._passed_over if passed_over is None else passed_over
+        found = find_files(Path(job.root), after=last, passed_over=counted)
         if job.include or job.exclude:
             found = filter(wanted.admits, found)
         return _without_own(found, Path(job.root), [Path(job.table), *([self._report] if self._report else [])])
@@ -475,49 +431,35 @@ class Classification:
             return self._resumed + self._pending
         return 0 if self.job.files is not None else sum(1 for _ in self._find(None, 0, Counter()))
 
-    def _summarize(self, counts: Counts, sorted_files: SortedFiles | None) -> ClassificationSummary:
-        settings, session, job = self._settings, self._session, self.job
-        seconds = asdict(self._seconds)
+    def _summarize(self, counts: dict[str, Any], sorted_files: SortedFiles | None) -> ClassificationSummary:
+        settings, session, job, info = self._settings, self._session, self.job, self._session.info
+        seconds, total = asdict(self._seconds), time.perf_counter() - self._began
         num_new = self._file.progress()[0] - self._resumed
-        total = self._clock.seconds
-        threads = usable_cores() if session.device == "cpu" else 1
-        parallel = {"decode": self._pool.workers, "inference": threads}
-        elapsed = {stage: spent / parallel.get(stage, 1) for stage, spent in seconds.items()}
-        info = session.info
+        same = ("min_probability", "precision", "batch_size", "top_k", "safe_csv")
+        parallel = {"decode": self._pool.workers, "inference": self._threads}
         return ClassificationSummary(
+            **counts,
+            **{name: getattr(job, name) for name in same},
             table=escape_path(job.table),
             folder=escape_path(job.root),
-            found=counts.found,
-            ok=counts.ok,
-            error=counts.error,
             resumed=self._resumed,
-            unchanged=counts.unchanged,
-            uncertain=counts.uncertain,
-            min_probability=job.min_probability,
             passed_over=self._passed_over.total(),
-            failure_rate=counts.error / max(counts.found, 1),
+            failure_rate=counts["error"] / max(counts["found"], 1),
             max_failure_rate=settings.max_failure_rate,
-            classes=counts.labels,
-            error_kinds=counts.error_kinds,
-            first_errors=counts.first_errors,
-            images_per_second=num_new / max(total - self._clock.start_up, 1e-9),
+            images_per_second=num_new / max(total - self._start_up, 1e-9),
             images_per_second_with_start_up=num_new / total,
-            seconds=StageReport(total=total, start_up=self._clock.start_up, **seconds),
-            slowest_stage=max(elapsed, key=lambda stage: elapsed[stage]),
+            seconds=StageReport(total=total, start_up=self._start_up, **seconds),
+            slowest_stage=max(seconds, key=lambda stage: seconds[stage] / parallel.get(stage, 1)),
             device=session.device,
             provider=session.provider,
-            precision=job.precision,
             precision_reason=session.precision_reason,
-            batch_size=job.batch_size,
             workers=self._pool.workers,
-            threads=threads,
-            top_k=job.top_k,
-            safe_csv=job.safe_csv,
+            threads=self._threads,
             sorted_files=sorted_files,
             report=escape_path(str(self._report)) if self._report else None,
             model=ModelUsed(info.name, info.run_id, escape_path(job.model_path), session.model_sha256),
             versions=package_versions(_VERSIONS),
-            started=self._clock.started.isoformat(timespec="seconds"),
+            started=self._started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,17 +13,11 @@ from cnnpipe.errors import FailureBudgetError
 from cnnpipe.images.leftovers import summary_path
 from cnnpipe.storage import write_json
 
-__all__ = [
-    "ClassificationSummary",
-    "FailedFile",
-    "ModelUsed",
-    "StageReport",
-    "check_failure_rate",
-    "read_summary",
-    "write_summary",
-]
+__all__ = ["ClassificationSummary", "FailedFile", "ModelUsed", "StageReport", "check_failure_rate", "write_summary"]
 
 _COUNTS_SHOWN: Final = 10
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,25 +156,11 @@ def _list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in largest) + others
 
 
-def read_summary(table: Path) -> dict[str, Any] | None:
-    """Return the content of a table's summary; None if there is none, or it is not JSON."""
-    with suppress(OSError, ValueError):
-        content: dict[str, Any] = json.loads(summary_path(table).read_bytes())
-        return content
-    return None
-
-
-def write_summary(summary: ClassificationSummary, table: Path) -> Path:
-    """Write the summary beside the table, and return its path.
-
-    Args:
-        table: the table that is described; `summary.table` may be spelled in another way.
-    Raises:
-        StorageError: it cannot be written.
-    """
+def write_summary(summary: ClassificationSummary, table: Path) -> None:
+    """Write the summary beside its table (`summary.table` may be spelled in another way); raises StorageError."""
     path = summary_path(table)
     write_json(path, summary.to_json())
-    return path
+    _logger.info("summary: %s", path)
 
 
 def check_failure_rate(summary: ClassificationSummary) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import IO, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,11 @@ __all__ = ["Columns", "Prediction", "TableFormat", "read_table", "table_columns"
 
 _NEEDS_QUOTES: Final = re.compile('[",\r\n]')
 
-_FORMULA_SIGNS: Final = tuple("=+-@\t\r")
-"""First characters that make a spreadsheet compute a field.
+_FORMULA_SIGNS: Final = tuple("=+-@\t\r'")
+"""First characters that make a spreadsheet compute a field, and the apostrophe that prevents it.
 
 Source: https://owasp.org/www-community/attacks/CSV_Injection
 """
-
-_LEAST_ROUNDED: Final = 1e-12
 
 _ROWS_READ: Final = 16_384
 """Rows of a Parquet file that are read at a time."""
@@ -76,6 +74,11 @@ class Columns:
     """64 hexadecimal digits; None if the file could not be read."""
     model: str
 
+    @property
+    def statuses(self) -> list[str]:
+        """`ok` or `error`."""
+        return ["ok" if error is None else "error" for error in self.errors]
+
 
 @dataclass(frozen=True)
 class TableFormat:
@@ -105,17 +108,15 @@ def write_table(path: Path, form: TableFormat, groups: Iterable[Columns]) -> Non
     Raises:
         StorageError: the file cannot be written.
     """
-    with storage_errors(path):
+    with storage_errors(path), path.open("wb", buffering=2**20) as file:
         if form.suffix == ".parquet":
-            _write_parquet(path, form, groups)
+            _write_parquet(file, form, groups)
             return
+        if form.suffix == ".csv":
+            file.write((("\ufeff" if form.safe_csv else "") + ",".join(table_columns(form.top_k)) + "\n").encode())
         lines = _csv_lines if form.suffix == ".csv" else _json_lines
-        # UTF-8 whatever the locale, and the same line ends on every platform.
-        with path.open("w", encoding="utf-8", newline="", buffering=2**20) as file:
-            if form.suffix == ".csv":
-                file.write(("\ufeff" if form.safe_csv else "") + ",".join(table_columns(form.top_k)) + "\n")
-            for columns in groups:
-                file.write(lines(columns, form))
+        for columns in groups:
+            file.write(lines(columns, form).encode())
 
 
 def read_table(path: Path, form: TableFormat) -> Iterator[Prediction]:
@@ -124,9 +125,17 @@ def read_table(path: Path, form: TableFormat) -> Iterator[Prediction]:
     Raises:
         PredictionsError: the file cannot be read, or is not a table of cnnpipe with this many classes a row.
     """
+    read = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}[form.suffix]
     try:
-        for values in _READERS[form.suffix](path, form):
-            yield _prediction(values, form.top_k)
+        for values in read(path, form):
+            file, status, *likeliest, error, sha256, model = values
+            if status not in ("ok", "error") or len(likeliest) != 2 * form.top_k:
+                raise ValueError(f"not a row of a table: {values!r}")
+            labels, probabilities = likeliest[::2] * (status == "ok"), likeliest[1::2] * (status == "ok")
+            kind, _, message = (error or "").partition(": ")
+            yield Prediction(
+                file, status, tuple(labels), tuple(map(float, probabilities)), kind, message, sha256 or "", model
+            )
     except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
         raise PredictionsError(
             f"{path} cannot be read as a table of {form.top_k} classes a row: {one_line(error)}; "
@@ -134,51 +143,27 @@ def read_table(path: Path, form: TableFormat) -> Iterator[Prediction]:
         ) from error
 
 
-def _statuses(columns: Columns) -> list[str]:
-    return ["ok" if error is None else "error" for error in columns.errors]
-
-
-def _shortest_decimals(probabilities: npt.NDArray[np.float32]) -> list[str]:
-    """Return the decimals with the fewest digits that give each float32 back, as Python writes them.
-
-    Rounding whole columns in float64 is ten times as fast as printing float32: an integer of at most nine digits,
-    divided by a power of ten that float64 holds exactly, is the float64 nearest to that decimal.
-    """
-    exact = probabilities.astype(np.float64)
-    shortest = exact.copy()
-    left = np.abs(exact) >= _LEAST_ROUNDED  # smaller ones need powers of ten that float64 does not hold
-    small = ~left
-    for digits in range(6, 10):  # six digits always come back from a float32, and nine always lead to it
-        values = exact[left]
-        power = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
-        rounded = np.rint(values * power) / power
-        indices = np.flatnonzero(left)[rounded.astype(np.float32) == values]
-        shortest[indices] = rounded[rounded.astype(np.float32) == values]
-        left[indices] = False
-    others = np.flatnonzero(left | small)
-    # NumPy prints the shortest digits that tell a float32 from its neighbours; Python's float keeps them.
-    shortest[others] = probabilities[others].astype("U32").astype(np.float64)
-    return list(map(str, shortest.tolist()))
-
-
-def _text_columns(columns: Columns, encode: Callable[[Sequence[str | None]], list[str]]) -> list[list[str]]:
-    """Return all columns as text, in the order of `table_columns`.
+def _text_columns(columns: Columns, encode: Callable[[Sequence[str | None]], list[str]]) -> Iterator[tuple[str, ...]]:
+    """Yield rows of text, in the order of `table_columns`.
 
     Args:
         encode: turns a column of texts, with None for no value, into fields.
     """
+    import pyarrow as pa
+
     (nothing,) = encode([None])
     failed = [index for index, error in enumerate(columns.errors) if error is not None]
     likeliest: list[list[str]] = []
     for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
-        decimals = _shortest_decimals(probabilities)
+        # Arrow writes the fewest digits that give a float32 back, and Python's float keeps them.
+        shortest = pa.array(probabilities).cast(pa.string()).cast(pa.float64())
+        decimals = list(map(str, shortest.to_numpy().tolist()))
         for index in failed:
             decimals[index] = nothing
         likeliest += [encode(labels), decimals]
-    model = encode([columns.model]) * len(columns.paths)
-    texts = (columns.paths, _statuses(columns), columns.errors, columns.sha256)
+    texts = (columns.paths, columns.statuses, columns.errors, columns.sha256)
     path, status, error, sha256 = map(encode, texts)
-    return [path, status, *likeliest, error, sha256, model]
+    return zip(path, status, *likeliest, error, sha256, encode([columns.model]) * len(path), strict=True)
 
 
 def _csv_lines(columns: Columns, form: TableFormat) -> str:
@@ -190,18 +175,13 @@ def _csv_lines(columns: Columns, form: TableFormat) -> str:
 
     def encode(texts: Sequence[str | None]) -> list[str]:
         fields = [text or "" for text in texts]
-        if form.safe_csv:
-            fields = list(map(_defuse, fields))
+        if form.safe_csv:  # before an apostrophe too, so that it can be undone
+            fields = ["'" + field if field.startswith(_FORMULA_SIGNS) else field for field in fields]
         if _NEEDS_QUOTES.search("\0".join(fields)):  # hardly any column needs quotes, and there may be millions of rows
             fields = ['"' + text.replace('"', '""') + '"' if _NEEDS_QUOTES.search(text) else text for text in fields]
         return fields
 
-    return "\n".join(map(",".join, zip(*_text_columns(columns, encode), strict=True))) + "\n"
-
-
-def _defuse(text: str) -> str:
-    """Put an apostrophe before what a spreadsheet would compute; and before an apostrophe, so that it can be undone."""
-    return "'" + text if text.startswith((*_FORMULA_SIGNS, "'")) else text
+    return "\n".join(map(",".join, _text_columns(columns, encode))) + "\n"
 
 
 def _json_lines(columns: Columns, form: TableFormat) -> str:
@@ -211,10 +191,10 @@ def _json_lines(columns: Columns, form: TableFormat) -> str:
         return ["null" if text is None else encode_basestring(text) for text in texts]
 
     template = "{" + ", ".join(f'"{name}": %s' for name in table_columns(form.top_k)) + "}\n"
-    return "".join(map(template.__mod__, zip(*_text_columns(columns, encode), strict=True)))
+    return "".join(map(template.__mod__, _text_columns(columns, encode)))
 
 
-def _write_parquet(path: Path, form: TableFormat, groups: Iterable[Columns]) -> None:
+def _write_parquet(file: IO[bytes], form: TableFormat, groups: Iterable[Columns]) -> None:
     """Write typed columns: text, and float32 probabilities; only path, status and model are never null."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -222,29 +202,17 @@ def _write_parquet(path: Path, form: TableFormat, groups: Iterable[Columns]) -> 
     required = ("path", "status", "model")
     kinds = [(name, pa.float32() if name.startswith("prob") else pa.string()) for name in table_columns(form.top_k)]
     schema = pa.schema([pa.field(name, kind, nullable=name not in required) for name, kind in kinds])
-    # The file is opened here, so that what cannot be written is an OSError with a number.
-    with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for columns in groups:
-            failed = np.array([error is not None for error in columns.errors], bool)
+            failed = np.array(columns.statuses) == "error"
             likeliest: list[Any] = []
             for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
                 likeliest += [pa.array(labels, pa.string()), pa.array(probabilities, pa.float32(), mask=failed)]
             models = [columns.model] * len(columns.paths)
-            texts = (columns.paths, _statuses(columns), columns.errors, columns.sha256, models)
-            path_, status, error, sha256, model = (pa.array(column, pa.string()) for column in texts)
-            arrays = [path_, status, *likeliest, error, sha256, model]
+            texts = (columns.paths, columns.statuses, columns.errors, columns.sha256, models)
+            path, status, error, sha256, model = (pa.array(column, pa.string()) for column in texts)
+            arrays = [path, status, *likeliest, error, sha256, model]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-
-def _prediction(values: Sequence[Any], top_k: int) -> Prediction:
-    """Return the row of values in the order of `table_columns`."""
-    path, status, *likeliest, error, sha256, model = values
-    if status not in ("ok", "error") or len(likeliest) != 2 * top_k:
-        raise ValueError(f"not a row of a table: {values!r}")
-    kind, _, message = (error or "").partition(": ")
-    labels = tuple(likeliest[::2]) if status == "ok" else ()
-    probabilities = tuple(map(float, likeliest[1::2])) if status == "ok" else ()
-    return Prediction(path, status, labels, probabilities, kind, message, sha256 or "", model)
 
 
 def _read_csv(path: Path, form: TableFormat) -> Iterator[list[str]]:
@@ -276,10 +244,3 @@ def _read_parquet(path: Path, form: TableFormat) -> Iterator[Sequence[Any]]:
 def _check_columns(found: list[str], form: TableFormat) -> None:
     if found != table_columns(form.top_k):
         raise ValueError(f"its columns are {', '.join(found)[:100] or 'missing'}")
-
-
-_READERS: Final[dict[str, Callable[[Path, TableFormat], Iterator[Sequence[Any]]]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}

@@ -251,7 +251,7 @@ def test_safe_csv_disarms_formulas(images: Path, model: Path, tmp_path: Path) ->
     assert table.read_bytes().count(b"\xef\xbb\xbf") == 1
     refused = classify(images, "--model", model, "--output", tmp_path / "t.jsonl", "--safe-csv")
     assert refused.returncode == 2
-    assert "safe_csv is for a table that ends in .csv" in refused.stderr
+    assert "safe_csv needs a table that ends in .csv" in refused.stderr
 
 
 def test_failed_rows_are_tried_again_on_demand(images: Path, model: Path, tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ class FakePool(DecoderPool):
             yield DecodedChunk.of(files, np.zeros((kinds.count(""), *image_size, 3), np.uint8), 0.0)
 
 
-def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(session: ClassifierSession) -> None:
+def test_rows_of_failed_files_do_not_pile_up_after_a_batch_that_is_not_full(session: ClassifierSession) -> None:
     paths = [*(f"{number}.png" for number in range(5)), *(f"{number}.txt" for number in range(100_000))]
     pool, given, held = FakePool(100), 0, []
     found = classify_shards(Path(), iter([Shard(0, paths)]), session, pool, EngineOptions(64), StageSeconds())
@@ -350,7 +350,7 @@ def test_rows_of_failed_files_do_not_pile_up_behind_a_batch_that_is_not_full(ses
         held.append(pool.taken - given)
         given += len(part.rows.paths)
     assert given == pool.taken == 100_005
-    assert max(held) <= 5 + 2 * 4096 + 100
+    assert max(held) <= 5 + 6 * 4096 + 100
 
 
 def test_batches_end_at_the_same_files_whatever_the_chunks(
@@ -364,7 +364,7 @@ def test_batches_end_at_the_same_files_whatever_the_chunks(
         return run(images)
 
     monkeypatch.setattr(session, "run", run_and_note)
-    # A full batch, one that ends by its 4,097th failed file with an image behind it, and the rest.
+    # A full batch, one of 4,096 failed files, one that ends by its 4,096th failed file, and the rest.
     kinds = ["png"] * 64 + ["txt"] * 5000 + ["png"] * 3 + ["txt"] * 4090 + ["png"] + ["txt"] * 7 + ["png"] * 2
     paths = [f"{number:05}.{kind}" for number, kind in enumerate(kinds)]
     results = []
@@ -372,7 +372,7 @@ def test_batches_end_at_the_same_files_whatever_the_chunks(
         pool = FakePool(chunk_files)
         found = classify_shards(Path(), iter([Shard(0, paths)]), session, pool, EngineOptions(64), StageSeconds())
         results.append([row for part in found for row in rows_in(part.rows)])
-        assert sizes == [64, 4, 2]
+        assert sizes == [64, 3, 3]
         sizes.clear()
     assert [row.path for row in results[0]] == paths
     assert results[1:] == results[:1] * 3

@@ -105,7 +105,7 @@ def content(table: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def uninterrupted(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Return the bytes of the tables that nobody broke off."""
+    """Return the bytes of the tables that were made without an interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     for suffix in SUFFIXES:
         classify_folder(settings_for(images, model, folder / suffix[1:] / f"t{suffix}"), folder)
@@ -285,24 +285,19 @@ def test_without_an_output_a_half_done_table_of_other_settings_is_mentioned_and_
     assert classify_folder(settings_for(images, model, None), tmp_path).resumed > 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
+def test_other_settings_are_never_mixed_into_a_half_done_table(images: Path, model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    stop_after(settings_for(images, model, table), tmp_path, 3 * SHARD_SIZE)
+    others: list[tuple[dict[str, Any], str]] = [
         ({"top_k": 2}, "with top_k 1; now it is 2"),
         ({"shard_size": 8}, "with shard_size 16; now it is 8"),
         ({"batch_size": 7}, "with batch_size 16; now it is 7"),
         ({"include": ["*.png"]}, r"with include \(\); now it is \('\*\.png',\)"),
         ({"safe_csv": True}, "with safe_csv False; now it is True"),
-    ],
-)
-def test_other_settings_are_never_mixed_into_a_half_done_table(
-    images: Path, model: Path, tmp_path: Path, changes: dict[str, Any], told: str
-) -> None:
-    table = tmp_path / "t.csv"
-    stop_after(settings_for(images, model, table), tmp_path, 3 * SHARD_SIZE)
-    other = settings_for(images, model, table, **changes)
-    with pytest.raises(PredictionsError, match=rf"t\.csv\.job holds a classification that was interrupted, {told}"):
-        classify_folder(other, tmp_path)
+    ]
+    for changes, told in others:
+        with pytest.raises(PredictionsError, match=rf"t\.csv\.job holds a classification that was interrupted, {told}"):
+            classify_folder(settings_for(images, model, table, **changes), tmp_path)
     assert classify_folder(settings_for(images, model, table), tmp_path).resumed > 0
 
 
@@ -356,7 +351,7 @@ def test_files_that_came_or_went_before_the_break_do_not_shift_the_rest(
     assert content(tmp_path / "t.csv") == content(tmp_path / "whole" / "t.csv")
 
 
-def test_what_was_broken_off_is_dropped_where_it_is_not_to_be_resumed(
+def test_an_interrupted_job_is_dropped_where_it_is_not_to_be_resumed(
     images: Path, model: Path, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     table = tmp_path / "t.csv"
@@ -371,7 +366,7 @@ def test_what_was_broken_off_is_dropped_where_it_is_not_to_be_resumed(
     assert classify_folder(settings_for(images, model, None, resume=False), tmp_path).resumed == 0
 
 
-def test_trying_nothing_again_and_failing_behind_it_keeps_what_tells_of_the_table(
+def test_trying_nothing_again_and_failing_after_it_keeps_what_tells_of_the_table(
     images: Path, model: Path, tmp_path: Path
 ) -> None:
     good, table = Path(shutil.copytree(images, tmp_path / "good")), tmp_path / "t.csv"
@@ -443,7 +438,7 @@ def test_retry_failed_finds_names_that_are_not_utf8(model: Path, tmp_path: Path)
     assert {path: row["status"] for path, row in read_rows(table).items()} == {path: "ok", "caf\\xe9.png": "ok"}
 
 
-def test_retry_failed_that_is_broken_off_goes_on(own_images: Path, model: Path, tmp_path: Path) -> None:
+def test_retry_failed_that_is_interrupted_goes_on(own_images: Path, model: Path, tmp_path: Path) -> None:
     for number in range(3 * SHARD_SIZE):
         (own_images / f"x{number:02}.png").write_text("no image yet")
     table, whole = tmp_path / "a" / "t.csv", tmp_path / "b" / "t.csv"
@@ -476,7 +471,7 @@ def test_retry_failed_needs_the_table_and_its_model(images: Path, model: Path, t
 
 @pytest.mark.parametrize("changes", [{"retry_failed": True}, {"incremental": True}])
 def test_bringing_up_to_date_needs_a_table(images: Path, model: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs output, the table to bring up to date"):
+    with pytest.raises(ValueError, match="needs output: name the table to update"):
         settings_for(images, model, None, **changes)
 
 
@@ -542,7 +537,7 @@ def test_a_summary_that_does_not_name_the_model_is_one_of_another_version(
         classify_folder(settings, tmp_path)
 
 
-def test_incremental_with_another_model_classifies_everything_anew(
+def test_incremental_with_another_model_classifies_everything_again(
     images: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = tmp_path / "out" / "t.csv"
@@ -561,7 +556,7 @@ def test_too_many_classes_are_refused_before_anything_is_written(images: Path, m
 
 
 @pytest.mark.parametrize("mode", ["retry_failed", "incremental"])
-def test_broken_off_just_before_it_replaces_the_earlier_table_it_goes_on(
+def test_interrupted_just_before_it_replaces_the_previous_table_it_goes_on(
     own_images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     table = tmp_path / "t.csv"
@@ -572,7 +567,7 @@ def test_broken_off_just_before_it_replaces_the_earlier_table_it_goes_on(
     assert not (tmp_path / "t.csv.summary.json").exists()
     summary = classify_folder(settings, tmp_path)
     assert (summary.found, summary.error) == (NUM_FILES, 4)
-    expected = tmp_path / "anew" / "t.csv"
+    expected = tmp_path / "again" / "t.csv"
     classify_folder(settings_for(own_images, model, expected), tmp_path)
     assert content(table) == content(expected)
 
@@ -638,8 +633,7 @@ def test_rows_of_another_version_are_not_dropped_unasked(images: Path, model: Pa
         summary_of(table).unlink()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", ["folder", "text", "database"])
+@pytest.mark.parametrize(("kind", "overwrite"), [("folder", True), ("text", True), ("database", True), ("text", False)])
 def test_a_job_file_that_is_something_else_is_one_clear_line_and_stays(
     images: Path, model: Path, tmp_path: Path, kind: str, overwrite: bool
 ) -> None:

@@ -226,8 +226,8 @@ def test_incremental_and_retry_failed_work_as_without_dask(
     renewed = run_on_dask(settings.model_copy(update={"incremental": True}), tmp_path, two_workers.address)
     assert (renewed.result()["unchanged"], renewed.result()["error"]) == (NUM_FILES - 5, 4)
 
-    classify_folder(settings_for(own, model, tmp_path / "anew.csv"), tmp_path)
-    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "anew.csv").read_bytes()
+    classify_folder(settings_for(own, model, tmp_path / "again.csv"), tmp_path)
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "again.csv").read_bytes()
 
 
 def test_without_a_scheduler_a_cluster_is_started_on_this_machine_and_ended(
@@ -276,9 +276,7 @@ def test_a_scheduler_that_is_lost_in_the_middle_ends_the_run_with_one_line(
         threading.Thread(target=kill, daemon=True).start()
         state = run_on_dask(settings, tmp_path, lost.address)
 
-    with pytest.raises(
-        ServerError, match="the Dask scheduler was lost in the middle; the rows that are there are kept"
-    ):
+    with pytest.raises(ServerError, match="the connection to the Dask scheduler was lost; finished rows are kept"):
         state.result()
     summary = classify_folder(settings, tmp_path)
     assert summary.resumed >= 1500
@@ -291,7 +289,7 @@ def test_a_scheduler_that_is_lost_before_a_result_has_come_is_told() -> None:
     def result() -> None:
         raise CommClosedError("Connection reset by peer")
 
-    with pytest.raises(ServerError, match="the Dask scheduler was lost in the middle"):
+    with pytest.raises(ServerError, match="the connection to the Dask scheduler was lost"):
         dask._fetch_state(SimpleNamespace(result=result))
 
 
@@ -315,7 +313,7 @@ def connect(address: str) -> None:
 def test_a_worker_that_lacks_the_package_is_told(prefect_server: None, tmp_path: Path) -> None:
     hidden = tmp_path / "flows.py"  # found before the package, in the folder that the worker runs in
     hidden.write_text("")
-    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.classify'.*; install the same cnnpipe"
+    told = r"worker at tcp://.* cannot load cnnpipe: No module named 'flows\.classify_flow'.*; install the same cnnpipe"
     with Cluster(tmp_path).with_workers(1, tmp_path) as other, pytest.raises(ServerError, match=told):
         connect(other.address)
 
