@@ -60,11 +60,12 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
 def _lost_server(server: Server) -> Iterator[None]:
     """Turn the loss of the server, or of its database, into one line, as a ServerError."""
     import httpx
-    from prefect.exceptions import ObjectNotFound
+    from prefect.concurrency._errors import ConcurrencySlotAcquisitionError
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
     try:
         yield
-    except (httpx.TransportError, ObjectNotFound) as error:
+    except (httpx.TransportError, ObjectNotFound, PrefectHTTPStatusError, ConcurrencySlotAcquisitionError) as error:
         lost = isinstance(error, ObjectNotFound)
         problem = "does not know this run any more" if lost else f"has stopped answering ({one_line(error)})"
         raise ServerError(
