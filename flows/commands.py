@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnpipe.console import DEBUG_VARIABLE, field_lines, make_app, print_note, run_app, show_result
-from cnnpipe.errors import FailureBudgetError, ServerError, one_line
+from cnnpipe.errors import CnnpipeError, FailureBudgetError, ServerError, one_line
 from cnnpipe.nightly import prefect_home
 from flows.server import Server, ensure_server
 
@@ -60,14 +60,20 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
 def _lost_server(server: Server) -> Iterator[None]:
     """Turn the loss of the server, or of its database, into one line, as a ServerError."""
     import httpx
-    from prefect.concurrency._errors import ConcurrencySlotAcquisitionError
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.exceptions import ObjectNotFound
 
     try:
         yield
-    except (httpx.TransportError, ObjectNotFound, PrefectHTTPStatusError, ConcurrencySlotAcquisitionError) as error:
-        lost = isinstance(error, ObjectNotFound)
-        problem = "does not know this run any more" if lost else f"has stopped answering ({one_line(error)})"
+    except CnnpipeError:
+        raise
+    except Exception as error:
+        # Prefect raises some losses as errors of its own, such as a concurrency slot that it could not acquire.
+        losses = (httpx.HTTPError, ObjectNotFound)
+        lost = next((each for each in (error, error.__cause__, error.__context__) if isinstance(each, losses)), None)
+        if lost is None:
+            raise
+        unknown = isinstance(lost, ObjectNotFound)
+        problem = "does not know this run any more" if unknown else f"has stopped answering ({one_line(lost)})"
         raise ServerError(
             f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
             "finished work is kept; run the command again, which finds or starts a server"
