@@ -80,6 +80,7 @@ def test_the_same_seed_gives_the_same_weights(digits: PreparedDataset, tmp_path:
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_images_that_stay_on_the_device_give_the_same_weights(
     digits: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_with_a_time_budget_fewer_epochs_are_trained_and_the_rate_falls_to_zero(
     assert shown[-1][0] == shown[-1][1] == round(result.images_per_second * result.seconds)
 
 
+@pytest.mark.slow
 def test_measuring_the_pace_leaves_the_training_as_it_is(digits: PreparedDataset, tmp_path: Path) -> None:
     histories = []
     for max_minutes in (None, 1.0):
@@ -255,7 +257,7 @@ tf.config.threading.set_inter_op_parallelism_threads(1)  # refused once TensorFl
             {"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "torch"},
             {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "many"},
         ),
-        ({"floatx": "int8"}, {}),
+        pytest.param({"floatx": "int8"}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_settings_of_keras_in_a_home_or_the_environment_decide_nothing(
@@ -286,7 +288,7 @@ def test_the_summary_of_the_model_is_logged(
     assert "epoch 1/1" in caplog.text
 
 
-@pytest.mark.parametrize("preset", ["baseline", "fast"])
+@pytest.mark.parametrize("preset", ["baseline", pytest.param("fast", marks=pytest.mark.slow)])
 def test_what_is_trained_in_bfloat16_is_saved_in_float32(preset: str, digits: PreparedDataset, tmp_path: Path) -> None:
     train = TrainSettings.model_validate({"preset": preset, "epochs": 2, "precision": "bfloat16", "augment": False})
     result = train_model(RetrainSettings(train=train), digits, create_run(tmp_path, "digits"))
@@ -327,6 +329,7 @@ def test_a_cpu_computes_in_what_it_is_faster_in_unless_told_otherwise(
     ]
 
 
+@pytest.mark.slow
 def test_averages_of_weights_halve_the_part_of_each_earlier_epoch_and_leave_the_training_as_it_is(
     digits: PreparedDataset, tmp_path: Path
 ) -> None:
