@@ -29,7 +29,6 @@ from cnnpipe.console import (
 from cnnpipe.errors import RegistryError
 from cnnpipe.machine import describe_environment
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
-from cnnpipe.nightly import look_at_nightly, prefect_home
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
 app = make_app("Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.")
@@ -179,6 +178,7 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
 
     The exit status is 1 if a champion alias is broken.
     """
+    from cnnpipe.nightly import look_at_nightly, prefect_home
     from cnnpipe.session import device_report
 
     existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())

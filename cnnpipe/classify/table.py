@@ -149,15 +149,12 @@ def _text_columns(columns: Columns, encode: Callable[[Sequence[str | None]], lis
     Args:
         encode: turns a column of texts, with None for no value, into fields.
     """
-    import pyarrow as pa
-
     (nothing,) = encode([None])
     failed = [index for index, error in enumerate(columns.errors) if error is not None]
     likeliest: list[list[str]] = []
     for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
-        # Arrow writes the fewest digits that give a float32 back, and Python's float keeps them.
-        shortest = pa.array(probabilities).cast(pa.string()).cast(pa.float64())
-        decimals = list(map(str, shortest.to_numpy().tolist()))
+        # NumPy prints the fewest digits that give a float32 back, and Python's float keeps them.
+        decimals = list(map(str, np.asarray(probabilities, np.float32).astype("U32").astype(np.float64).tolist()))
         for index in failed:
             decimals[index] = nothing
         likeliest += [encode(labels), decimals]
