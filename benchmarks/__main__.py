@@ -44,7 +44,7 @@ def training(
     ] = _PRESETS,
     fraction: Annotated[
         list[float],
-        typer.Option("--share", min=0.01, help="Also train the first preset in this fraction of the tutorial's time."),
+        typer.Option("--fraction", min=0.01, help="Also train the first preset for this fraction of its time."),
     ] = _NO_FRACTIONS,
     data: DataOption = Path("data"),
 ) -> None:

@@ -143,7 +143,7 @@ class Job:
 
 @dataclass(frozen=True)
 class BegunJob:
-    """What a job file says of an interrupted classification."""
+    """Content of the job file of an interrupted classification."""
 
     job: Job
     table_sha256: str

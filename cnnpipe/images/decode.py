@@ -315,7 +315,7 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _image_error(error: Exception) -> ImageError:
     """Return a decoder's error with its kind; Pillow tells kinds of damage apart by their text only."""
     if isinstance(error, UnidentifiedImageError):
-        return ImageError("not_an_image", "no image format that can be read")
+        return ImageError("not_an_image", "not an image format that can be read")
     if isinstance(error, MemoryError):
         return ImageError("too_large", "not enough memory to unpack it")
     text = str(error).lower()

@@ -36,7 +36,7 @@ from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import storage_errors
 
 SPLITS: Final = ("train", "val", "test")
-"""What images are for: to learn from, to choose the checkpoint by, and to judge the model on."""
+"""Splits of a dataset: images to learn from, to choose the checkpoint by, and to judge the model on."""
 
 TRAIN: Final = 0
 VAL: Final = 1

@@ -111,7 +111,7 @@ class Models:
     network: keras.Model
     """The network that is saved: float32, for whole images."""
     saved: keras.Model
-    """What is written to the run: that network, or the average of it and of its mirror image."""
+    """The model written to the run: that network, or its average over views of an image."""
     batches: Batches
     """Training batches."""
     rate: TriangularRate | None

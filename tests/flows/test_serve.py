@@ -1,4 +1,4 @@
-"""What `make serve` offers: the deployments, their schedule and its timezone."""
+"""The offer of `make serve`: the deployments, their schedule and its timezone."""
 
 from __future__ import annotations
 

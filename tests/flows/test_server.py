@@ -150,7 +150,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def starts() -> list[dict[str, Any]]:
-    """What the two commands have answered that started the server of `place`."""
+    """Answers of the two commands that started the server of `place`."""
     return []
 
 

@@ -205,7 +205,7 @@ def odd_jpegs() -> dict[str, bytes]:
 
 
 def decode_by_the_rules(data: bytes, image_size: tuple[int, int]) -> RGBImage:
-    """What the docstring of `cnnpipe.images.decode` says of a JPEG file, by Pillow's front door and NumPy."""
+    """Decode a JPEG file as the docstring of `cnnpipe.images.decode` says, by Pillow's front door and NumPy."""
     height, width = image_size
     with Image.open(io.BytesIO(data)) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -99,7 +99,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 
 
 PIXELS = (b"IDAT", zlib.compress(bytes(9 * 28)))
-"""Of a PNG file of 9x9."""
+"""Pixels of a PNG file of 9x9, as a chunk."""
 
 OK = "ok"
 IMAGES = {

@@ -450,7 +450,7 @@ def spoil_all(root: Path) -> None:
         (only_files, "root holds no folders of images; need"),
         (remove_class, "need at least two classes, received only 'digit0'"),
         (empty_class, "class 'digit1' of .* has no images in train"),
-        (spoil_all, "none of the 60 files in .* can be read as an image; the first, digit0/000.png: no image format"),
+        (spoil_all, "none of the 60 files in .* can be read as an image; the first, digit0/000.png: not an image"),
         (other_class_in_test, r"class 'digit9' of .* is in test, but not in train"),
         (empty_test, "test holds no images in class folders"),
         (spoilt_test, "leaves no readable image for test"),
