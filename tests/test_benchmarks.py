@@ -115,6 +115,7 @@ def test_keras_labels_the_folder_as_cnnpipe_does(finished_run: Path, digits: Pre
     assert labels[0] == labels[1]
 
 
+@pytest.mark.slow
 def test_comparison_has_a_row_for_each_contender_and_the_limits(folder: Path, models: Models) -> None:
     contenders = [each for each in line_up(models)[0] if each.name in (CNNPIPE, *LOOPS, DATALOADER)]
     lines = compare_classification(folder, contenders, models, rounds=1)
@@ -128,6 +129,7 @@ def test_comparison_has_a_row_for_each_contender_and_the_limits(folder: Path, mo
         assert [line for line in lines if line.startswith(f"{DATALOADER}: left out")]
 
 
+@pytest.mark.slow
 def test_start_up_is_measured_on_one_image(folder: Path, models: Models) -> None:
     contenders = [contender_named(name, models) for name in (CNNPIPE, "one by one")]
     lines = compare_start_up(folder, contenders, rounds=1)
@@ -215,6 +217,7 @@ def test_tree_beyond_the_file_system_s_links_is_refused(
         memory.make_tree(folder, tmp_path / "tree", 41, memory.Layout.FLAT)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_and_the_tree_removed(folder: Path, models: Models, tmp_path: Path) -> None:
     lines = memory.measure_memory(folder, models, [30], [memory.Layout.FLAT], tmp_path / "scratch")
     row = [cell.strip() for cell in lines[2].split("|")[1:-1]]

@@ -56,7 +56,8 @@ def test_a_temperature_is_applied_to_each_view_before_their_mean() -> None:
     np.testing.assert_allclose(apply_temperature(softmax(logits), 1.0), softmax(logits).mean(axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("augment", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("augment", [True, False])
 def test_what_fast_keeps_is_as_certain_as_it_is_right(
     digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, augment: bool
 ) -> None:

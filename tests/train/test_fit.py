@@ -145,6 +145,7 @@ def test_measuring_the_pace_leaves_the_training_as_it_is(digits: PreparedDataset
     assert histories[0] == histories[1]
 
 
+@pytest.mark.slow
 def test_figures_of_an_epoch_of_two_image_sizes_are_over_all_its_images(
     digits: PreparedDataset, tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_cuda_without_a_gpu_is_refused(digits: PreparedDataset, tmp_path: Path) 
         train_model(RetrainSettings(train=TrainSettings(device="cuda")), digits, create_run(tmp_path, "digits"))
 
 
+@pytest.mark.slow
 def test_importing_keras_leaves_the_choice_of_devices_open() -> None:
     code = """
 import cnnpipe.train.backend
