@@ -56,7 +56,7 @@ serve: setup ## retrain every night and run what is ordered, until Ctrl-C (DATAS
 stop: setup ## stop the Prefect server and the scheduler of this project
 	@$(python) -m flows.server stop $(ARGS)
 
-in_parallel := --numprocesses auto --maxprocesses 4 --dist loadfile
+in_parallel := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## run the tests
 	@$(python) -m pytest $(in_parallel) $(ARGS)
