@@ -185,7 +185,7 @@ def silent_onnxruntime() -> Iterator[None]:
     try:
         yield
     finally:
-        onnxruntime.set_default_logger_severity(2)  # its default: warnings
+        onnxruntime.set_default_logger_severity(2)  # warnings, the default of a new process, which cannot be asked for
 
 
 def _open(model: Path, precision: _Wanted, threads: int, gpu: int | None) -> ClassifierSession:

@@ -154,7 +154,7 @@ def _text_columns(columns: Columns, encode: Callable[[Sequence[str | None]], lis
     likeliest: list[list[str]] = []
     for labels, probabilities in zip(columns.labels, columns.probabilities, strict=True):
         # NumPy prints the fewest digits that give a float32 back, and Python's float keeps them.
-        decimals = list(map(str, np.asarray(probabilities, np.float32).astype("U32").astype(np.float64).tolist()))
+        decimals = list(map(str, probabilities.astype("U32").astype(np.float64).tolist()))
         for index in failed:
             decimals[index] = nothing
         likeliest += [encode(labels), decimals]

@@ -29,7 +29,7 @@ from cnnpipe.export.graphs import end_in_float32, feed_pixels
 from cnnpipe.machine import find_processor
 from cnnpipe.manifest import INPUT_NAME, MODEL_FILES, ModelInfo, Precision
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.session import ClassifierSession, device_report, open_session
+from cnnpipe.session import ClassifierSession, device_report, open_session, silent_onnxruntime
 from cnnpipe.settings import ExportSettings
 from cnnpipe.storage import storage_errors, write_bytes
 from cnnpipe.train.networks import WHITENING_NAME
@@ -262,12 +262,11 @@ def _making(precision: str) -> Iterator[None]:
     quantizer_logger = logging.getLogger("onnxruntime.quantization")
     level = quantizer_logger.level
     quantizer_logger.setLevel(logging.CRITICAL)
-    onnxruntime.set_default_logger_severity(4)
     try:
-        yield
+        with silent_onnxruntime():
+            yield
     except _ERRORS as error:
         problem = f"this model cannot be made {precision}: {one_line(error)}"
         raise ModelError(f"{problem}; use --no-{precision}") from error
     finally:
-        onnxruntime.set_default_logger_severity(2)  # warnings, the default of a new process, which cannot be asked for
         quantizer_logger.setLevel(level)

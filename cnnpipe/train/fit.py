@@ -36,7 +36,7 @@ from cnnpipe.train.backend import (
 from cnnpipe.train.batches import Augmentation, Batches, ResidentImages, shrink, stay_on_device
 from cnnpipe.train.calibrate import apply_temperature, fit_temperature
 from cnnpipe.train.checkpoints import Checkpoints, Epochs, training_state
-from cnnpipe.train.networks import average_views, build_network, measure_input, prediction_views, set_temperature
+from cnnpipe.train.networks import View, average_views, build_network, measure_input, prediction_views, set_temperature
 from cnnpipe.train.optimizers import Muon, TriangularRate
 from cnnpipe.train.presets import Recipe, resolve_recipe, small_size
 from cnnpipe.train.schedule import Pace, Schedule, shorten
@@ -89,7 +89,7 @@ class TrainingResult:
     best_epoch: int
     """Number of the epoch whose weights are saved; the first is 1."""
     val_accuracy: float
-    """Validation accuracy of the saved weights, 0-1, in the training precision and without averaged mirror images."""
+    """Validation accuracy of the saved weights, 0-1, in the training precision and of the image alone, not averaged over views."""
     num_parameters: int
     """Number of parameters of the saved model."""
     seconds: float
@@ -111,7 +111,9 @@ class Models:
     network: keras.Model
     """The network that is saved: float32, for whole images."""
     saved: keras.Model
-    """The model written to the run: that network, or its average over views of an image."""
+    """The model written to the run: that network, or its average over `views`."""
+    views: list[View]
+    """Views of an image whose probabilities the saved model averages; one if it averages none."""
     batches: Batches
     """Training batches."""
     rate: TriangularRate | None
@@ -173,7 +175,7 @@ def train_model(
     if stopped is not None:
         logger.info("stopped after epoch %d: %s", len(epochs.rows), stopped)
     if recipe.calibrate:
-        _calibrate(models, run, recipe, dataset)
+        _calibrate(models, run, dataset)
     return TrainingResult(
         run=run,
         epochs=len(epochs.rows),
@@ -242,7 +244,7 @@ def build_models(recipe: Recipe, dataset: PreparedDataset, seed: int, device: st
     _compile(validated, recipe)
     views = prediction_views(size, flips=recipe.average_flips, shifts=recipe.average_shifts)
     saved = average_views(network, views) if len(views) > 1 else network
-    return Models(trained, steps, validated, network, saved, batches, rate)
+    return Models(trained, steps, validated, network, saved, views, batches, rate)
 
 
 def _training_batches(
@@ -532,15 +534,14 @@ def _save(model: keras.Model, path: Path) -> None:
         model.save(temporary)
 
 
-def _calibrate(models: Models, run: Path, recipe: Recipe, dataset: PreparedDataset) -> None:
+def _calibrate(models: Models, run: Path, dataset: PreparedDataset) -> None:
     """Save the best weights again, with the temperature that calibrates them on validation images."""
     models.saved.load_weights(run / "model.keras")
     step = math.ceil(dataset.num_images["val"] / _CALIBRATION_IMAGES)
     images, labels = dataset.images("val")[::step], dataset.labels("val")[::step]
-    views = prediction_views(dataset.image_size, flips=recipe.average_flips, shifts=recipe.average_shifts)
-    shown = (images[:, view.rows][:, :, view.columns] for view in views)
+    shown = (images[:, view.rows][:, :, view.columns] for view in models.views)
     probabilities = np.stack([predict_keras(models.network, each, _VAL_BATCH_SIZE) for each in shown])
-    weights = np.array([view.weight for view in views])
+    weights = np.array([view.weight for view in models.views])
     temperature = fit_temperature(probabilities, labels, weights)
     set_temperature(models.network, temperature)
     _save(models.saved, run / "model.keras")

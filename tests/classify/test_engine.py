@@ -180,18 +180,24 @@ def test_results_do_not_depend_on_the_timing(digits: Path, session: ClassifierSe
     assert classify(digits, session, workers=1) == classify(digits, session, workers=3)
 
 
-def test_last_batch_may_be_padded_to_a_fixed_shape(
-    digits: Path, session: ClassifierSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ClassifierSession, "wants_fixed_batch", True)
-    sizes: list[int] = []
+@pytest.fixture
+def sizes(session: ClassifierSession, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of images in each batch that the session runs."""
+    noted: list[int] = []
     run = session.run
 
     def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        sizes.append(len(images))
+        noted.append(len(images))
         return run(images)
 
     monkeypatch.setattr(session, "run", run_and_note)
+    return noted
+
+
+def test_last_batch_may_be_padded_to_a_fixed_shape(
+    digits: Path, session: ClassifierSession, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClassifierSession, "wants_fixed_batch", True)
     rows = classify(digits, session, EngineOptions(batch_size=64))
     assert len(rows) == 400
     assert set(sizes) == {64}
@@ -353,17 +359,7 @@ def test_rows_of_failed_files_do_not_pile_up_after_a_batch_that_is_not_full(sess
     assert max(held) <= 5 + 6 * 4096 + 100
 
 
-def test_batches_end_at_the_same_files_whatever_the_chunks(
-    session: ClassifierSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    run = session.run
-
-    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        sizes.append(len(images))
-        return run(images)
-
-    monkeypatch.setattr(session, "run", run_and_note)
+def test_batches_end_at_the_same_files_whatever_the_chunks(session: ClassifierSession, sizes: list[int]) -> None:
     # A full batch, one of 4,096 failed files, one that ends by its 4,096th failed file, and the rest.
     kinds = ["png"] * 64 + ["txt"] * 5000 + ["png"] * 3 + ["txt"] * 4090 + ["png"] + ["txt"] * 7 + ["png"] * 2
     paths = [f"{number:05}.{kind}" for number, kind in enumerate(kinds)]
@@ -436,15 +432,7 @@ def test_rows_of_a_shard_do_not_depend_on_what_is_classified_around_it(
     assert alone == {3: together[3]}
 
 
-def test_no_batch_spans_two_shards(session: ClassifierSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    run = session.run
-
-    def run_and_note(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        sizes.append(len(images))
-        return run(images)
-
-    monkeypatch.setattr(session, "run", run_and_note)
+def test_no_batch_spans_two_shards(session: ClassifierSession, sizes: list[int]) -> None:
     shards = [Shard(0, ["a.png"] * 5 + ["b.txt"]), Shard(1, ["b.txt"]), Shard(2, ["a.png"] * 9), Shard(3, ["a.png"])]
     rows = rows_of(classify_shards(Path(), iter(shards), session, FakePool(1000), EngineOptions(8), StageSeconds()))
     assert sizes == [5, 8, 1, 1]
