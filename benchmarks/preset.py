@@ -19,7 +19,7 @@ from cnnpipe.settings import RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras
 from cnnpipe.train.networks import build_network, measure_input
 from cnnpipe.train.presets import resolve_recipe, small_size
-from cnnpipe.train.run import train_run
+from cnnpipe.train.stage import train_run
 
 
 def main(prepared: Path, epochs: int, preset: str, seed: int, max_minutes: float | None = None) -> None:

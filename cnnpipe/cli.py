@@ -95,7 +95,7 @@ def train(
 ) -> None:
     """Prepare a dataset and train a network on it, in a new run folder."""
     from cnnpipe.prepare.dataset import prepare_dataset
-    from cnnpipe.train.run import train_run
+    from cnnpipe.train.stage import train_run
 
     with progress_bar() as progress:
         dataset = prepare_dataset(settings.prepare, data, progress=progress)

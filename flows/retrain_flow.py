@@ -85,7 +85,7 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
 @task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
     """Train a network; return the run folder."""
-    from cnnpipe.train.run import train_run
+    from cnnpipe.train.stage import train_run
 
     with progress_artifact("training-progress") as progress:
         result = train_run(settings, Path(prepared), expand_path(artifacts), progress)

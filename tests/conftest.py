@@ -48,7 +48,7 @@ def finished_run(digits: PreparedDataset, tmp_path_factory: pytest.TempPathFacto
     from cnnpipe.export.onnx import export_run
     from cnnpipe.plot.plots import plot_run
     from cnnpipe.promote.gate import conclude_run
-    from cnnpipe.train.run import train_run
+    from cnnpipe.train.stage import train_run
 
     artifacts = tmp_path_factory.mktemp("finished") / "artifacts"
     run = train_run(SETTINGS, digits.path, artifacts).run

@@ -25,7 +25,7 @@ from cnnpipe.settings import PromoteSettings, RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras
 from cnnpipe.train.checkpoints import Epochs, TrainingJob, open_training
 from cnnpipe.train.fit import TrainingResult
-from cnnpipe.train.run import train_run
+from cnnpipe.train.stage import train_run
 
 # Every kind of state: two image sizes, averaged weights, augmentation, a rate that changes.
 SETTINGS = RetrainSettings(train=TrainSettings(preset="fast", epochs=4, seed=3, average_weights=True))
@@ -35,7 +35,7 @@ DRIVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from cnnpipe.settings import RetrainSettings
-from cnnpipe.train.run import train_run  # once for all attempts: TensorFlow starts nothing yet
+from cnnpipe.train.stage import train_run  # once for all attempts: TensorFlow starts nothing yet
 from cnnpipe.train import checkpoints, fit  # once for all attempts: TensorFlow starts nothing yet
 
 settings = RetrainSettings.model_validate_json(sys.argv[1])

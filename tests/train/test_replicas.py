@@ -77,7 +77,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from cnnpipe.settings import RetrainSettings, TrainSettings
-from cnnpipe.train.run import train_run
+from cnnpipe.train.stage import train_run
 from cnnpipe.train.backend import keras
 
 (cpu,) = tf.config.list_physical_devices("CPU")

@@ -13,7 +13,7 @@ from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.promote.gate import conclude_run
 from cnnpipe.registry import champion_run
 from cnnpipe.settings import RetrainSettings
-from cnnpipe.train.run import train_run
+from cnnpipe.train.stage import train_run
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from tiny_models import write_digits
 
 from cnnpipe.prepare.dataset import prepare_dataset
 from cnnpipe.settings import PrepareSettings
-from cnnpipe.train.run import set_xla_flags
+from cnnpipe.train.stage import set_xla_flags
 
 CASES: Final[dict[str, dict[str, Any]]] = {
     "baseline": {"precision": "float32"},
@@ -36,7 +36,7 @@ OTHER_CASES: Final[dict[str, dict[str, Any]]] = {
 TRAIN: Final = """
 import json, sys
 from pathlib import Path
-from cnnpipe.train.run import set_xla_flags
+from cnnpipe.train.stage import set_xla_flags
 
 folder, prepared, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 set_xla_flags(folder / "compiled", "GPU of a test")
