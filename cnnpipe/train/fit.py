@@ -89,7 +89,7 @@ class TrainingResult:
     best_epoch: int
     """Number of the epoch whose weights are saved; the first is 1."""
     val_accuracy: float
-    """Validation accuracy of the saved weights, 0-1, in the training precision and of the image alone, not averaged over views."""
+    """Validation accuracy of the saved weights, 0-1, in the training precision and without averaged views."""
     num_parameters: int
     """Number of parameters of the saved model."""
     seconds: float
