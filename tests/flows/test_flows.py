@@ -437,10 +437,11 @@ def test_doctor_tells_a_night_that_failed_and_one_that_nobody_will_run(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
     flow_id = client.create_flow_from_name("retrain")
-    deployment = client.create_deployment(flow_id, "digits-nightly")
+    deployment, unnamed = (client.create_deployment(flow_id, name) for name in ("digits-nightly", "nightly"))
     failed = client.create_flow_run_from_deployment(deployment, state=Failed(message="no space"))
     soon: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1))
-    due = client.create_flow_run_from_deployment(deployment, state=soon)
+    for each in (deployment, unnamed):
+        client.create_flow_run_from_deployment(each, state=soon)
     home = tmp_path / ".prefect"
     server = server_pidfile(home)
     assert server.acquire()  # from here on this process counts as the server
@@ -449,9 +450,9 @@ def test_doctor_tells_a_night_that_failed_and_one_that_nobody_will_run(
         with mock.patch.dict(os.environ, {"PREFECT_HOME": str(home)}):
             problems = {check.name: check.line() for check in examine(tmp_path)[2] if not check.ok}
     finally:
-        client.delete_deployment(deployment)
-        for each in (failed, due):
-            client.delete_flow_run(each.id)
+        client.delete_flow_run(failed.id)
+        for each in (deployment, unnamed):
+            client.delete_deployment(each)
     assert sorted(problems) == ["last nights", "schedule"]
     assert re.match(
         rf"last nights: {failed.name} Failed; look at http\S+/runs/flow-run/{failed.id}", problems["last nights"]
