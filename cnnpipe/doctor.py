@@ -5,7 +5,6 @@ Each check returns what it found. If something is wrong, it raises an error whos
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 from cnnpipe import registry
 from cnnpipe.errors import CnnpipeError, ProviderError, RegistryError, ServerError, StorageError, one_line
-from cnnpipe.machine import ask_driver, describe_environment, usable_cores, usable_memory
+from cnnpipe.machine import ask_driver, describe_environment, package_versions, usable_cores, usable_memory
 from cnnpipe.manifest import digest_files, read_manifest
 from cnnpipe.nightly import Nightly, http_client, look_at_nightly, prefect_home, server_log
 
@@ -31,7 +30,6 @@ _MIN_MEMORY_BYTES: Final = 2_000_000_000
 """Bytes of memory below which training may be killed: TensorFlow alone takes about 700 MB."""
 
 _PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
-_NEW_VENV: Final = "delete .venv and run `make setup`"
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,10 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
         except CnnpipeError as error:
             text, _, fix = str(error).rpartition("; ")
             checks.append(Check(name, False, text, fix))
+        except OSError as error:
+            checks.append(Check(name, False, one_line(error), "check the file, its permissions and the disk"))
+        except metadata.PackageNotFoundError as error:
+            checks.append(Check(name, False, f"{error.name} is not installed", "delete .venv and run `make setup`"))
 
     check("python", _check_python)
     check("packages", _check_packages)
@@ -91,43 +93,32 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
 
 
 def _check_python() -> str:
-    version = sys.version.split()[0]
-    if sys.maxsize < 2**32:
-        raise CnnpipeError(f"{version} has 32 bits, and TensorFlow needs 64; name another: make setup PYTHON=python3")
-    return f"{version}, 64 bits"
+    bits = 64 if sys.maxsize > 2**32 else 32
+    if bits == 32:
+        raise CnnpipeError("it has 32 bits, and TensorFlow needs 64; name another: make setup PYTHON=python3")
+    return f"{sys.version.split()[0]}, {bits} bits"
 
 
 def _check_packages() -> str:
-    """Compare what is installed with what cnnpipe requires, and its files with those that were installed."""
+    """Compare the versions that are installed with those that cnnpipe, and TensorFlow on a GPU, require."""
     from packaging.requirements import Requirement  # onnxruntime and prefect require it
 
-    wanted = [("cnnpipe", "")] + ([("tensorflow", "and-cuda")] if ask_driver().gpus else [])
-    wrong, count = [], 0
-    for owner, extra in wanted:
-        try:
-            requirements = [Requirement(text) for text in metadata.requires(owner) or ()]
-        except metadata.PackageNotFoundError as error:
-            raise CnnpipeError(f"{owner} is not installed; {_NEW_VENV}") from error
-        for each in requirements:
+    owners = {"cnnpipe": "", "tensorflow": "and-cuda"} if ask_driver().gpus else {"cnnpipe": ""}
+    wrong, right = [], 0
+    for owner, extra in owners.items():
+        for text in metadata.requires(owner) or ():
+            each = Requirement(text)
             if each.marker is None or each.marker.evaluate({"extra": extra}):
-                count += 1
-                wrong += _package_problem(each.name, each.specifier)
+                installed = package_versions((each.name,)).get(each.name)
+                if installed and each.specifier.contains(installed, prereleases=True):
+                    right += 1
+                else:
+                    wrong.append(f"{each.name}{each.specifier} is required, {installed or 'none'} is installed")
     if wrong:
-        raise CnnpipeError(f"{', '.join(wrong)}; {_NEW_VENV}{' with CUDA=1' if len(wanted) > 1 else ''}")
-    return f"{count} as required, none damaged"
-
-
-def _package_problem(name: str, specifier: Any) -> list[str]:
-    try:
-        package = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return [f"{name} is missing"]
-    if not specifier.contains(package.version, prereleases=True):
-        return [f"{name} is {package.version}, not {specifier}"]
-    names = (row[0] for row in csv.reader((package.read_text("RECORD") or "").splitlines()) if row)
-    folder = str(package.locate_file(""))  # joined as text: TensorFlow alone has 20,000 files
-    lost = [name for name in names if not (name.endswith(".pyc") or os.path.exists(f"{folder}/{name}"))]  # noqa: PTH110
-    return [f"{name} lacks {lost[0]}" + (f" and {len(lost) - 1} more files" if lost[1:] else "")] if lost else []
+        raise CnnpipeError(
+            f"{', '.join(wrong)}; delete .venv and run `make setup{' CUDA=1' if len(owners) > 1 else ''}`"
+        )
+    return f"{right} as required"
 
 
 def _check_onnxruntime(devices: dict[str, Any]) -> str:
@@ -136,7 +127,7 @@ def _check_onnxruntime(devices: dict[str, Any]) -> str:
         from cnnpipe.session import device_report, try_provider
     except ImportError as error:
         devices["problem"] = f"onnxruntime cannot be loaded: {one_line(error)}"
-        raise ProviderError(f"{devices['problem']}; {_NEW_VENV}") from error
+        raise ProviderError(f"{devices['problem']}; delete .venv and run `make setup`") from error
     devices |= device_report()
     return f"{devices['onnxruntime']}, a model runs on {try_provider(None)}"
 

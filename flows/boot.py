@@ -57,36 +57,24 @@ _COMPOSE: Final = """\
 # Written by `python -m flows.boot compose`.
 services:
   cnnpipe:
-    build:
-      context: {context}
-      dockerfile: {dockerfile}
-      args:
-        LOCK: requirements.lock
+    build: {{context: {context}, dockerfile: {dockerfile}, args: {{LOCK: requirements.lock}}}}
     # NVIDIA GPU, with the NVIDIA Container Toolkit: requirements-cuda.lock above, and this:
     # deploy: {{resources: {{reservations: {{devices: [{{driver: nvidia, count: all, capabilities: [gpu]}}]}}}}}}
     command: {command}
-    user: "{uid}:{gid}"
     init: true
     restart: unless-stopped
-    # flows.serve ends the runs under way within 60 s.
     stop_grace_period: 90s
     # The server listens on 127.0.0.1 of this machine, as without a container. Docker Desktop: allow host networking.
     network_mode: host
-    environment:
-      TZ: {timezone}
+    user: "{uid}:{gid}"
+    environment: {{TZ: {timezone}}}
     # Passwords and other variables, one NAME=value a line.
-    env_file:
-      - path: {environment}
-        required: false
+    env_file: [{{path: {environment}, required: false}}]
     # Every path is the same inside, because runs and champions record where their images are.
     working_dir: {folder}
     volumes:
 {volumes}
-    healthcheck:
-      test: {health}
-      interval: 5m
-      timeout: 1m
-      start_period: 5m
+    healthcheck: {{test: {health}, interval: 5m, timeout: 1m, start_period: 5m}}
 """
 
 _DOCKERFILE: Final = """\
@@ -105,15 +93,7 @@ USER 1000:1000
 CMD ["cnnpipe", "--help"]
 """
 
-_IGNORE: Final = """\
-*
-!requirements*.lock
-!pyproject.toml
-!README.md
-!cnnpipe
-!flows
-**/__pycache__
-"""
+_IGNORE: Final = "*\n!requirements*.lock\n!pyproject.toml\n!README.md\n!cnnpipe\n!flows\n**/__pycache__\n"
 
 app = make_app("Write the files that start `python -m flows.serve` after every boot.")
 
@@ -131,15 +111,8 @@ def _check(words: list[str]) -> list[str]:
 
 
 ServeArguments = Annotated[
-    list[str],
-    typer.Argument(
-        default_factory=list,
-        callback=_check,
-        metavar="[DATASET] [OPTIONS]",
-        help="Dataset and options of `python -m flows.serve`.",
-        show_default=False,
-    ),
-]
+    list[str], typer.Argument(default_factory=list, callback=_check, metavar="[DATASET] [OPTIONS]", show_default=False,
+                              help="Dataset and options of `python -m flows.serve`.")]  # fmt: skip
 FolderOption = Annotated[Path, typer.Option(help="Folder for the files.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 _PASS_ON: Final = {"ignore_unknown_options": True}
@@ -160,15 +133,12 @@ def systemd(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
         target="multi-user.target" if is_root else "default.target",
     )
     _write({target: unit}, overwrite)
-    units = "/etc/systemd/system" if is_root else "~/.config/systemd/user"
-    control = "systemctl" if is_root else "systemctl --user"
-    steps = [
-        f"install -D -m 644 -t {units} {shlex.quote(str(target))}",
-        f"{control} daemon-reload && {control} enable --now cnnpipe",
-        "" if is_root else "loginctl enable-linger",
-        f"journal{control.removeprefix('system')} --unit cnnpipe --follow",
-    ]
-    typer.echo("\n".join(filter(None, steps)))
+    units, user = ("/etc/systemd/system", "") if is_root else ("~/.config/systemd/user", " --user")
+    typer.echo(f"install -D -m 644 -t {units} {shlex.quote(str(target))}")
+    typer.echo(f"systemctl{user} daemon-reload && systemctl{user} enable --now cnnpipe")
+    if not is_root:
+        typer.echo("loginctl enable-linger  # start at boot, not at your login")
+    typer.echo(f"journalctl{user} --unit cnnpipe --follow")
 
 
 @app.command(context_settings=_PASS_ON)
@@ -181,20 +151,17 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
     named = {expand_path(value).resolve() for value in values if value}  # a dataset, a settings file
     readable = {path for path in named if path.exists()} - {data, artifacts}
     volumes = [(path, "") for path in (data, artifacts)] + [(path, ", read_only: true") for path in sorted(readable)]
-    owner = here.stat()
+    mount = "      - {{type: bind, source: {0}, target: {0}{1}}}"
     text = _COMPOSE.format(
         context=_quote_for_compose(Path(flows.__file__).parents[1]),
         dockerfile=_quote_for_compose(place / "Dockerfile"),
         command=_quote_for_compose("python", "-m", "flows.serve", *words),
-        uid=owner.st_uid,
-        gid=owner.st_gid,
+        uid=here.stat().st_uid,
+        gid=here.stat().st_gid,
         timezone=_quote_for_compose(options.get("timezone") or local_timezone()),
         environment=_quote_for_compose(here / _ENVIRONMENT_FILE),
         folder=_quote_for_compose(here),
-        volumes="\n".join(
-            f"      - {{type: bind, source: {_quote_for_compose(path)}, target: {_quote_for_compose(path)}{more}}}"
-            for path, more in volumes
-        ),
+        volumes="\n".join(mount.format(_quote_for_compose(path), more) for path, more in volumes),
         health=_quote_for_compose("CMD", "cnnpipe", "doctor", "--artifacts", artifacts),
     )
     files = {
