@@ -19,6 +19,7 @@ import flows
 from cnnpipe.console import command, make_app, run_app
 from cnnpipe.errors import AlreadyThereError, UsageError
 from cnnpipe.paths import escape_path, expand_path
+from cnnpipe.settings import read_toml
 from cnnpipe.storage import make_folder, write_text
 from flows.serve import _serve, local_timezone
 from flows.server import _PREFECT_ENVIRONMENT
@@ -148,9 +149,11 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
     options, here, place = _parse(words), Path.cwd(), folder.resolve()
     data, artifacts = (make_folder(expand_path(options[name]).resolve()) for name in ("data", "artifacts"))
     values = [word.partition("=")[2] if word.startswith("-") else word for word in words]
-    named = {expand_path(value).resolve() for value in values if value}  # a dataset, a settings file
-    readable = {path for path in named if path.exists()} - {data, artifacts}
-    volumes = [(path, "") for path in (data, artifacts)] + [(path, ", read_only: true") for path in sorted(readable)]
+    values += _datasets(read_toml(expand_path(options["config"])) if options.get("config") else {})
+    readable = {path for value in values if value and (path := expand_path(value).resolve()).exists()}
+    volumes = [(path, "") for path in (data, artifacts)] + [
+        (path, ", read_only: true") for path in sorted(readable - {data, artifacts})
+    ]
     mount = "      - {{type: bind, source: {0}, target: {0}{1}}}"
     text = _COMPOSE.format(
         context=_quote_for_compose(Path(flows.__file__).parents[1]),
@@ -172,6 +175,12 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
     _write(files, overwrite)
     docker = f"docker compose --file {shlex.quote(str(place / 'compose.yaml'))}"
     typer.echo(f"{docker} up --build --detach\n{docker} logs --follow\n{docker} down")
+
+
+def _datasets(table: dict[str, Any]) -> list[str]:
+    """Return the datasets that a settings file names, in any of its tables."""
+    inner = [name for value in table.values() if isinstance(value, dict) for name in _datasets(value)]
+    return inner + [str(value) for key, value in table.items() if key == "dataset"]
 
 
 def _write(files: dict[Path, str], overwrite: bool) -> None:

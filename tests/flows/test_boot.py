@@ -109,6 +109,14 @@ def test_container_runs_serve_on_the_same_paths_with_the_options_as_they_are(clo
     assert (service["restart"], service["network_mode"]) == ("unless-stopped", "host")
 
 
+def test_container_has_the_datasets_that_a_settings_file_names(clone: Path) -> None:
+    (clone / "nightly.toml").write_text("[prepare]\ndataset = 'photos of cats'\n")
+    (clone / "photos of cats").mkdir()
+    assert write("compose", "--config", "nightly.toml", "--timezone", "Europe/Rome").exit_code == 0
+    read_only = [each["source"].replace("$$", "$") for each in service_of(clone)["volumes"] if each.get("read_only")]
+    assert read_only == [f"{clone}/nightly.toml", f"{clone}/photos of cats"]
+
+
 def test_image_has_the_locked_packages_and_the_program_and_no_secret(clone: Path) -> None:
     assert write("compose").exit_code == 0
     build = service_of(clone)["build"]
