@@ -99,16 +99,18 @@ _IGNORE: Final = "*\n!requirements*.lock\n!pyproject.toml\n!README.md\n!cnnpipe\
 app = make_app("Write the files that start `python -m flows.serve` after every boot.")
 
 
-def _parse(words: list[str]) -> dict[str, Any]:
+def _parse(words: list[str]) -> typer.Context:
     """Return the values of the dataset and the options of `flows.serve`; a wrong option ends the command."""
     serve = typer.Typer()
     serve.command()(_serve)
-    return typer.main.get_command(serve).make_context("python -m flows.serve", [*words]).params
+    return typer.main.get_command(serve).make_context("python -m flows.serve", [*words])  # type: ignore[return-value]
 
 
 def _check(words: list[str]) -> list[str]:
-    _parse(words)
-    return words
+    """Return the words with the folders that are in the environment, which a service does not have."""
+    context = _parse(words)
+    source = {name: context.get_parameter_source(name) for name in ("data", "artifacts")}
+    return [*words, *(f"--{name}={context.params[name]}" for name, each in source.items() if "ENV" in str(each))]
 
 
 ServeArguments = Annotated[
@@ -146,8 +148,8 @@ def systemd(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
 @command
 def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: OverwriteOption = False) -> None:
     """Write a compose file, and the Dockerfile of its image."""
-    options, here, place = _parse(words), Path.cwd(), folder.resolve()
-    data, artifacts = (make_folder(expand_path(options[name]).resolve()) for name in ("data", "artifacts"))
+    options, here, place = _parse(words).params, Path.cwd(), folder.resolve()
+    data, artifacts = (expand_path(options[name]).resolve() for name in ("data", "artifacts"))
     values = [word.partition("=")[2] if word.startswith("-") else word for word in words]
     values += _datasets(read_toml(expand_path(options["config"])) if options.get("config") else {})
     readable = {path for value in values if value and (path := expand_path(value).resolve()).exists()}
@@ -173,6 +175,8 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
         place / "Dockerfile.dockerignore": _IGNORE,
     }
     _write(files, overwrite)
+    for path in (data, artifacts):  # Docker would make them root's
+        make_folder(path)
     docker = f"docker compose --file {shlex.quote(str(place / 'compose.yaml'))}"
     typer.echo(f"{docker} up --build --detach\n{docker} logs --follow\n{docker} down")
 
@@ -190,8 +194,7 @@ def _write(files: dict[Path, str], overwrite: bool) -> None:
     for path, text in files.items():
         write_text(path, text, replace=overwrite)
         typer.echo(f"# wrote {path}")
-    own = ("PREFECT_", "CNNPIPE_")
-    if names := sorted(name for name in os.environ if name.startswith(own) and name not in _PREFECT_ENVIRONMENT):
+    if names := sorted(name for name in os.environ.keys() - _PREFECT_ENVIRONMENT if name.startswith("PREFECT_")):
         typer.echo(f"# write those that it needs into {Path.cwd() / _ENVIRONMENT_FILE}: {', '.join(names)}")
 
 

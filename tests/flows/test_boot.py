@@ -161,6 +161,17 @@ def test_variables_of_this_shell_that_the_files_lack_are_named_without_their_val
     assert "secret" not in result.stdout + (clone / "cnnpipe.service").read_text()
 
 
+def test_folders_that_the_environment_names_become_options(clone: Path) -> None:
+    os.environ["CNNPIPE_ARTIFACTS"] = str(clone / "models")
+    for kind in ("systemd", "compose"):
+        assert write(kind, "digits", "--data", "d", "--timezone", "UTC").exit_code == 0
+    options = ["digits", "--data", "d", "--timezone", "UTC", f"--artifacts={clone}/models"]
+    assert words_of(unit_of(clone)["ExecStart"])[3:] == options
+    assert [word.replace("$$", "$") for word in service_of(clone)["command"]][3:] == options
+    mounted = {each["source"].replace("$$", "$"): each.get("read_only", False) for each in service_of(clone)["volumes"]}
+    assert mounted == {f"{clone}/d": False, f"{clone}/models": False}
+
+
 def test_a_folder_that_the_files_cannot_name_is_refused(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = clone / "two\nlines"
     folder.mkdir()
@@ -169,4 +180,4 @@ def test_a_folder_that_the_files_cannot_name_is_refused(clone: Path, monkeypatch
         result = write(kind)
         assert result.exit_code == 2
         assert "must be printable text here" in result.stderr
-    assert not list(folder.glob("*.*"))
+    assert not list(folder.iterdir())
