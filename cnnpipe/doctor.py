@@ -221,12 +221,13 @@ def _check_schedule(nightly: Nightly, log: Path) -> str:
 
 
 def _check_nights(nightly: Nightly) -> str:
-    """Tell how the last run of each schedule ended, if the server tells."""
+    """Tell how the last run of each schedule ended, or that it is late: nothing executes it."""
     import httpx
 
     if not nightly.healthy:
         return "not known without a server"
-    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    types, names = ["COMPLETED", "FAILED", "CRASHED"], ["Late"]
+    ended = {"state": {"operator": "or_", "type": {"any_": types}, "name": {"any_": names}}}
     filters = {"flows": {"name": {"any_": ["retrain"]}}, "deployments": {"name": {"like_": "nightly"}}}
     body = {"flow_runs": ended, **filters, "sort": "EXPECTED_START_TIME_DESC", "limit": 100}
     try:
