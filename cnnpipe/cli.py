@@ -5,8 +5,6 @@ Each command imports its stage only when it runs, so `cnnpipe classify` loads no
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +24,7 @@ from cnnpipe.console import (
     show_result,
     table_lines,
 )
-from cnnpipe.errors import RegistryError
-from cnnpipe.machine import describe_environment
+from cnnpipe.errors import CnnpipeError, RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
@@ -174,32 +171,20 @@ def classify(settings: ClassifySettings, artifacts: ArtifactsOption = _ARTIFACTS
 @app.command()
 @command
 def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Show versions, devices, disk, champions and the nightly schedule.
+    """Check this machine, the champions, the server and the nightly schedule, and say how to fix what is wrong.
 
-    The exit status is 1 if a champion alias is broken.
+    The exit status is 1 if anything is wrong.
     """
-    from cnnpipe.nightly import look_at_nightly, prefect_home
-    from cnnpipe.session import device_report
+    from cnnpipe.doctor import examine
 
-    existing = next(folder for folder in (artifacts.resolve(), *artifacts.resolve().parents) if folder.is_dir())
-    champions, problems = registry.list_champions(artifacts)
-    nightly = look_at_nightly(prefect_home(artifacts))
-    report = {
-        **describe_environment(),
-        "devices": device_report(),
-        "artifacts": {
-            "path": str(artifacts.resolve()),
-            "writable": (artifacts.is_dir() or not artifacts.exists()) and os.access(existing, os.W_OK),
-            "free_gigabytes": round(shutil.disk_usage(existing).free / 1e9, 1),
-            "champions": champions,
-            "problems": problems,
-        },
-    }
-    lines = field_lines({**report, "nightly": nightly.shown()})
-    status = "failed" if problems else "ok"
-    show_result({**report, "nightly": asdict(nightly)}, lines, as_json=as_json, status=status)
-    if problems:
-        error = RegistryError("; ".join(problems.values()))
+    report, nightly, checks = examine(artifacts)
+    wrong = [check.line() for check in checks if not check.ok]
+    lines = [f"{'ok' if check.ok else 'problem'}: {check.line()}" for check in checks]
+    shown = field_lines({**report, "nightly": nightly.shown() if nightly else "unknown"})
+    values = {**report, "nightly": nightly and asdict(nightly), "checks": [asdict(check) for check in checks]}
+    show_result(values, [*shown, *lines], as_json=as_json, status="failed" if wrong else "ok")
+    if wrong:
+        error = CnnpipeError("; ".join(wrong))
         error.follows_result = True
         raise error
 

@@ -178,6 +178,26 @@ def device_report() -> dict[str, Any]:
     }
 
 
+def try_provider(gpu: int | None) -> str:
+    """Run a model of one operator on a GPU, or on the CPU if `gpu` is None, and return the provider that ran it.
+
+    Raises:
+        ProviderError: it cannot be run there.
+    """
+    identity = (
+        b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
+        b"\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+    )  # y = x, float32 (1,), in the format of onnx.proto
+    try:
+        session = _create(identity, 1, gpu)
+        session.run(["y"], {"x": np.ones(1, np.float32)})
+    except _SESSION_ERRORS as error:
+        raise ProviderError(f"onnxruntime cannot run a model: {_one_line(error)}; see docs/gpu.md") from error
+    if gpu is not None and session.get_providers()[0] != CUDA:
+        raise ProviderError("onnxruntime refuses CUDA without a reason; see docs/gpu.md")
+    return str(session.get_providers()[0])
+
+
 @contextlib.contextmanager
 def silent_onnxruntime() -> Iterator[None]:
     """Keep onnxruntime's own lines off stderr inside the block, where its exceptions say the same in one line."""

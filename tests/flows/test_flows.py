@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 from uuid import UUID
 
 import numpy as np
@@ -37,12 +38,14 @@ from prefect.client.schemas.filters import (
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL
-from prefect.states import AwaitingRetry, Completed, Pending, Running
+from prefect.states import AwaitingRetry, Completed, Failed, Late, Pending, Running, Scheduled
 from tiny_models import write_digits, write_model
 
 import flows.classify_flow
 from cnnpipe.classify.run import classify_folder
+from cnnpipe.doctor import examine
 from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
+from cnnpipe.nightly import server_pidfile
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.registry import champion_run, list_runs
@@ -428,3 +431,31 @@ def test_progress_that_cannot_be_sent_ends_no_work_and_is_logged_once(
 
     assert work() == "done"
     assert caplog.text.count("the server does not take the progress of this run: no route to the server") == 1
+
+
+def test_doctor_tells_a_night_that_failed_and_one_that_nobody_will_run(
+    client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    flow_id = client.create_flow_from_name("retrain")
+    deployment, unnamed = (client.create_deployment(flow_id, name) for name in ("digits-nightly", "nightly"))
+    failed = client.create_flow_run_from_deployment(deployment, state=Failed(message="no space"))
+    soon: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1))
+    for each in (deployment, unnamed):
+        client.create_flow_run_from_deployment(each, state=soon)
+    late = client.create_flow_run_from_deployment(unnamed, state=Late(scheduled_time=datetime.now(UTC)))
+    home = tmp_path / ".prefect"
+    server = server_pidfile(home)
+    assert server.acquire()  # from here on this process counts as the server
+    try:
+        server.write(os.getpid(), PREFECT_API_URL.value() or "")
+        with mock.patch.dict(os.environ, {"PREFECT_HOME": str(home)}):
+            problems = {check.name: check.line() for check in examine(tmp_path)[2] if not check.ok}
+    finally:
+        client.delete_flow_run(failed.id)
+        for each in (deployment, unnamed):
+            client.delete_deployment(each)
+    assert sorted(problems) == ["last nights", "schedule"]
+    told, links = problems["last nights"].split("; look at ")
+    assert set(told.removeprefix("last nights: ").split(", ")) == {f"{failed.name} Failed", f"{late.name} Late"}
+    assert {link.rpartition("/")[2] for link in links.split(", ")} == {str(failed.id), str(late.id)}
+    assert re.match(r"schedule: scheduler not running, next run .*; start the scheduler", problems["schedule"])
