@@ -15,7 +15,7 @@ from PIL import Image
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.sources import SPLITS, SourceImages, Unreadable, first_few
+from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, TRAIN, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
 
 # What is worth a warning; the limits in the settings, which stop the run, are others.
@@ -57,6 +57,10 @@ class DataReport:
     """Ratio of the largest class in train to the smallest; ≥ 1."""
     warnings: tuple[str, ...]
     """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
+    left_out: tuple[str, ...] = ()
+    """Images of train and val that are not used, because val or test has the same."""
+    contradictions: tuple[tuple[str, str], ...] = ()
+    """Pairs of the same image in two classes, one of which is wrong."""
 
 
 def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataReport:
@@ -66,7 +70,7 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
         splits: split of each image, (N,), an index into `SPLITS`.
     """
     class_names, labels, digests, paths = images.class_names, images.labels, images.digests, images.paths
-    leaks, duplicates = _find_leaks(splits, digests, paths)
+    leaks, duplicates = _find_leaks(images.given_split, splits, digests, paths)
     pairs = Counter(zip(splits.tolist(), labels.tolist(), strict=True))
     counts = {
         split: {name: pairs[number, label] for label, name in enumerate(class_names)}
@@ -77,10 +81,12 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
     found = [*images.warnings, *warn_of_unreadable(images.unreadable, len(labels))]
     for split in ("val", "test"):
         leaked, total = _leaked_into(split, leaks), sum(counts[split].values())
-        found += _warn(leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another")
+        found += _warn(
+            leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another, where they were left out"
+        )
     found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
     contradictions = _find_contradictions(labels, digests, paths)
-    found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
+    found += _warn(_name_pairs(contradictions), f"{len(contradictions)} images are in two classes")
     different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
     totals = {name: f"{name} ({different[label]:,} different in all)" for label, name in enumerate(class_names)}
     for split in ("val", "test"):
@@ -97,6 +103,8 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
         class_counts=counts,
         imbalance=imbalance,
         warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may have line breaks
+        left_out=tuple(paths[row] for row in np.flatnonzero(splits == LEFT_OUT).tolist()),
+        contradictions=tuple(contradictions),
     )
 
 
@@ -114,33 +122,42 @@ def _name_unreadable(unreadable: Sequence[Unreadable]) -> list[str]:
     return [f"{file.path} ({file.kind})" for file in unreadable]
 
 
+def _name_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{one} and {two}" for one, two in pairs]
+
+
 def _leaked_into(split: str, leaks: Sequence[Leak]) -> list[str]:
     return [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
 
 
 def _find_leaks(
-    splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
+    given_split: npt.NDArray[np.int8], splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: list[dict[str, int]] = [{} for _ in SPLITS]
+    first: list[dict[str, int]] = [{} for _ in SPLITS]  # of each split as given
+    kept: dict[tuple[int, str], int] = {}
     duplicates = []
-    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
-        if (original := first[split].setdefault(digest, index)) != index:
+    for index, (given, split, digest) in enumerate(zip(given_split.tolist(), splits.tolist(), digests, strict=True)):
+        first[given].setdefault(digest, index)
+        if split != LEFT_OUT and (original := kept.setdefault((split, digest), index)) != index:
             duplicates.append(f"{paths[index]} = {paths[original]}")
     leaks = []
-    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
+    for index in np.flatnonzero((given_split != TRAIN) & (splits != LEFT_OUT)).tolist():
+        split = given_split[index]
         for other in range(split):  # train comes before val, and val before test
-            if (twin := first[other].get(digest)) is not None:
+            if (twin := first[other].get(digests[index])) is not None:
                 leaks.append(Leak(paths[index], SPLITS[split], paths[twin], SPLITS[other]))
                 break
     return leaks, duplicates
 
 
-def _find_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
+def _find_contradictions(
+    labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]
+) -> list[tuple[str, str]]:
     """Return the names of images that are in two classes, so that one of their labels is wrong."""
     first: dict[str, int] = {}
     twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
-    return [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
+    return [(paths[one], paths[two]) for one, two in twins if labels[one] != labels[two]]
 
 
 def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
@@ -161,11 +178,16 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    unreadable, limit = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
-    if len(unreadable) != 1 or not limit:  # one of fewer than 100 files is over 1 %, but is no reason to stop
-        text = f"files are unreadable, more than {limit:.4g} (max_unreadable_fraction)"
-        total = sum(num_images.values()) + len(unreadable)
-        _check_fraction(unreadable, total, limit, text, f"fix or remove them, or raise the limit; see {details}")
+    num_all = sum(num_images.values()) + len(report.left_out)
+    findings = (
+        ("unreadable", _name_unreadable(report.unreadable), num_all + len(report.unreadable), "files are unreadable"),
+        ("contradictory", _name_pairs(report.contradictions), num_all, "images are in two classes"),
+    )
+    for name, found, total, text in findings:
+        limit = getattr(settings, f"max_{name}_fraction")
+        if len(found) != 1 or not limit:  # one of fewer than 100 images is over 1 %, but is no reason to stop
+            text = f"{text}, more than {limit:.4g} (max_{name}_fraction)"
+            _check_fraction(found, total, limit, text, f"fix or remove them, or raise the limit; see {details}")
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(

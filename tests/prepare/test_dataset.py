@@ -27,11 +27,13 @@ from cnnpipe.images.decode import decode_image
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
+    DIGESTS_FILE,
     PreparedDataset,
     assign_splits,
     load_prepared,
     open_source,
     prepare_dataset,
+    read_digests,
     scratch_folder,
 )
 from cnnpipe.prepare.sources import SPLITS, TEST, TRAIN, VAL
@@ -567,13 +569,19 @@ def test_copies_of_an_image_are_never_parted(tmp_path: Path) -> None:
 # --- the report and its gates
 
 
-@pytest.mark.parametrize(("classes", "different"), [((0, 1), 2), ((0, 0), 1)])
-def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], different: int) -> None:
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ((0, 1), "no readable image for val: its 40 images are copies of 2, and copies stay in one split"),
+        ((0, 0), r"the decoded pictures hardly differ .*; check that the files show what they should; see .*root$"),
+    ],
+)
+def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], message: str) -> None:
     for name, label in zip("ab", classes, strict=True):
         write_class(tmp_path / "root" / name, label, range(1))
         for number in range(1, 20):
             shutil.copy(tmp_path / "root" / name / "000.png", tmp_path / "root" / name / f"{number}.png")
-    with pytest.raises(DatasetError, match=f"no readable image for val: its 40 images are copies of {different}, and"):
+    with pytest.raises(DatasetError, match=message):
         prepare(tmp_path / "root", tmp_path / "data")
 
 
@@ -605,16 +613,71 @@ def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Pat
         }
     ]
     assert report.warnings[0] == (
-        "1 of 16 images of test are also in another: test/digit1/leaked.jpg = train/digit1/003.jpg"
+        "1 of 16 images of test are also in another, where they were left out: "
+        "test/digit1/leaked.jpg = train/digit1/003.jpg"
     )
 
 
-def test_the_same_image_in_two_classes_is_a_warning(tmp_path: Path) -> None:
+def test_of_copies_in_several_given_splits_only_that_in_the_last_is_used(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, val=5, test=5)
+    Image.open(root / "test" / "digit0" / "020.jpg").save(root / "val" / "digit0" / "same pixels.png")
+    for number in range(2):
+        shutil.copy(root / "test" / "digit0" / "020.jpg", root / "train" / "digit0" / f"{number}.jpg")
+    shutil.copy(root / "val" / "digit1" / "015.jpg", root / "train" / "digit1" / "15.jpg")
+    dataset = prepare(root, tmp_path / "data", max_leaked_fraction=0.1)
+    assert dataset.num_images == {"train": 45, "val": 15, "test": 15}
+    left_out = ("train/digit0/0.jpg", "train/digit0/1.jpg", "train/digit1/15.jpg", "val/digit0/same pixels.png")
+    assert dataset.report.left_out == left_out
+    assert [(leak.path, leak.other_path) for leak in dataset.report.leaks] == [
+        ("val/digit1/015.jpg", "train/digit1/15.jpg"),
+        ("test/digit0/020.jpg", "train/digit0/0.jpg"),
+    ]
+    digests = [digest.tobytes() for split in SPLITS for digest in dataset.digests(split)]
+    assert len(set(digests)) == len(digests) == 75
+
+
+def test_a_split_of_nothing_but_copies_says_so(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15)
+    shutil.copytree(root / "train", root / "test")
+    with pytest.raises(DatasetError, match="no readable image for train: 45 images of train and val are left out, as"):
+        prepare(root, tmp_path / "data")
+
+
+def test_images_in_two_classes_are_named_and_too_many_stop_the_run(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
     shutil.copy(root / "digit0" / "000.png", root / "digit1" / "zero.png")
-    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in (
-        prepare(root, tmp_path / "data").report.warnings
+    report = prepare(root, tmp_path / "data").report
+    assert report.contradictions == (("digit0/000.png", "digit1/zero.png"),)
+    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in report.warnings
+    Image.open(root / "digit0" / "001.png").save(root / "digit2" / "same pixels.bmp")
+    expected = (
+        r"2 of 62 images are in two classes, more than 0\.01 \(max_contradictory_fraction\): "
+        r"digit0/000\.png and digit1/zero\.png, digit0/001\.png and digit2/same pixels\.bmp; fix or remove them"
     )
+    with pytest.raises(DatasetError, match=expected):
+        prepare(root, tmp_path / "data")
+
+
+# --- digests
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (20, 12)])
+def test_digests_are_of_the_prepared_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    for source in ("digits", write_flat(tmp_path / "root")):
+        dataset = prepare(source, tmp_path / "data", image_size=size)
+        for split, digests in read_digests(dataset.path).items():
+            expected = [hashlib.sha256(image.tobytes()).digest()[:16] for image in dataset.images(split)]
+            assert [digest.tobytes() for digest in digests] == expected
+            (dataset.path / f"{split}_digests.npy").unlink()  # as older versions prepared it
+            assert np.array_equal(read_digests(dataset.path)[split], digests)
+
+
+def test_digests_that_are_missing_or_damaged_are_one_clear_line(tmp_path: Path, finished_run: Path) -> None:
+    with pytest.raises(DatasetError, match=r"has no digests\.npz, and its prepared dataset is gone; train again"):
+        read_digests(tmp_path)
+    (tmp_path / DIGESTS_FILE).write_bytes((finished_run / DIGESTS_FILE).read_bytes()[:-100])
+    with pytest.raises(DatasetError, match=r"digests\.npz is damaged: .*; train again"):
+        read_digests(tmp_path)
 
 
 def test_small_classes_and_unequal_ones_are_warnings(tmp_path: Path) -> None:
@@ -803,7 +866,7 @@ def test_what_killed_processes_left_is_removed_unless_another_is_at_work(tmp_pat
     assert {users, dataset.path} == set(prepared.iterdir())
 
 
-@pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
+@pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone", "digests cut"])
 def test_a_damaged_prepared_folder_is_refused_and_made_again(tmp_path: Path, spoil: str) -> None:
     root = write_flat(tmp_path / "root")
     dataset = prepare(root, tmp_path / "data")
@@ -813,6 +876,8 @@ def test_a_damaged_prepared_folder_is_refused_and_made_again(tmp_path: Path, spo
         (dataset.path / DATASET_FILE).unlink()
     elif spoil == "bad json":
         (dataset.path / DATASET_FILE).write_text('{"name": "root"}')
+    elif spoil == "digests cut":
+        np.save(dataset.path / "val_digests.npy", dataset.digests("val")[1:])
     elif spoil == "array cut":
         images.write_bytes(images.read_bytes()[:-100])
     else:
