@@ -111,6 +111,11 @@ class PrepareSettings(Settings):
     is 0."""
     max_imbalance: float = Field(100.0, ge=1.0)
     """Largest ratio of the biggest class to the smallest before the run stops."""
+    same_classes: bool = True
+    """Stop before training if classes are new or gone since the champion was trained."""
+    max_pixel_shift: Fraction = 0.1
+    """Largest change of brightness, colour or contrast since the champion was trained, as a fraction of the range of
+    values, before the run stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -25,7 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -37,10 +37,17 @@ from cnnpipe.errors import DatasetError, one_line
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.images.find import FileFilter
 from cnnpipe.machine import usable_cores
-from cnnpipe.manifest import TrainingStatistics, read_origin
+from cnnpipe.manifest import TrainingStatistics, read_manifest, read_origin
 from cnnpipe.paths import expand_path
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive, Cifar10Source
-from cnnpipe.prepare.report import DataReport, build_report, check_contrast, check_limits, compute_statistics
+from cnnpipe.prepare.report import (
+    DataReport,
+    build_report,
+    check_contrast,
+    check_limits,
+    compute_statistics,
+    list_changes,
+)
 from cnnpipe.prepare.sources import (
     LEFT_OUT,
     SPLITS,
@@ -119,6 +126,7 @@ def prepare_dataset(
     progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
     publish: Callable[[PreparedDataset], None] | None = None,
+    champion: Path | None = None,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
 
@@ -132,9 +140,11 @@ def prepare_dataset(
         progress: called with (stage, done, total), from the calling thread.
         archive: the archive of `cifar10`.
         publish: called with the dataset before it may be refused, to show why.
+        champion: run folder of the champion of that name, whose dataset this one must resemble; None compares nothing.
     Raises:
         DatasetError: the source is missing or malformed, a limit in `settings` is exceeded, or the decoded pictures
             hardly differ; the message names the limit, what was received, and where the whole report is.
+        RegistryError: the champion is damaged.
         StorageError: `data/prepared` cannot be written.
     """
     progress = progress or (lambda *_: None)
@@ -142,13 +152,25 @@ def prepare_dataset(
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
+    changes = [] if champion is None else _list_changes(dataset, champion, settings)
     if publish is not None:
-        publish(dataset)
+        publish(replace(dataset, report=replace(dataset.report, warnings=(*dataset.report.warnings, *changes))))
     details, train = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
     check_limits(dataset.report, settings, details)
     files = _files(dataset.source, settings, dataset.paths(train))
     check_contrast(dataset.images(train), dataset.statistics, files, details)
+    if changes:
+        raise DatasetError(f"{changes[0]}; see {details}")
     return dataset
+
+
+def _list_changes(dataset: PreparedDataset, champion: Path, settings: PrepareSettings) -> list[str]:
+    """Return how a dataset differs from the champion's by more than the limits allow."""
+    train, new = SPLITS[TRAIN], []
+    with suppress(DatasetError):  # an older version trained the champion, and its dataset is gone
+        known = find_shared(dataset.digests(train), *read_digests(champion).values())
+        new = [path for path, is_known in zip(dataset.paths(train), known, strict=True) if not is_known]
+    return list_changes(dataset.class_names, dataset.statistics, new, read_manifest(champion).model, settings)
 
 
 def open_source(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
-from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.manifest import ModelInfo, TrainingStatistics
 from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, TRAIN, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
 
@@ -208,6 +208,47 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
 def _check_fraction(offenders: list[str], total: int, limit: float, text: str, remedy: str) -> None:
     if total and len(offenders) / total > limit:
         raise DatasetError(f"{len(offenders):,} of {total:,} {text}: {first_few(offenders)}; {remedy}")
+
+
+def list_changes(
+    class_names: Sequence[str],
+    statistics: TrainingStatistics,
+    new_images: Sequence[str],
+    champion: ModelInfo,
+    settings: PrepareSettings,
+) -> list[str]:
+    """Return how a dataset differs from the champion's by more than the limits allow, one line for each limit.
+
+    Args:
+        statistics: statistics of the train images.
+        new_images: names of the train images that the champion's dataset does not have, as far as is known.
+    """
+    changes, other_model = [], "or train another model with --name"
+    new = [name for name in class_names if name not in champion.class_names]
+    gone = [name for name in champion.class_names if name not in class_names]
+    if settings.same_classes and (new or gone):
+        parts = "; ".join(_warn(new, "new") + _warn(gone, "gone"))
+        text = f"the classes are not those of the champion {champion.run_id}, {parts} (same_classes)"
+        changes.append(f"{text}; restore the folder, allow it with --no-same-classes, {other_model}")
+    before, limit = champion.training_statistics, settings.max_pixel_shift
+    if (shift := measure_shift(statistics, before)) > limit:
+        means = [" ".join(f"{value:.0f}" for value in each.channel_mean) for each in (statistics, before)]
+        text = f"the train images differ by {shift:.2f} from those of the champion {champion.run_id}, more than"
+        found = _warn(new_images, f"; {len(new_images):,} images are new")
+        text = f"{text} {limit:.4g} (max_pixel_shift): mean RGB {means[0]}, was {means[1]}{''.join(found)}"
+        changes.append(f"{text}; check the images, raise the limit, {other_model}")
+    return changes
+
+
+def measure_shift(statistics: TrainingStatistics, before: TrainingStatistics) -> float:
+    """Return the largest change of brightness, colour or contrast of images, 0-1 of the range of values.
+
+    Brightness is compared by the mean difference of the inner deciles, which estimates the distance that the brightness
+    of an image has moved; colour and contrast by the mean and the standard deviation of each channel.
+    """
+    figures = ("brightness_deciles", "channel_mean", "channel_std")
+    deciles, *channels = (np.abs(np.subtract(getattr(statistics, name), getattr(before, name))) for name in figures)
+    return float(max(deciles[1:-1].mean(), *map(np.max, channels)) / 255)
 
 
 def check_contrast(

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from tiny_models import model_info
 
 from cnnpipe.classify.run import classify_folder
 from cnnpipe.errors import DatasetError, StorageError
 from cnnpipe.images.decode import decode_image
+from cnnpipe.manifest import RunManifest, write_manifest
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
@@ -36,6 +38,7 @@ from cnnpipe.prepare.dataset import (
     read_digests,
     scratch_folder,
 )
+from cnnpipe.prepare.report import compute_statistics, measure_shift
 from cnnpipe.prepare.sources import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import ClassifySettings, PrepareSettings
 
@@ -71,7 +74,8 @@ def write_splits(root: Path, **per_class: int) -> Path:
 
 
 def prepare(root: Path | str, data: Path, **overrides: Any) -> PreparedDataset:
-    options = {key: overrides.pop(key) for key in ("workers", "progress", "archive") if key in overrides}
+    names = ("workers", "progress", "archive", "publish", "champion")
+    options = {key: overrides.pop(key) for key in names if key in overrides}
     return prepare_dataset(PrepareSettings(dataset=str(root), **overrides), data, **options)
 
 
@@ -658,6 +662,57 @@ def test_images_in_two_classes_are_named_and_too_many_stop_the_run(tmp_path: Pat
         prepare(root, tmp_path / "data")
 
 
+def write_champion(folder: Path, dataset: PreparedDataset) -> Path:
+    """Write the manifest and the digests of a champion that was trained on a dataset."""
+    model = model_info(run_id="one", class_names=dataset.class_names, training_statistics=dataset.statistics)
+    facts: dict[str, Any] = {"created": "", "dataset": {}, "metrics": {}, "parity": {}, "promotion_reason": ""}
+    write_manifest(folder, RunManifest(model=model, promoted=True, files={}, **facts))
+    np.savez(folder / DIGESTS_FILE, allow_pickle=False, **read_digests(dataset.path))
+    return folder
+
+
+def test_classes_and_pixels_must_be_those_of_the_champion_unless_the_limits_allow_others(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    champion = write_champion(tmp_path, prepare(root, tmp_path / "data"))
+    shown: list[PreparedDataset] = []
+    prepare(root, tmp_path / "data", champion=champion, publish=shown.append)
+    assert shown[0] == load_prepared(shown[0].path)
+
+    shutil.move(root / "digit2", root / "digit3")
+    classes = (
+        r"the classes are not those of the champion one, new: digit3; gone: digit2 \(same_classes\); "
+        r"restore the folder, allow it with --no-same-classes, or train another model with --name; see .*dataset\.json$"
+    )
+    with pytest.raises(DatasetError, match=classes):
+        prepare(root, tmp_path / "data", champion=champion, publish=shown.append)
+    assert shown[1].report.warnings[-1].startswith("the classes are not those of the champion")
+    prepare(root, tmp_path / "data", champion=champion, same_classes=False)
+
+    (root / "digit3" / "000.png").rename(root / "digit3" / "999.png")  # only a name
+    for index in range(20):
+        Image.eval(digit_image(1, index), lambda value: 255 - value).save(root / "digit1" / f"{index:03}.png")
+    pixels = (
+        r"the train images differ by 0\.\d\d from those of the champion one, more than 0\.1 \(max_pixel_shift\): "
+        r"mean RGB \d+ \d+ \d+, was \d+ \d+ \d+; 13 images are new: digit1/\d+.png, .*; check the images, raise"
+    )
+    with pytest.raises(DatasetError, match=pixels):
+        prepare(root, tmp_path / "data", champion=champion, same_classes=False)
+    prepare(root, tmp_path / "data", champion=champion, same_classes=False, max_pixel_shift=1)
+
+
+def test_the_shift_of_pixels_is_that_of_brightness_colour_or_contrast() -> None:
+    images = np.random.default_rng(0).integers(50, 200, (400, 4, 4, 3), np.uint8)
+    changed = {"colour": images.copy(), "contrast": 125 + (images.astype(int) - 125) // 2, "brightness": images.copy()}
+    changed["colour"][..., 0] += 51
+    changed["brightness"][::2] += 51
+    changed["brightness"][1::2] -= 50
+    labels = np.zeros(400, np.int64)
+    before = compute_statistics(images, labels, 1)
+    assert measure_shift(before, compute_statistics(images[::2], labels[::2], 1)) < 0.02
+    for each in changed.values():
+        assert measure_shift(before, compute_statistics(each.astype(np.uint8), labels, 1)) > 0.08
+
+
 # --- digests
 
 
@@ -672,10 +727,13 @@ def test_digests_are_of_the_prepared_pixels(tmp_path: Path, size: tuple[int, int
             assert np.array_equal(read_digests(dataset.path)[split], digests)
 
 
-def test_digests_that_are_missing_or_damaged_are_one_clear_line(tmp_path: Path, finished_run: Path) -> None:
+def test_digests_that_are_missing_or_damaged_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"has no digests\.npz, and its prepared dataset is gone; train again"):
         read_digests(tmp_path)
-    (tmp_path / DIGESTS_FILE).write_bytes((finished_run / DIGESTS_FILE).read_bytes()[:-100])
+    np.savez(tmp_path / DIGESTS_FILE, allow_pickle=False, train=np.zeros((2, 16), np.uint8))
+    with pytest.raises(DatasetError, match=r"digests\.npz is damaged: .*val.*; train again"):
+        read_digests(tmp_path)
+    (tmp_path / DIGESTS_FILE).write_bytes((tmp_path / DIGESTS_FILE).read_bytes()[:-100])
     with pytest.raises(DatasetError, match=r"digests\.npz is damaged: .*; train again"):
         read_digests(tmp_path)
 
