@@ -187,7 +187,9 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         limit = getattr(settings, f"max_{name}_fraction")
         if len(found) != 1 or not limit:  # one of fewer than 100 images is over 1 %, but is no reason to stop
             text = f"{text}, more than {limit:.4g} (max_{name}_fraction)"
-            _check_fraction(found, total, limit, text, f"fix or remove them, or raise the limit; see {details}")
+            _check_fraction(
+                found, total, limit, text, f"restore, fix or remove them, or raise the limit; see {details}"
+            )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(

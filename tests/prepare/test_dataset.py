@@ -656,7 +656,7 @@ def test_images_in_two_classes_are_named_and_too_many_stop_the_run(tmp_path: Pat
     Image.open(root / "digit0" / "001.png").save(root / "digit2" / "same pixels.bmp")
     expected = (
         r"2 of 62 images are in two classes, more than 0\.01 \(max_contradictory_fraction\): "
-        r"digit0/000\.png and digit1/zero\.png, digit0/001\.png and digit2/same pixels\.bmp; fix or remove them"
+        r"digit0/000\.png and digit1/zero\.png, digit0/001\.png and digit2/same pixels\.bmp; restore, fix"
     )
     with pytest.raises(DatasetError, match=expected):
         prepare(root, tmp_path / "data")
@@ -873,6 +873,42 @@ def test_a_changed_image_is_noticed_even_if_its_size_and_time_are_not(tmp_path: 
     after = prepare(root, tmp_path / "data", max_unreadable_fraction=1)
     assert after.fingerprint != before.fingerprint
     assert before.path.is_dir()
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "others", "none"])
+def test_a_folder_that_changes_while_it_is_read_gives_the_images_that_its_fingerprint_is_of(
+    tmp_path: Path, change: str
+) -> None:
+    root = write_flat(tmp_path / "root", per_class=70)  # several chunks
+    before = Path(shutil.copytree(root, tmp_path / "before"))
+
+    def change_folder(stage: str, done: int, total: int) -> None:
+        if stage != "decode" or done == total:
+            return
+        if change == "more":
+            write_class(root / "digit0", 0, range(70, 75))
+        elif change == "others":
+            write_class(root / "digit2", 2, range(70, 140))
+            for number in range(70):
+                (root / "digit2" / f"{number + 70:03}.png").replace(root / "digit2" / f"{number:03}.png")
+        elif change == "fewer":
+            (root / "digit2" / "069.png").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+
+    if change == "none":
+        with pytest.raises(DatasetError, match=r"82 of 210 files are unreadable, .* \(not_found\), …; restore, fix"):
+            prepare(root, tmp_path / "data", progress=change_folder)
+        return
+    changed = prepare(root, tmp_path / "data", progress=change_folder)
+    same = prepare(before if change == "more" else root, tmp_path / "data2", name="root")
+    if change == "fewer":
+        assert changed.report.warnings[0].endswith("unreadable and were left out: digit2/069.png (not_found)")
+        assert changed.fingerprint != same.fingerprint
+    else:
+        assert digests(changed) == digests(same)
+        assert changed.fingerprint == same.fingerprint
+    assert all_paths(changed) == all_paths(same)
 
 
 def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
