@@ -12,7 +12,7 @@ import numpy as np
 from cnnpipe.machine import ask_driver, package_versions
 from cnnpipe.prepare.dataset import DIGESTS_FILE, load_prepared, read_digests
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import RetrainSettings
+from cnnpipe.settings import RetrainSettings, dataset_location
 from cnnpipe.storage import make_folder, storage_errors, write_file
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def train_run(
     from cnnpipe.train.checkpoints import TrainingJob, open_training
     from cnnpipe.train.fit import train_model
 
+    # From any folder, config.toml must mean the same dataset, and a resumed training must find its run.
+    location = {"dataset": dataset_location(settings.prepare.dataset)}
+    settings = settings.model_copy(update={"prepare": settings.prepare.model_copy(update=location)})
     dataset = load_prepared(prepared)
     device = select_device(settings.train.device)  # before the run folder is made, so that a wrong device leaves none
     precision = select_precision(settings.train.precision, device)
