@@ -105,10 +105,9 @@ class PrepareSettings(Settings):
     """Largest fraction of unreadable images before the run stops. One is always allowed, unless this is 0."""
     max_leaked_fraction: Fraction = 0.01
     """Largest fraction of val or test images that may also be in another split, where they are left out, before the run
-    stops."""
+    stops. One is always allowed, unless this is 0."""
     max_contradictory_fraction: Fraction = 0.01
-    """Largest fraction of images that may be in two classes before the run stops. One is always allowed, unless this
-    is 0."""
+    """Largest fraction of images in two classes before the run stops. One is always allowed, unless this is 0."""
     max_imbalance: float = Field(100.0, ge=1.0)
     """Largest ratio of the biggest class to the smallest before the run stops."""
     same_classes: bool = True

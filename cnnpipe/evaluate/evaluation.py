@@ -303,7 +303,7 @@ def _evaluate_folder(
     model: OpenModel, folder: Path, settings: EvaluateSettings, data: Path, progress: ProgressCallback | None
 ) -> Evaluation:
     """Score a model on all images of a folder, however many: the limits of training and the splits do not apply."""
-    from cnnpipe.prepare.sources import FolderSource, list_scored_folder
+    from cnnpipe.prepare.sources import FolderSource, hash_pixels, list_scored_folder, pack_digests
 
     source = FolderSource(list_scored_folder(folder, model.class_names), usable_cores(), progress or (lambda *_: None))
     with scratch_folder(data / "prepared") as scratch:
@@ -311,8 +311,8 @@ def _evaluate_folder(
         for warning in (*images.warnings, *warn_of_unreadable(images.unreadable, len(images.labels))):
             logger.warning("%s", warning)
         with suppress(CnnpipeError):  # a file outside a run, or an older run whose dataset is gone
-            own = read_digests(model.path.parent)
-            if shared := int(find_shared(images.contents, own["train"], own["val"]).sum()):
+            own, digests = read_digests(model.path.parent), pack_digests(hash_pixels(images.pixels))
+            if shared := int(find_shared(digests, own["train"], own["val"]).sum()):
                 logger.warning("the model was trained on %d of these images, so it scores higher on them", shared)
         logger.info("scoring %s on %d images of %s", model.path, len(images.labels), folder)
         return evaluate_probabilities(model.predict(images.pixels), images.labels, images.class_names, settings)

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from cnnpipe.errors import DatasetError, DownloadError, one_line
-from cnnpipe.prepare.sources import TEST, TRAIN, SourceImages, hash_pixels, pack_digests
+from cnnpipe.prepare.sources import TEST, TRAIN, SourceImages, hash_pixels
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.storage import make_folder, move_file, sha256_file, storage_errors
 
@@ -112,7 +112,6 @@ class Cifar10Source:
         # A row of the data is the red plane, then the green, then the blue.
         planes = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
         pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-        digests = hash_pixels(pixels)
         files = [
             (name, label, file.decode())
             for name, batch in batches.items()
@@ -124,8 +123,7 @@ class Cifar10Source:
             pixels=pixels,
             labels=np.array([label for _, label, _ in files], np.int64),
             paths=[f"{name}/{class_names[label]}/{file}" for name, label, file in files],
-            digests=digests,
-            contents=pack_digests(digests),
+            digests=hash_pixels(pixels),
             given_split=np.array([TEST if name == _TEST_BATCH else TRAIN for name, _, _ in files], np.int8),
             given_splits=frozenset({TRAIN, TEST}),
         )

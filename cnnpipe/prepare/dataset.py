@@ -385,13 +385,10 @@ def _write_dataset(
     done = 0
     for split, name in enumerate(SPLITS):
         rows = np.flatnonzero(splits == split)
-        _write_images(folder / f"{name}_images.npy", images.pixels, rows, settings.image_size)
+        digests = _write_images(folder / f"{name}_images.npy", images.pixels, rows, settings.image_size)
         with storage_errors(folder):
             np.save(folder / f"{name}_labels.npy", images.labels[rows])
-            written = np.load(folder / f"{name}_images.npy", mmap_mode="r")
-            resized = written.shape[1:] != images.pixels.shape[1:]
-            digests = pack_digests(hash_pixels(written)) if resized else images.contents[rows]
-            np.save(folder / f"{name}_digests.npy", digests)
+            np.save(folder / f"{name}_digests.npy", pack_digests(digests))
         write_json(folder / f"{name}_paths.json", [images.paths[row] for row in rows.tolist()])
         done += len(rows)
         progress("write", done, len(splits))
@@ -412,9 +409,9 @@ def _write_dataset(
 
 def _write_images(
     path: Path, pixels: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], image_size: tuple[int, int]
-) -> None:
-    """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time."""
-    shape = (*image_size, 3)
+) -> list[str]:
+    """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time; return their SHA-256."""
+    shape, digests = (*image_size, 3), list[str]()
     step = max(1, 2**25 // math.prod(shape))  # blocks of 32 MiB
     with storage_errors(path), path.open("wb") as file:
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
@@ -425,6 +422,8 @@ def _write_images(
             if block.shape[1:] != shape:
                 block = np.stack([resize_pixels(image, image_size) for image in block])
             file.write(block.data)
+            digests += hash_pixels(block)
+    return digests
 
 
 def load_prepared(path: Path) -> PreparedDataset:

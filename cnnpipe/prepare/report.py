@@ -59,8 +59,8 @@ class DataReport:
     """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
     left_out: tuple[str, ...] = ()
     """Images of train and val that are not used, because val or test has the same."""
-    contradictions: tuple[tuple[str, str], ...] = ()
-    """Pairs of the same image in two classes, one of which is wrong."""
+    contradictions: tuple[str, ...] = ()
+    """Names of the same image in two classes, one of which is wrong, such as `cat/1.png and dog/2.png`."""
 
 
 def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataReport:
@@ -86,7 +86,7 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
         )
     found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
     contradictions = _find_contradictions(labels, digests, paths)
-    found += _warn(_name_pairs(contradictions), f"{len(contradictions)} images are in two classes")
+    found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
     different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
     totals = {name: f"{name} ({different[label]:,} different in all)" for label, name in enumerate(class_names)}
     for split in ("val", "test"):
@@ -122,10 +122,6 @@ def _name_unreadable(unreadable: Sequence[Unreadable]) -> list[str]:
     return [f"{file.path} ({file.kind})" for file in unreadable]
 
 
-def _name_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"{one} and {two}" for one, two in pairs]
-
-
 def _leaked_into(split: str, leaks: Sequence[Leak]) -> list[str]:
     return [f"{leak.path} = {leak.other_path}" for leak in leaks if leak.split == split]
 
@@ -151,13 +147,11 @@ def _find_leaks(
     return leaks, duplicates
 
 
-def _find_contradictions(
-    labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]
-) -> list[tuple[str, str]]:
+def _find_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
     """Return the names of images that are in two classes, so that one of their labels is wrong."""
     first: dict[str, int] = {}
     twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
-    return [(paths[one], paths[two]) for one, two in twins if labels[one] != labels[two]]
+    return [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
 
 
 def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
@@ -178,17 +172,21 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    num_all = sum(num_images.values()) + len(report.left_out)
-    findings = (
-        ("unreadable", _name_unreadable(report.unreadable), num_all + len(report.unreadable), "files are unreadable"),
-        ("contradictory", _name_pairs(report.contradictions), num_all, "images are in two classes"),
-    )
+    num_all, unreadable = sum(num_images.values()) + len(report.left_out), _name_unreadable(report.unreadable)
+    findings = [
+        ("unreadable", unreadable, num_all + len(unreadable), "files are unreadable"),
+        ("contradictory", report.contradictions, num_all, "images are in two classes"),
+    ]
+    for split in ("val", "test"):
+        text = f"images of {split} are also in another split"
+        findings.append(("leaked", _leaked_into(split, report.leaks), num_images[split], text))
     for name, found, total, text in findings:
         limit = getattr(settings, f"max_{name}_fraction")
-        if len(found) != 1 or not limit:  # one of fewer than 100 images is over 1 %, but is no reason to stop
-            text = f"{text}, more than {limit:.4g} (max_{name}_fraction)"
-            _check_fraction(
-                found, total, limit, text, f"restore, fix or remove them, or raise the limit; see {details}"
+        # One of fewer than 100 images is over 1 %, but is no reason to stop.
+        if len(found) > bool(limit) and len(found) / total > limit:
+            raise DatasetError(
+                f"{len(found):,} of {total:,} {text}, more than {limit:.4g} (max_{name}_fraction): {first_few(found)}; "
+                f"restore, fix or remove them, or raise the limit; see {details}"
             )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
@@ -196,20 +194,11 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
                 f"class {name!r} has {count} images in train, need at least {settings.min_images_per_class} "
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
-    limit, remedy = settings.max_leaked_fraction, f"remove them from one, or raise the limit; see {details}"
-    for split in ("val", "test"):
-        text = f"images of {split} are also in another split, more than {limit:.4g} (max_leaked_fraction)"
-        _check_fraction(_leaked_into(split, report.leaks), num_images[split], limit, text, remedy)
     if report.imbalance > settings.max_imbalance:
         raise DatasetError(
             f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
             f"{settings.max_imbalance:g} are allowed (max_imbalance); balance them or raise the limit; see {details}"
         )
-
-
-def _check_fraction(offenders: list[str], total: int, limit: float, text: str, remedy: str) -> None:
-    if total and len(offenders) / total > limit:
-        raise DatasetError(f"{len(offenders):,} of {total:,} {text}: {first_few(offenders)}; {remedy}")
 
 
 def list_changes(

@@ -97,8 +97,6 @@ class SourceImages:
     """Name of each image in the source."""
     digests: Sequence[str]
     """SHA-256 of each image's file or, if it has none, of its pixels; images of the same pixels have the same."""
-    contents: npt.NDArray[np.uint8]
-    """Digest of each image in `pixels`, (N, 16), as `pack_digests` returns it."""
     given_split: npt.NDArray[np.int8]
     """Index into `SPLITS` of the split that each image comes with, (N,)."""
     given_splits: frozenset[int]
@@ -122,15 +120,14 @@ class DigitsSource:
         # Source: scikit-learn's description of the dataset: grey levels are whole numbers from 0 to 16.
         grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         pixels = np.repeat(grey[..., np.newaxis], 3, axis=3)
-        labels, digests = digits.target.astype(np.int64), hash_pixels(pixels)
+        labels = digits.target.astype(np.int64)
         return SourceImages(
             content=hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest(),
             class_names=tuple(str(digit) for digit in range(10)),
             pixels=pixels,
             labels=labels,
             paths=[f"digits/{index:04d}" for index in range(len(labels))],
-            digests=digests,
-            contents=pack_digests(digests),
+            digests=hash_pixels(pixels),
             given_split=np.full(len(labels), TRAIN, np.int8),
             given_splits=frozenset(),
         )
@@ -197,7 +194,6 @@ class FolderSource:
             labels=folder.labels[readable],
             paths=[escape_path(file.path) for file in images],
             digests=[lowest[pixels] for pixels in pixel_digests],
-            contents=pack_digests(pixel_digests),
             given_split=folder.given_split[readable],
             given_splits=folder.given_splits,
             unreadable=tuple(Unreadable(escape_path(f.path), f.error_kind, escape_path(f.error)) for f in failed),
