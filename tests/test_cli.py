@@ -131,6 +131,19 @@ def test_options_override_a_settings_file_and_the_run_and_its_dataset_are_found_
     assert [Path(last_json(prepared)["path"])] == list(data.glob("prepared/*"))
 
 
+def test_a_training_is_refused_before_it_begins_if_its_data_or_its_champion_are_not_as_they_were(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    write_digits(tmp_path / "photos", range(150))
+    shutil.rmtree(tmp_path / "photos" / "7")
+    options = ("--name", "digits", "--min-images-per-class", "1", "--artifacts", artifacts, "--data", tmp_path / "data")
+    result = run("train", tmp_path / "photos", *options)
+    assert_one_line_error(result, 1, "the classes are not those of the champion", "gone: 7 (same_classes)", "restore")
+    (artifacts / "digits" / "champion").write_text("nonsense\n")
+    assert_one_line_error(run("train", tmp_path / "photos", *options), 1, "names the run 'nonsense'", "or delete it")
+    assert len(list_runs(artifacts, "digits")) == 1
+
+
 def test_a_complete_run_is_not_changed(artifacts: Path) -> None:
     for command in ("plot", "export"):
         assert_one_line_error(run(command, "digits", "--artifacts", artifacts), 1, "is complete", "train again")
