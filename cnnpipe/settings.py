@@ -104,8 +104,8 @@ class PrepareSettings(Settings):
     max_unreadable_fraction: Fraction = 0.01
     """Largest fraction of unreadable images before the run stops. One is always allowed, unless this is 0."""
     max_leaked_fraction: Fraction = 0.01
-    """Largest fraction of val or test images that may also be in another split, where they are left out, before the run
-    stops. One is always allowed, unless this is 0."""
+    """Largest fraction of val or test images that may also be in another split before the run stops. One is always
+    allowed, unless this is 0."""
     max_contradictory_fraction: Fraction = 0.01
     """Largest fraction of images in two classes before the run stops. One is always allowed, unless this is 0."""
     max_imbalance: float = Field(100.0, ge=1.0)
