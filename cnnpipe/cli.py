@@ -94,8 +94,9 @@ def train(
     from cnnpipe.prepare.dataset import prepare_dataset
     from cnnpipe.train.stage import train_run
 
+    champion = registry.champion_run(artifacts, settings.prepare.resolved_name)
     with progress_bar() as progress:
-        dataset = prepare_dataset(settings.prepare, data, progress=progress)
+        dataset = prepare_dataset(settings.prepare, data, progress=progress, champion=champion)
         result = train_run(settings, dataset.path, artifacts, progress)
     show_result({**asdict(result), "run": str(result.run)}, [str(result.run)], as_json=as_json)
 

@@ -120,7 +120,7 @@ def _read_alias(alias: Path) -> Path:
     if run_id is None or not (alias.parent / "runs" / run_id / MANIFEST_FILE).is_file():
         raise RegistryError(
             f"{alias} names the run {run_id or ''!r}, which is not complete in {alias.parent / 'runs'}; "
-            f"promote another run with `cnnpipe models promote {alias.parent.name}/<run id> --force`"
+            f"promote another run with `cnnpipe models promote {alias.parent.name}/<run id> --force`, or delete it"
         )
     return alias.parent / "runs" / run_id
 

@@ -104,9 +104,17 @@ class PrepareSettings(Settings):
     max_unreadable_fraction: Fraction = 0.01
     """Largest fraction of unreadable images before the run stops. One is always allowed, unless this is 0."""
     max_leaked_fraction: Fraction = 0.01
-    """Largest fraction of val or test images that may also be in another split before the run stops."""
+    """Largest fraction of val or test images that may also be in another split before the run stops. One is always
+    allowed, unless this is 0."""
+    max_contradictory_fraction: Fraction = 0.01
+    """Largest fraction of images in two classes before the run stops. One is always allowed, unless this is 0."""
     max_imbalance: float = Field(100.0, ge=1.0)
     """Largest ratio of the biggest class to the smallest before the run stops."""
+    same_classes: bool = True
+    """Stop before training if classes are new or gone since the champion was trained."""
+    max_pixel_shift: Fraction = 0.1
+    """Largest change of brightness, colour or contrast since the champion was trained, as a fraction of the range of
+    values, before the run stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

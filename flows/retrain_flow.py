@@ -17,6 +17,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed
 
 from cnnpipe.paths import escape_path, expand_path
+from cnnpipe.registry import champion_run
 from cnnpipe.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -63,7 +64,7 @@ def retrain(
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    run = train_model(settings, prepare_dataset(prepare, data), artifacts)
+    run = train_model(settings, prepare_dataset(prepare, data, artifacts), artifacts)
     evaluate_model(run)
     plot_training(run)
     export_model(run)
@@ -73,12 +74,15 @@ def retrain(
 
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
-def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
+def prepare_dataset(prepare: PrepareSettings, data: str, artifacts: str) -> str:
     """Decode the dataset, or find it decoded before; return its folder."""
     from cnnpipe.prepare import dataset
 
+    champion = champion_run(expand_path(artifacts), prepare.resolved_name)
     with progress_artifact("prepare-progress") as progress:
-        prepared = dataset.prepare_dataset(prepare, expand_path(data), progress=progress, publish=publish_dataset)
+        prepared = dataset.prepare_dataset(
+            prepare, expand_path(data), progress=progress, publish=publish_dataset, champion=champion
+        )
     return str(prepared.path)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import write_digits
 from typer.testing import CliRunner, Result
 
 from cnnpipe import __version__
@@ -108,11 +109,14 @@ def test_a_settings_file_may_hold_some_settings_or_all_of_them(artifacts: Path, 
         assert last_json(result)["top_k"] == 3 - number
 
 
-def test_options_override_a_settings_file_and_the_run_is_found_from_any_directory(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_options_override_a_settings_file_and_the_run_and_its_dataset_are_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("nightly.toml").write_text('[prepare]\ndataset = "digits"\n[train]\nepochs = 9\nseed = 4\n')
+    data = tmp_path / "data"
+    write_digits(Path("small"), range(150))
+    prepare = '[prepare]\ndataset = "small"\nimage_size = "8x8"\nmin_images_per_class = 1\n'
+    Path("nightly.toml").write_text(f"{prepare}[train]\nepochs = 9\nseed = 4\n")
     trained = run("train", "--config", "nightly.toml", "--epochs", "1", "--data", data, "--json")
     folder = Path(last_json(trained)["run"])
     assert not folder.is_absolute()
@@ -122,7 +126,22 @@ def test_options_override_a_settings_file_and_the_run_is_found_from_any_director
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     evaluated = run("evaluate", tmp_path / folder, "--data", data, "--json")
-    assert last_json(evaluated)["num_images"] == 359
+    prepared = run("prepare", "--config", tmp_path / folder / "config.toml", "--data", data, "--json")
+    assert last_json(evaluated)["num_images"] == last_json(prepared)["num_images"]["test"]
+    assert [Path(last_json(prepared)["path"])] == list(data.glob("prepared/*"))
+
+
+def test_a_training_is_refused_before_it_begins_if_its_data_or_its_champion_are_not_as_they_were(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    write_digits(tmp_path / "photos", range(150))
+    shutil.rmtree(tmp_path / "photos" / "7")
+    options = ("--name", "digits", "--min-images-per-class", "1", "--artifacts", artifacts, "--data", tmp_path / "data")
+    result = run("train", tmp_path / "photos", *options)
+    assert_one_line_error(result, 1, "the classes are not those of the champion", "gone: 7 (same_classes)", "restore")
+    (artifacts / "digits" / "champion").write_text("nonsense\n")
+    assert_one_line_error(run("train", tmp_path / "photos", *options), 1, "names the run 'nonsense'", "or delete it")
+    assert len(list_runs(artifacts, "digits")) == 1
 
 
 def test_a_complete_run_is_not_changed(artifacts: Path) -> None:

@@ -29,9 +29,10 @@ from cnnpipe.paths import expand_path
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
     PreparedDataset,
-    count_shared,
+    find_shared,
     load_prepared,
     prepare_dataset,
+    read_digests,
     scratch_folder,
 )
 from cnnpipe.prepare.report import warn_of_unreadable
@@ -302,15 +303,16 @@ def _evaluate_folder(
     model: OpenModel, folder: Path, settings: EvaluateSettings, data: Path, progress: ProgressCallback | None
 ) -> Evaluation:
     """Score a model on all images of a folder, however many: the limits of training and the splits do not apply."""
-    from cnnpipe.prepare.sources import FolderSource, list_scored_folder
+    from cnnpipe.prepare.sources import FolderSource, hash_pixels, list_scored_folder, pack_digests
 
     source = FolderSource(list_scored_folder(folder, model.class_names), usable_cores(), progress or (lambda *_: None))
     with scratch_folder(data / "prepared") as scratch:
         images = source.read(model.image_size, scratch / "pixels")
         for warning in (*images.warnings, *warn_of_unreadable(images.unreadable, len(images.labels))):
             logger.warning("%s", warning)
-        with suppress(CnnpipeError):  # a file outside a run, or a run whose dataset is gone
-            if shared := count_shared(images.pixels, load_run(model.path.parent).dataset, ("train", "val")):
+        with suppress(CnnpipeError):  # a file outside a run, or an older run whose dataset is gone
+            own, digests = read_digests(model.path.parent), pack_digests(hash_pixels(images.pixels))
+            if shared := int(find_shared(digests, own["train"], own["val"]).sum()):
                 logger.warning("the model was trained on %d of these images, so it scores higher on them", shared)
         logger.info("scoring %s on %d images of %s", model.path, len(images.labels), folder)
         return evaluate_probabilities(model.predict(images.pixels), images.labels, images.class_names, settings)

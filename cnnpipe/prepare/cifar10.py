@@ -237,6 +237,8 @@ class _Download:
                     self._progress("download", done, self._archive.num_bytes)
                     if done > self._archive.num_bytes:
                         return  # not the archive, and perhaps endless: the digest will say so
+            if done < self._archive.num_bytes and "Content-Length" not in response.headers:
+                raise _TryAgainError(f"the connection ended after {done:,} of {self._archive.num_bytes:,} bytes")
 
     def _num_received(self) -> int:
         return self._part.stat().st_size if self._part.is_file() else 0

@@ -4,6 +4,7 @@
         {train,val,test}_images.npy   uint8 (N, H, W, 3) RGB
         {train,val,test}_labels.npy   int64 (N,)
         {train,val,test}_paths.json   name of each image in the source
+        {train,val,test}_digests.npy  uint8 (N, 16), first bytes of the SHA-256 of each image's pixels
         dataset.json                  written last: its presence means that the folder is complete
 
 The fingerprint covers the content of the source and the settings that change an array. It is the same on every
@@ -21,9 +22,10 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -31,15 +33,23 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from cnnpipe.errors import DatasetError
+from cnnpipe.errors import DatasetError, one_line
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.images.find import FileFilter
 from cnnpipe.machine import usable_cores
-from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.manifest import TrainingStatistics, read_manifest, read_origin
 from cnnpipe.paths import expand_path
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive, Cifar10Source
-from cnnpipe.prepare.report import DataReport, build_report, check_contrast, check_limits, compute_statistics
+from cnnpipe.prepare.report import (
+    DataReport,
+    build_report,
+    check_contrast,
+    check_limits,
+    compute_statistics,
+    list_changes,
+)
 from cnnpipe.prepare.sources import (
+    LEFT_OUT,
     SPLITS,
     TEST,
     TRAIN,
@@ -47,7 +57,9 @@ from cnnpipe.prepare.sources import (
     DigitsSource,
     FolderSource,
     SourceImages,
+    hash_pixels,
     list_image_folder,
+    pack_digests,
 )
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
@@ -55,7 +67,10 @@ from cnnpipe.storage import make_folder, storage_errors, write_folder, write_jso
 
 DATASET_FILE: Final = "dataset.json"
 
-_FORMAT_VERSION: Final = 1
+DIGESTS_FILE: Final = "digests.npz"
+"""File in a run folder with the digests of the images of each split, so that they outlive the prepared dataset."""
+
+_FORMAT_VERSION: Final = 2
 """Part of every fingerprint; to be raised when the same source would give other arrays than before."""
 
 _TEMPORARY_NAME: Final = re.compile(r"\.scratch\..{8}|\..+\.[0-9a-f]{16}")
@@ -97,6 +112,11 @@ class PreparedDataset:
         """Return the name of each image of a split in the source."""
         return cast("list[str]", json.loads((self.path / f"{split}_paths.json").read_bytes()))
 
+    def digests(self, split: str) -> npt.NDArray[np.uint8]:
+        """Return the first 16 bytes of the SHA-256 of each image of a split, (N, 16); older datasets have none."""
+        path = self.path / f"{split}_digests.npy"
+        return np.load(path) if path.is_file() else pack_digests(hash_pixels(self.images(split)))
+
 
 def prepare_dataset(
     settings: PrepareSettings,
@@ -106,6 +126,7 @@ def prepare_dataset(
     progress: ProgressCallback | None = None,
     archive: Archive = CIFAR10_ARCHIVE,
     publish: Callable[[PreparedDataset], None] | None = None,
+    champion: Path | None = None,
 ) -> PreparedDataset:
     """Prepare a dataset, or find it prepared already, and refuse it if it is too bad to learn from.
 
@@ -119,9 +140,11 @@ def prepare_dataset(
         progress: called with (stage, done, total), from the calling thread.
         archive: the archive of `cifar10`.
         publish: called with the dataset before it may be refused, to show why.
+        champion: run folder of the champion of that name, whose dataset this one must resemble; None compares nothing.
     Raises:
         DatasetError: the source is missing or malformed, a limit in `settings` is exceeded, or the decoded pictures
             hardly differ; the message names the limit, what was received, and where the whole report is.
+        RegistryError: the champion is damaged.
         StorageError: `data/prepared` cannot be written.
     """
     progress = progress or (lambda *_: None)
@@ -129,14 +152,25 @@ def prepare_dataset(
     dataset = _find_prepared(source, settings, prepared) or _prepare(source, settings, prepared, progress)
     for warning in dataset.report.warnings:
         logger.warning("%s: %s", dataset.name, warning)
+    changes = [] if champion is None else _list_changes(dataset, champion, settings)
     if publish is not None:
-        publish(dataset)
+        publish(replace(dataset, report=replace(dataset.report, warnings=(*dataset.report.warnings, *changes))))
     details, train = str(dataset.path / DATASET_FILE), SPLITS[TRAIN]
     check_limits(dataset.report, settings, details)
-    root = expand_path(settings.dataset)
-    files = [root / path for path in dataset.paths(train)] if dataset.source == "folder" else []
+    files = _files(dataset.source, settings, dataset.paths(train))
     check_contrast(dataset.images(train), dataset.statistics, files, details)
+    if changes:
+        raise DatasetError(f"{changes[0]}; see {details}")
     return dataset
+
+
+def _list_changes(dataset: PreparedDataset, champion: Path, settings: PrepareSettings) -> list[str]:
+    """Return how a dataset differs from the champion's by more than the limits allow."""
+    train, new = SPLITS[TRAIN], []
+    with suppress(DatasetError):  # an older version trained the champion, and its dataset is gone
+        known = find_shared(dataset.digests(train), *read_digests(champion).values())
+        new = [path for path, is_known in zip(dataset.paths(train), known, strict=True) if not is_known]
+    return list_changes(dataset.class_names, dataset.statistics, new, read_manifest(champion).model, settings)
 
 
 def open_source(
@@ -203,12 +237,12 @@ def _prepare(source: Source, settings: PrepareSettings, prepared: Path, progress
         splits = assign_splits(
             images.labels,
             images.digests,
-            images.given_split,
+            leave_out_copies(images.given_split, images.digests),
             val_fraction=None if VAL in images.given_splits else settings.val_fraction,
             test_fraction=None if TEST in images.given_splits else settings.test_fraction,
             seed=settings.seed,
         )
-        _check_filled(splits, settings.dataset, images.digests)
+        _check_filled(splits, settings, source.kind, images)
         fingerprint = _fingerprint(source.kind, images.content, settings)
         path = _prepared_path(prepared, settings, fingerprint)
         with storage_errors(path):
@@ -248,17 +282,39 @@ def scratch_folder(prepared: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_filled(splits: npt.NDArray[np.int8], dataset: str, digests: Sequence[str]) -> None:
+def _files(source: str, settings: PrepareSettings, paths: Sequence[str]) -> list[Path]:
+    """Return the files of images, none if they do not come from files."""
+    return [expand_path(settings.dataset) / path for path in paths] if source == "folder" else []
+
+
+def _check_filled(splits: npt.NDArray[np.int8], settings: PrepareSettings, source: str, images: SourceImages) -> None:
     """Refuse a dataset that has a split without images."""
     if not (empty := [name for split, name in enumerate(SPLITS) if not (splits == split).any()]):
         return
-    text = f"{dataset} leaves no readable image for {empty[0]}"
-    if (num_different := len(set(digests))) < len(digests):
+    statistics = compute_statistics(images.pixels, images.labels, len(images.class_names))
+    check_contrast(images.pixels, statistics, _files(source, settings, images.paths), settings.dataset)
+    text, digests = f"{settings.dataset} leaves no readable image for {empty[0]}", images.digests
+    if num_left_out := int((splits == LEFT_OUT).sum()):
+        text += f": {num_left_out:,} images of train and val are left out, as they are also in val or test"
+    elif (num_different := len(set(digests))) < len(digests):
         text += (
             f": its {len(digests):,} images are copies of {num_different:,}, and copies stay in one split; "
             "a class needs three different images"
         )
     raise DatasetError(f"{text}; add images to its classes")
+
+
+def leave_out_copies(given_split: npt.NDArray[np.int8], digests: Sequence[str]) -> npt.NDArray[np.int8]:
+    """Return the given splits, (N,), without the images of train that val or test has too, and those of val in test.
+
+    What a model is judged on stays, so that its figures can be compared with those of earlier runs.
+    """
+    splits, judged = given_split.copy(), set[str]()
+    for split in (TEST, VAL, TRAIN):
+        rows = np.flatnonzero(given_split == split).tolist()
+        splits[[row for row in rows if digests[row] in judged]] = LEFT_OUT
+        judged.update(digests[row] for row in rows)
+    return splits
 
 
 def assign_splits(
@@ -329,9 +385,10 @@ def _write_dataset(
     done = 0
     for split, name in enumerate(SPLITS):
         rows = np.flatnonzero(splits == split)
-        _write_images(folder / f"{name}_images.npy", images.pixels, rows, settings.image_size)
+        digests = _write_images(folder / f"{name}_images.npy", images.pixels, rows, settings.image_size)
         with storage_errors(folder):
             np.save(folder / f"{name}_labels.npy", images.labels[rows])
+            np.save(folder / f"{name}_digests.npy", pack_digests(digests))
         write_json(folder / f"{name}_paths.json", [images.paths[row] for row in rows.tolist()])
         done += len(rows)
         progress("write", done, len(splits))
@@ -352,9 +409,9 @@ def _write_dataset(
 
 def _write_images(
     path: Path, pixels: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], image_size: tuple[int, int]
-) -> None:
-    """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time."""
-    shape = (*image_size, 3)
+) -> list[str]:
+    """Write some rows of `pixels` as an .npy file, resized to `image_size`, a block at a time; return their SHA-256."""
+    shape, digests = (*image_size, 3), list[str]()
     step = max(1, 2**25 // math.prod(shape))  # blocks of 32 MiB
     with storage_errors(path), path.open("wb") as file:
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
@@ -365,6 +422,8 @@ def _write_images(
             if block.shape[1:] != shape:
                 block = np.stack([resize_pixels(image, image_size) for image in block])
             file.write(block.data)
+            digests += hash_pixels(block)
+    return digests
 
 
 def load_prepared(path: Path) -> PreparedDataset:
@@ -391,21 +450,45 @@ def load_prepared(path: Path) -> PreparedDataset:
 
 
 def _check_arrays(dataset: PreparedDataset, split: str) -> None:
-    """Check that the arrays of a split have the sizes that `dataset.json` says; only their headers are read."""
-    count = dataset.num_images.get(split, 0)
+    """Check that the arrays of a split have the sizes that `dataset.json` says; no image is read."""
+    count, digests = dataset.num_images.get(split, 0), dataset.path / f"{split}_digests.npy"
+    expected = [("uint8", (count, *dataset.image_size, 3)), ("int64", (count,)), ("uint8", (count, 16))]
     try:
-        images, labels = dataset.images(split), dataset.labels(split)
+        arrays: list[npt.NDArray[Any]] = [dataset.images(split), dataset.labels(split)]
+        arrays += [np.load(digests)] if digests.is_file() else []
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{dataset.path} is damaged: {split} cannot be mapped: {error}; prepare it again") from error
-    expected = (count, *dataset.image_size, 3)
-    if images.dtype != np.uint8 or images.shape != expected or labels.dtype != np.int64 or labels.shape != (count,):
+    received = [(array.dtype.name, array.shape) for array in arrays]
+    if received != expected[: len(arrays)]:
         raise DatasetError(
-            f"{dataset.path} is damaged: {split} must be uint8 {expected}, received {images.dtype} {images.shape}; "
-            "prepare it again"
+            f"{dataset.path} is damaged: {split} must have the arrays {expected}, received {received}; prepare it again"
         )
 
 
-def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits: Sequence[str]) -> int:
-    """Return how many of some images, (N, H, W, 3), are also in these splits of a dataset, pixel by pixel."""
-    digests = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
-    return sum(hashlib.sha256(image).digest() in digests for image in images)
+def read_digests(folder: Path) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the digests of the images that a run or a prepared dataset has, to tell which images another has too.
+
+    Args:
+        folder: a run, or a prepared dataset. Older ones have no digests: those of their images are computed.
+    Returns:
+        Split -> first 16 bytes of the SHA-256 of each image's pixels at the prepared size, (N, 16).
+    Raises:
+        DatasetError: the digests are damaged, or there are neither digests nor images.
+    """
+    if (path := folder / DIGESTS_FILE).is_file():
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                return {split: file[split] for split in SPLITS}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise DatasetError(f"{path} is damaged: {one_line(repr(error))}; train again") from error
+    prepared = read_origin(folder).prepared if (folder / "config.toml").is_file() else folder
+    if prepared is None or not (prepared / DATASET_FILE).is_file():
+        raise DatasetError(f"{folder} has no {DIGESTS_FILE}, and its prepared dataset is gone; train again")
+    dataset = load_prepared(prepared)
+    return {split: dataset.digests(split) for split in SPLITS}
+
+
+def find_shared(digests: npt.NDArray[np.uint8], *others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Return for each of some digests, (N, 16), whether it is also among the others, (M, 16) each."""
+    known = {digest.tobytes() for each in others for digest in each}
+    return np.array([digest.tobytes() in known for digest in digests], np.bool_)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
-from cnnpipe.manifest import TrainingStatistics
-from cnnpipe.prepare.sources import SPLITS, SourceImages, Unreadable, first_few
+from cnnpipe.manifest import ModelInfo, TrainingStatistics
+from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, TRAIN, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
 
 # What is worth a warning; the limits in the settings, which stop the run, are others.
@@ -57,6 +57,10 @@ class DataReport:
     """Ratio of the largest class in train to the smallest; ≥ 1."""
     warnings: tuple[str, ...]
     """The findings that are worth reading, one line each, whether or not a limit is exceeded."""
+    left_out: tuple[str, ...] = ()
+    """Images of train and val that are not used, because val or test has the same."""
+    contradictions: tuple[str, ...] = ()
+    """Names of the same image in two classes, one of which is wrong, such as `cat/1.png and dog/2.png`."""
 
 
 def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataReport:
@@ -66,7 +70,7 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
         splits: split of each image, (N,), an index into `SPLITS`.
     """
     class_names, labels, digests, paths = images.class_names, images.labels, images.digests, images.paths
-    leaks, duplicates = _find_leaks(splits, digests, paths)
+    leaks, duplicates = _find_leaks(images.given_split, splits, digests, paths)
     pairs = Counter(zip(splits.tolist(), labels.tolist(), strict=True))
     counts = {
         split: {name: pairs[number, label] for label, name in enumerate(class_names)}
@@ -77,7 +81,9 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
     found = [*images.warnings, *warn_of_unreadable(images.unreadable, len(labels))]
     for split in ("val", "test"):
         leaked, total = _leaked_into(split, leaks), sum(counts[split].values())
-        found += _warn(leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another")
+        found += _warn(
+            leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another, where they were left out"
+        )
     found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
     contradictions = _find_contradictions(labels, digests, paths)
     found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
@@ -97,6 +103,8 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
         class_counts=counts,
         imbalance=imbalance,
         warnings=tuple(" ".join(warning.split()) for warning in found),  # names of files may have line breaks
+        left_out=tuple(paths[row] for row in np.flatnonzero(splits == LEFT_OUT).tolist()),
+        contradictions=tuple(contradictions),
     )
 
 
@@ -119,18 +127,21 @@ def _leaked_into(split: str, leaks: Sequence[Leak]) -> list[str]:
 
 
 def _find_leaks(
-    splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
+    given_split: npt.NDArray[np.int8], splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: list[dict[str, int]] = [{} for _ in SPLITS]
+    first: list[dict[str, int]] = [{} for _ in SPLITS]  # of each split as given
+    kept: dict[tuple[int, str], int] = {}
     duplicates = []
-    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
-        if (original := first[split].setdefault(digest, index)) != index:
+    for index, (given, split, digest) in enumerate(zip(given_split.tolist(), splits.tolist(), digests, strict=True)):
+        first[given].setdefault(digest, index)
+        if split != LEFT_OUT and (original := kept.setdefault((split, digest), index)) != index:
             duplicates.append(f"{paths[index]} = {paths[original]}")
     leaks = []
-    for index, (split, digest) in enumerate(zip(splits.tolist(), digests, strict=True)):
+    for index in np.flatnonzero((given_split != TRAIN) & (splits != LEFT_OUT)).tolist():
+        split = given_split[index]
         for other in range(split):  # train comes before val, and val before test
-            if (twin := first[other].get(digest)) is not None:
+            if (twin := first[other].get(digests[index])) is not None:
                 leaks.append(Leak(paths[index], SPLITS[split], paths[twin], SPLITS[other]))
                 break
     return leaks, duplicates
@@ -161,21 +172,28 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         DatasetError: a limit is exceeded; the message names it, what was received, and the first images concerned.
     """
     num_images = {split: sum(counts.values()) for split, counts in report.class_counts.items()}
-    unreadable, limit = _name_unreadable(report.unreadable), settings.max_unreadable_fraction
-    if len(unreadable) != 1 or not limit:  # one of fewer than 100 files is over 1 %, but is no reason to stop
-        text = f"files are unreadable, more than {limit:.4g} (max_unreadable_fraction)"
-        total = sum(num_images.values()) + len(unreadable)
-        _check_fraction(unreadable, total, limit, text, f"fix or remove them, or raise the limit; see {details}")
+    num_all, unreadable = sum(num_images.values()) + len(report.left_out), _name_unreadable(report.unreadable)
+    findings = [
+        ("unreadable", unreadable, num_all + len(unreadable), "files are unreadable"),
+        ("contradictory", report.contradictions, num_all, "images are in two classes"),
+    ]
+    for split in ("val", "test"):
+        text = f"images of {split} are also in another split"
+        findings.append(("leaked", _leaked_into(split, report.leaks), num_images[split], text))
+    for name, found, total, text in findings:
+        limit = getattr(settings, f"max_{name}_fraction")
+        # One of fewer than 100 images is over 1 %, but is no reason to stop.
+        if len(found) > bool(limit) and len(found) / total > limit:
+            raise DatasetError(
+                f"{len(found):,} of {total:,} {text}, more than {limit:.4g} (max_{name}_fraction): {first_few(found)}; "
+                f"restore, fix or remove them, or raise the limit; see {details}"
+            )
     for name, count in report.class_counts["train"].items():
         if count < settings.min_images_per_class:
             raise DatasetError(
                 f"class {name!r} has {count} images in train, need at least {settings.min_images_per_class} "
                 f"(min_images_per_class); add images, remove the class or lower the limit; see {details}"
             )
-    limit, remedy = settings.max_leaked_fraction, f"remove them from one, or raise the limit; see {details}"
-    for split in ("val", "test"):
-        text = f"images of {split} are also in another split, more than {limit:.4g} (max_leaked_fraction)"
-        _check_fraction(_leaked_into(split, report.leaks), num_images[split], limit, text, remedy)
     if report.imbalance > settings.max_imbalance:
         raise DatasetError(
             f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
@@ -183,9 +201,45 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
         )
 
 
-def _check_fraction(offenders: list[str], total: int, limit: float, text: str, remedy: str) -> None:
-    if total and len(offenders) / total > limit:
-        raise DatasetError(f"{len(offenders):,} of {total:,} {text}: {first_few(offenders)}; {remedy}")
+def list_changes(
+    class_names: Sequence[str],
+    statistics: TrainingStatistics,
+    new_images: Sequence[str],
+    champion: ModelInfo,
+    settings: PrepareSettings,
+) -> list[str]:
+    """Return how a dataset differs from the champion's by more than the limits allow, one line for each limit.
+
+    Args:
+        statistics: statistics of the train images.
+        new_images: names of the train images that the champion's dataset does not have, as far as is known.
+    """
+    changes, other_model = [], "or train another model with --name"
+    new = [name for name in class_names if name not in champion.class_names]
+    gone = [name for name in champion.class_names if name not in class_names]
+    if settings.same_classes and (new or gone):
+        parts = "; ".join(_warn(new, "new") + _warn(gone, "gone"))
+        text = f"the classes are not those of the champion {champion.run_id}, {parts} (same_classes)"
+        changes.append(f"{text}; restore the folder, allow it with --no-same-classes, {other_model}")
+    before, limit = champion.training_statistics, settings.max_pixel_shift
+    if (shift := measure_shift(statistics, before)) > limit:
+        means = [" ".join(f"{value:.0f}" for value in each.channel_mean) for each in (statistics, before)]
+        text = f"the train images differ by {shift:.2f} from those of the champion {champion.run_id}, more than"
+        found = _warn(new_images, f"; {len(new_images):,} images are new")
+        text = f"{text} {limit:.4g} (max_pixel_shift): mean RGB {means[0]}, was {means[1]}{''.join(found)}"
+        changes.append(f"{text}; check the images, raise the limit, {other_model}")
+    return changes
+
+
+def measure_shift(statistics: TrainingStatistics, before: TrainingStatistics) -> float:
+    """Return the largest change of brightness, colour or contrast of images, 0-1 of the range of values.
+
+    Brightness is compared by the mean difference of the inner deciles, which estimates the distance that the brightness
+    of an image has moved; colour and contrast by the mean and the standard deviation of each channel.
+    """
+    figures = ("brightness_deciles", "channel_mean", "channel_std")
+    deciles, *channels = (np.abs(np.subtract(getattr(statistics, name), getattr(before, name))) for name in figures)
+    return float(max(deciles[1:-1].mean(), *map(np.max, channels)) / 255)
 
 
 def check_contrast(

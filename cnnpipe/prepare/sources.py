@@ -41,6 +41,8 @@ SPLITS: Final = ("train", "val", "test")
 TRAIN: Final = 0
 VAL: Final = 1
 TEST: Final = 2
+LEFT_OUT: Final = -1
+"""Stands for the split of an image in none of them."""
 
 _NOT_IMAGES: Final = frozenset({
     ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".rst", ".xml", ".xmp", ".aae", ".yaml", ".yml", ".toml",
@@ -94,7 +96,7 @@ class SourceImages:
     paths: Sequence[str]
     """Name of each image in the source."""
     digests: Sequence[str]
-    """SHA-256 of each image's file or, if it has none, of its pixels."""
+    """SHA-256 of each image's file or, if it has none, of its pixels; images of the same pixels have the same."""
     given_split: npt.NDArray[np.int8]
     """Index into `SPLITS` of the split that each image comes with, (N,)."""
     given_splits: frozenset[int]
@@ -132,8 +134,13 @@ class DigitsSource:
 
 
 def hash_pixels(pixels: npt.NDArray[np.uint8]) -> list[str]:
-    """Return the SHA-256 of each image, (N, H, W, 3)."""
+    """Return the SHA-256 of each image, (N, H, W, 3), as 64 hexadecimal digits."""
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+
+
+def pack_digests(digests: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Return the first 16 bytes of digests in hexadecimal digits, (N, 16) uint8."""
+    return np.frombuffer(bytes.fromhex("".join(digest[:32] for digest in digests)), np.uint8).reshape(-1, 16)
 
 
 class FolderSource:
@@ -168,7 +175,7 @@ class FolderSource:
         return outcomes
 
     def read(self, image_size: tuple[int, int], scratch: Path) -> SourceImages:
-        folder, files = self._folder, self._decode_to(scratch, image_size)
+        folder, (files, pixel_digests) = self._folder, self._decode_to(scratch, image_size)
         images = [file for file in files if file.has_image]
         if not images:
             raise DatasetError(
@@ -177,29 +184,34 @@ class FolderSource:
             )
         readable = np.array([file.has_image for file in files])
         failed = [file for file in files if not file.has_image]
+        lowest: dict[str, str] = {}  # digest of pixels -> that of one of the files that have them
+        for pixels, image in zip(pixel_digests, images, strict=True):
+            lowest[pixels] = min(image.sha256, lowest.get(pixels, image.sha256))
         return SourceImages(
             content=_hash_folder(folder.paths, [file.sha256 or file.error_kind for file in files]),
             class_names=folder.class_names,
             pixels=np.memmap(scratch, np.uint8, "r", shape=(len(images), *image_size, 3)),
             labels=folder.labels[readable],
             paths=[escape_path(file.path) for file in images],
-            digests=[file.sha256 for file in images],
+            digests=[lowest[pixels] for pixels in pixel_digests],
             given_split=folder.given_split[readable],
             given_splits=folder.given_splits,
             unreadable=tuple(Unreadable(escape_path(f.path), f.error_kind, escape_path(f.error)) for f in failed),
             warnings=folder.warnings,
         )
 
-    def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> list[DecodedFile]:
-        """Decode all files, and write the pixels of the images to `scratch`, one after the other."""
+    def _decode_to(self, scratch: Path, image_size: tuple[int, int]) -> tuple[list[DecodedFile], list[str]]:
+        """Decode all files, write the pixels of the images to `scratch`; return the files and the pixels' SHA-256."""
         files: list[DecodedFile] = []
+        digests: list[str] = []
         # Plain writes report a full disk; writes into a mapped file would end the process with SIGBUS.
         with storage_errors(scratch), scratch.open("wb") as file, closing(self._decode_chunks(image_size)) as chunks:
             for chunk in chunks:
                 file.write(chunk.images.data)
                 files += chunk.files
+                digests += hash_pixels(chunk.images)
                 self._progress("decode", len(files), len(self._folder.paths))
-        return files
+        return files, digests
 
     def _decode_chunks(self, image_size: tuple[int, int]) -> Generator[DecodedChunk, None, None]:
         root, paths = self._folder.root, self._folder.paths

@@ -33,8 +33,7 @@ from cnnpipe.manifest import (
     read_origin,
     write_manifest,
 )
-from cnnpipe.prepare.dataset import PreparedDataset, count_shared, load_prepared
-from cnnpipe.prepare.sources import SPLITS
+from cnnpipe.prepare.dataset import PreparedDataset, find_shared, read_digests
 from cnnpipe.registry import alias_lock, champion_run, promote_run, promotion_history, registry_place
 from cnnpipe.session import open_session
 from cnnpipe.settings import RetrainSettings, load_toml
@@ -175,8 +174,8 @@ def _shares_images(prepared: Path | None, dataset: PreparedDataset) -> bool:
     """Return whether most test images of a prepared dataset are in another too: then its folder was only moved."""
     with suppress(DatasetError):  # it is gone
         if prepared is not None:
-            tested = load_prepared(prepared).images("test")
-            return 2 * count_shared(tested, dataset, SPLITS) > len(tested)
+            tested, own = read_digests(prepared)["test"], read_digests(dataset.path).values()
+            return 2 * int(find_shared(tested, *own).sum()) > len(tested)
     return False
 
 

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from cnnpipe.machine import ask_driver, package_versions
-from cnnpipe.prepare.dataset import load_prepared
+from cnnpipe.prepare.dataset import DIGESTS_FILE, load_prepared, read_digests
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import RetrainSettings
-from cnnpipe.storage import make_folder, storage_errors
+from cnnpipe.settings import RetrainSettings, dataset_location
+from cnnpipe.storage import make_folder, storage_errors, write_file
 
 if TYPE_CHECKING:
     from cnnpipe.train.fit import TrainingResult
@@ -28,7 +30,7 @@ def train_run(
 ) -> TrainingResult:
     """Train in a new run folder `artifacts/<name>/runs/<run id>`, or go on in that of the same training.
 
-    See `fit.train_model` and `checkpoints.open_training`.
+    The digests of the images are written first. See `fit.train_model` and `checkpoints.open_training`.
 
     Args:
         prepared: folder of the prepared dataset.
@@ -41,11 +43,17 @@ def train_run(
     from cnnpipe.train.checkpoints import TrainingJob, open_training
     from cnnpipe.train.fit import train_model
 
+    # From any folder, config.toml must mean the same dataset, and a resumed training must find its run.
+    location = {"dataset": dataset_location(settings.prepare.dataset)}
+    settings = settings.model_copy(update={"prepare": settings.prepare.model_copy(update=location)})
     dataset = load_prepared(prepared)
     device = select_device(settings.train.device)  # before the run folder is made, so that a wrong device leaves none
     precision = select_precision(settings.train.precision, device)
     job = TrainingJob.describe(settings, dataset, device, precision)
     with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
+        path = checkpoints.run / DIGESTS_FILE
+        with write_file(path) as temporary, storage_errors(path):
+            np.savez(temporary, allow_pickle=False, **read_digests(prepared))
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
 
 

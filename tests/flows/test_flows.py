@@ -44,7 +44,7 @@ from tiny_models import write_digits, write_model
 import flows.classify_flow
 from cnnpipe.classify.run import classify_folder
 from cnnpipe.doctor import examine
-from cnnpipe.errors import DatasetError, FailureBudgetError, RegistryError, StorageError
+from cnnpipe.errors import DatasetError, FailureBudgetError, StorageError
 from cnnpipe.nightly import server_pidfile
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
@@ -140,18 +140,17 @@ def retry(work: Flow[..., Any], failed: State[Any]) -> State[Any]:
 def retrained(prefect_server: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Retried:
     """The one training of these tests."""
     artifacts = tmp_path_factory.mktemp("retrained")
-    alias = artifacts / "digits" / "champion"
-    alias.parent.mkdir()
-    alias.write_text("20200101T000000Z\n")  # a champion that is not there: only the last stage meets it
+    lock = artifacts / "digits" / ".lock"
+    lock.mkdir(parents=True)  # a folder where a file should be: only the last stage meets it
     promote = PromoteSettings(min_accuracy=1.0)
     failed = run_retrain(train=TrainSettings(epochs=1), promote=promote, data=str(data), artifacts=str(artifacts))
     before = Retried(failed, failed, artifacts, {}).files()
-    alias.unlink()
+    lock.rmdir()
     return Retried(failed, retry(retrain, failed), artifacts, before)
 
 
 def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpromoted(retrained: Retried) -> None:
-    with pytest.raises(RegistryError, match="20200101T000000Z"):
+    with pytest.raises(StorageError, match="Is a directory"):
         retrained.failed.result()
 
     state = retrained.retried

@@ -20,20 +20,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from tiny_models import model_info
 
 from cnnpipe.classify.run import classify_folder
 from cnnpipe.errors import DatasetError, StorageError
 from cnnpipe.images.decode import decode_image
+from cnnpipe.manifest import RunManifest, write_manifest
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE
 from cnnpipe.prepare.dataset import (
     DATASET_FILE,
+    DIGESTS_FILE,
     PreparedDataset,
     assign_splits,
     load_prepared,
     open_source,
     prepare_dataset,
+    read_digests,
     scratch_folder,
 )
+from cnnpipe.prepare.report import compute_statistics, measure_shift
 from cnnpipe.prepare.sources import SPLITS, TEST, TRAIN, VAL
 from cnnpipe.settings import ClassifySettings, PrepareSettings
 
@@ -69,7 +74,8 @@ def write_splits(root: Path, **per_class: int) -> Path:
 
 
 def prepare(root: Path | str, data: Path, **overrides: Any) -> PreparedDataset:
-    options = {key: overrides.pop(key) for key in ("workers", "progress", "archive") if key in overrides}
+    names = ("workers", "progress", "archive", "publish", "champion")
+    options = {key: overrides.pop(key) for key in names if key in overrides}
     return prepare_dataset(PrepareSettings(dataset=str(root), **overrides), data, **options)
 
 
@@ -567,13 +573,19 @@ def test_copies_of_an_image_are_never_parted(tmp_path: Path) -> None:
 # --- the report and its gates
 
 
-@pytest.mark.parametrize(("classes", "different"), [((0, 1), 2), ((0, 0), 1)])
-def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], different: int) -> None:
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ((0, 1), "no readable image for val: its 40 images are copies of 2, and copies stay in one split"),
+        ((0, 0), r"the decoded pictures hardly differ .*; check that the files show what they should; see .*root$"),
+    ],
+)
+def test_a_dataset_of_copies_says_so(tmp_path: Path, classes: tuple[int, int], message: str) -> None:
     for name, label in zip("ab", classes, strict=True):
         write_class(tmp_path / "root" / name, label, range(1))
         for number in range(1, 20):
             shutil.copy(tmp_path / "root" / name / "000.png", tmp_path / "root" / name / f"{number}.png")
-    with pytest.raises(DatasetError, match=f"no readable image for val: its 40 images are copies of {different}, and"):
+    with pytest.raises(DatasetError, match=message):
         prepare(tmp_path / "root", tmp_path / "data")
 
 
@@ -586,16 +598,10 @@ def test_a_class_that_our_own_split_leaves_unmeasured_is_named(tmp_path: Path) -
         assert f"{split} has no images of 1 classes: digit1 (2 different in all)" in warnings
 
 
-def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Path) -> None:
+def test_leaks_between_given_splits_are_reported_and_more_than_one_stop_the_run(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "root", train=15, val=5, test=5)
     shutil.copy(root / "train" / "digit1" / "003.jpg", root / "test" / "digit1" / "leaked.jpg")
-    expected = (
-        r"1 of 16 images of test are also in another split, more than 0\.01 \(max_leaked_fraction\): "
-        r"test/digit1/leaked\.jpg = train/digit1/003\.jpg; remove"
-    )
-    with pytest.raises(DatasetError, match=expected):
-        prepare(root, tmp_path / "data")
-    report = prepare(root, tmp_path / "data", max_leaked_fraction=0.1).report
+    report = prepare(root, tmp_path / "data").report
     assert [asdict(leak) for leak in report.leaks] == [
         {
             "path": "test/digit1/leaked.jpg",
@@ -605,16 +611,132 @@ def test_a_leak_between_given_splits_is_reported_and_stops_the_run(tmp_path: Pat
         }
     ]
     assert report.warnings[0] == (
-        "1 of 16 images of test are also in another: test/digit1/leaked.jpg = train/digit1/003.jpg"
+        "1 of 16 images of test are also in another, where they were left out: "
+        "test/digit1/leaked.jpg = train/digit1/003.jpg"
     )
+    shutil.copy(root / "train" / "digit2" / "004.jpg", root / "test" / "digit2" / "leaked.jpg")
+    expected = (
+        r"2 of 17 images of test are also in another split, more than 0\.01 \(max_leaked_fraction\): "
+        r"test/digit1/leaked\.jpg = train/digit1/003\.jpg, test/digit2/leaked\.jpg = train/digit2/004\.jpg; restore"
+    )
+    with pytest.raises(DatasetError, match=expected):
+        prepare(root, tmp_path / "data")
 
 
-def test_the_same_image_in_two_classes_is_a_warning(tmp_path: Path) -> None:
+def test_of_copies_in_several_given_splits_only_that_in_the_last_is_used(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15, val=5, test=5)
+    Image.open(root / "test" / "digit0" / "020.jpg").save(root / "val" / "digit0" / "same pixels.png")
+    for number in range(2):
+        shutil.copy(root / "test" / "digit0" / "020.jpg", root / "train" / "digit0" / f"{number}.jpg")
+    shutil.copy(root / "val" / "digit1" / "015.jpg", root / "train" / "digit1" / "15.jpg")
+    dataset = prepare(root, tmp_path / "data", max_leaked_fraction=0.1)
+    assert dataset.num_images == {"train": 45, "val": 15, "test": 15}
+    left_out = ("train/digit0/0.jpg", "train/digit0/1.jpg", "train/digit1/15.jpg", "val/digit0/same pixels.png")
+    assert dataset.report.left_out == left_out
+    assert [(leak.path, leak.other_path) for leak in dataset.report.leaks] == [
+        ("val/digit1/015.jpg", "train/digit1/15.jpg"),
+        ("test/digit0/020.jpg", "train/digit0/0.jpg"),
+    ]
+    digests = [digest.tobytes() for split in SPLITS for digest in dataset.digests(split)]
+    assert len(set(digests)) == len(digests) == 75
+
+
+def test_a_split_of_nothing_but_copies_says_so(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "root", train=15)
+    shutil.copytree(root / "train", root / "test")
+    with pytest.raises(DatasetError, match="no readable image for train: 45 images of train and val are left out, as"):
+        prepare(root, tmp_path / "data")
+
+
+def test_images_in_two_classes_are_named_and_too_many_stop_the_run(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root")
     shutil.copy(root / "digit0" / "000.png", root / "digit1" / "zero.png")
-    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in (
-        prepare(root, tmp_path / "data").report.warnings
+    report = prepare(root, tmp_path / "data").report
+    assert report.contradictions == ("digit0/000.png and digit1/zero.png",)
+    assert "1 images are in two classes: digit0/000.png and digit1/zero.png" in report.warnings
+    Image.open(root / "digit0" / "001.png").save(root / "digit2" / "same pixels.bmp")
+    expected = (
+        r"2 of 62 images are in two classes, more than 0\.01 \(max_contradictory_fraction\): "
+        r"digit0/000\.png and digit1/zero\.png, digit0/001\.png and digit2/same pixels\.bmp; restore, fix"
     )
+    with pytest.raises(DatasetError, match=expected):
+        prepare(root, tmp_path / "data")
+
+
+def write_champion(folder: Path, dataset: PreparedDataset) -> Path:
+    """Write the manifest and the digests of a champion that was trained on a dataset."""
+    model = model_info(run_id="one", class_names=dataset.class_names, training_statistics=dataset.statistics)
+    facts: dict[str, Any] = {"created": "", "dataset": {}, "metrics": {}, "parity": {}, "promotion_reason": ""}
+    write_manifest(folder, RunManifest(model=model, promoted=True, files={}, **facts))
+    np.savez(folder / DIGESTS_FILE, allow_pickle=False, **read_digests(dataset.path))
+    return folder
+
+
+def test_classes_and_pixels_must_be_those_of_the_champion_unless_the_limits_allow_others(tmp_path: Path) -> None:
+    root = write_flat(tmp_path / "root")
+    champion = write_champion(tmp_path, prepare(root, tmp_path / "data"))
+    shown: list[PreparedDataset] = []
+    prepare(root, tmp_path / "data", champion=champion, publish=shown.append)
+    assert shown[0] == load_prepared(shown[0].path)
+
+    shutil.move(root / "digit2", root / "digit3")
+    classes = (
+        r"the classes are not those of the champion one, new: digit3; gone: digit2 \(same_classes\); "
+        r"restore the folder, allow it with --no-same-classes, or train another model with --name; see .*dataset\.json$"
+    )
+    with pytest.raises(DatasetError, match=classes):
+        prepare(root, tmp_path / "data", champion=champion, publish=shown.append)
+    assert shown[1].report.warnings[-1].startswith("the classes are not those of the champion")
+    prepare(root, tmp_path / "data", champion=champion, same_classes=False)
+
+    (root / "digit3" / "000.png").rename(root / "digit3" / "999.png")  # only a name
+    for index in range(20):
+        Image.eval(digit_image(1, index), lambda value: 255 - value).save(root / "digit1" / f"{index:03}.png")
+    pixels = (
+        r"the train images differ by 0\.\d\d from those of the champion one, more than 0\.1 \(max_pixel_shift\): "
+        r"mean RGB \d+ \d+ \d+, was \d+ \d+ \d+; 13 images are new: digit1/\d+.png, .*; check the images, raise"
+    )
+    with pytest.raises(DatasetError, match=pixels):
+        prepare(root, tmp_path / "data", champion=champion, same_classes=False)
+    prepare(root, tmp_path / "data", champion=champion, same_classes=False, max_pixel_shift=1)
+
+
+def test_the_shift_of_pixels_is_that_of_brightness_colour_or_contrast() -> None:
+    images = np.random.default_rng(0).integers(50, 200, (400, 4, 4, 3), np.uint8)
+    changed = {"colour": images.copy(), "contrast": 125 + (images.astype(int) - 125) // 2, "brightness": images.copy()}
+    changed["colour"][..., 0] += 51
+    changed["brightness"][::2] += 51
+    changed["brightness"][1::2] -= 50
+    labels = np.zeros(400, np.int64)
+    before = compute_statistics(images, labels, 1)
+    assert measure_shift(before, compute_statistics(images[::2], labels[::2], 1)) < 0.02
+    for each in changed.values():
+        assert measure_shift(before, compute_statistics(each.astype(np.uint8), labels, 1)) > 0.08
+
+
+# --- digests
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (20, 12)])
+def test_digests_are_of_the_prepared_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    for source in ("digits", write_flat(tmp_path / "root")):
+        dataset = prepare(source, tmp_path / "data", image_size=size)
+        for split, digests in read_digests(dataset.path).items():
+            expected = [hashlib.sha256(image.tobytes()).digest()[:16] for image in dataset.images(split)]
+            assert [digest.tobytes() for digest in digests] == expected
+            (dataset.path / f"{split}_digests.npy").unlink()  # as older versions prepared it
+            assert np.array_equal(read_digests(dataset.path)[split], digests)
+
+
+def test_digests_that_are_missing_or_damaged_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"has no digests\.npz, and its prepared dataset is gone; train again"):
+        read_digests(tmp_path)
+    np.savez(tmp_path / DIGESTS_FILE, allow_pickle=False, train=np.zeros((2, 16), np.uint8))
+    with pytest.raises(DatasetError, match=r"digests\.npz is damaged: .*val.*; train again"):
+        read_digests(tmp_path)
+    (tmp_path / DIGESTS_FILE).write_bytes((tmp_path / DIGESTS_FILE).read_bytes()[:-100])
+    with pytest.raises(DatasetError, match=r"digests\.npz is damaged: .*; train again"):
+        read_digests(tmp_path)
 
 
 def test_small_classes_and_unequal_ones_are_warnings(tmp_path: Path) -> None:
@@ -754,6 +876,42 @@ def test_a_changed_image_is_noticed_even_if_its_size_and_time_are_not(tmp_path: 
     assert before.path.is_dir()
 
 
+@pytest.mark.parametrize("change", ["more", "fewer", "others", "none"])
+def test_a_folder_that_changes_while_it_is_read_gives_the_images_that_its_fingerprint_is_of(
+    tmp_path: Path, change: str
+) -> None:
+    root = write_flat(tmp_path / "root", per_class=70)  # several chunks
+    before = Path(shutil.copytree(root, tmp_path / "before"))
+
+    def change_folder(stage: str, done: int, total: int) -> None:
+        if stage != "decode" or done == total:
+            return
+        if change == "more":
+            write_class(root / "digit0", 0, range(70, 75))
+        elif change == "others":
+            write_class(root / "digit2", 2, range(70, 140))
+            for number in range(70):
+                (root / "digit2" / f"{number + 70:03}.png").replace(root / "digit2" / f"{number:03}.png")
+        elif change == "fewer":
+            (root / "digit2" / "069.png").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+
+    if change == "none":
+        with pytest.raises(DatasetError, match=r"82 of 210 files are unreadable, .* \(not_found\), …; restore, fix"):
+            prepare(root, tmp_path / "data", progress=change_folder)
+        return
+    changed = prepare(root, tmp_path / "data", progress=change_folder)
+    same = prepare(before if change == "more" else root, tmp_path / "data2", name="root")
+    if change == "fewer":
+        assert changed.report.warnings[0].endswith("unreadable and were left out: digit2/069.png (not_found)")
+        assert changed.fingerprint != same.fingerprint
+    else:
+        assert digests(changed) == digests(same)
+        assert changed.fingerprint == same.fingerprint
+    assert all_paths(changed) == all_paths(same)
+
+
 def test_several_processes_give_the_same_bytes_as_one(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "root", per_class=170, num_classes=4)  # enough files for the pool
     (root / "digit0" / "spoilt.png").write_bytes(b"spoilt")
@@ -803,7 +961,7 @@ def test_what_killed_processes_left_is_removed_unless_another_is_at_work(tmp_pat
     assert {users, dataset.path} == set(prepared.iterdir())
 
 
-@pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone"])
+@pytest.mark.parametrize("spoil", ["no dataset.json", "bad json", "array cut", "array gone", "digests cut"])
 def test_a_damaged_prepared_folder_is_refused_and_made_again(tmp_path: Path, spoil: str) -> None:
     root = write_flat(tmp_path / "root")
     dataset = prepare(root, tmp_path / "data")
@@ -813,6 +971,8 @@ def test_a_damaged_prepared_folder_is_refused_and_made_again(tmp_path: Path, spo
         (dataset.path / DATASET_FILE).unlink()
     elif spoil == "bad json":
         (dataset.path / DATASET_FILE).write_text('{"name": "root"}')
+    elif spoil == "digests cut":
+        np.save(dataset.path / "val_digests.npy", dataset.digests("val")[1:])
     elif spoil == "array cut":
         images.write_bytes(images.read_bytes()[:-100])
     else:

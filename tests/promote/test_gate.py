@@ -21,7 +21,7 @@ from cnnpipe.settings import PrepareSettings, PromoteSettings, RetrainSettings, 
 from cnnpipe.storage import sha256_file
 
 RUN_FILES = {
-    "config.toml", "environment.json", "history.csv", "model.keras", "model.onnx",
+    "config.toml", "environment.json", "digests.npz", "history.csv", "model.keras", "model.onnx",
     "model.int8.onnx",
     "model.fp16.onnx", "metrics.json", "parity.json",
     "classification_report.csv", "predictions_test.csv", "probabilities_test.npy", "confusion_matrix.csv",
@@ -173,6 +173,7 @@ def test_only_the_champion_of_the_same_source_is_compared_with(
     if content == "others":
         for split in SPLITS:
             np.save(theirs / f"{split}_images.npy", 255 - digits.images(split))
+            (theirs / f"{split}_digests.npy").unlink()
     if content == "gone":
         shutil.rmtree(theirs)
     remember(champion, source=champion_from, dataset=str(theirs))

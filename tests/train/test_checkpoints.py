@@ -19,7 +19,7 @@ import pytest
 from cnnpipe.errors import TrainingError
 from cnnpipe.evaluate.evaluation import predict_keras
 from cnnpipe.manifest import digest_files
-from cnnpipe.prepare.dataset import PreparedDataset
+from cnnpipe.prepare.dataset import PreparedDataset, read_digests
 from cnnpipe.registry import list_runs
 from cnnpipe.settings import PromoteSettings, RetrainSettings, TrainSettings
 from cnnpipe.train.backend import keras
@@ -195,13 +195,16 @@ def test_it_is_resumed_in_the_interrupted_run_and_logs_that(
     digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = interrupt(SHORT, digits, tmp_path)
-    assert set(digest_files(run)) == {"config.toml", "environment.json", "history.csv", "model.keras"}
+    assert set(digest_files(run)) == {"config.toml", "digests.npz", "environment.json", "history.csv", "model.keras"}
+    (run / "digests.npz").unlink()
     caplog.set_level(logging.INFO, "cnnpipe")
     result = train(SHORT, digits, tmp_path)
 
     assert (result.run, result.epochs, result.resumed_after) == (run, 2, 1)
     assert f"resuming {run}, which was interrupted; use --no-resume to start over" in caplog.text
     assert [row["epoch"] for row in history_of(run)] == ["1", "2"]
+    for split, digests in read_digests(run).items():
+        assert np.array_equal(digests, digits.digests(split))
     assert result.seconds >= sum(float(line.split(",")[-1]) for line in (run / "history.csv").read_text().split()[1:])
 
 
