@@ -11,22 +11,34 @@ again completes it, and any other starts from the alias.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
-from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
+from cnnpipe.manifest import MANIFEST_FILE, Precision, RunState, choose_model_file, read_manifest
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
 _LOCK_TIMEOUT_SECONDS = 30.0
+_RUN_ID: Final = "%Y%m%dT%H%M%SZ"
+
+_State = Literal["passed", "refused", "unchanged", "awaiting", "incomplete", "damaged"]
+_STATES: Final[dict[RunState, _State]] = {
+    "Promoted": "passed",
+    "NotPromoted": "refused",
+    "Unchanged": "unchanged",
+    "AwaitingApproval": "awaiting",
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,18 +61,34 @@ class RunSummary:
     champion: bool
     preset: str | None  # None while the run is incomplete, as is `accuracy`
     accuracy: float | None  # on the test split, 0-1
-    state: Literal["passed", "refused", "incomplete", "damaged"]  # the gate's decision, or why there is none
+    state: _State  # the gate's decision, or why there is none
 
 
 def create_run(artifacts: Path, name: str) -> Path:
-    """Create the folder of a new run, named by the UTC time to the second, and return it; raises StorageError."""
+    """Create the folder of a new run, named by the UTC time to the second, and return it; raises StorageError.
+
+    If the clock was set back, the name is a second after that of the newest run, because names are in order of time.
+    """
     runs = make_folder(artifacts / name / "runs")
     while True:
-        run = runs / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        now, newest = datetime.now(UTC), _newest_time(runs)
+        if now.replace(microsecond=0) < newest:
+            logger.warning("the clock of this machine is before the newest run in %s, %s", runs, f"{newest:{_RUN_ID}}")
+            now = newest + timedelta(seconds=1)
+        run = runs / now.strftime(_RUN_ID)
         with storage_errors(run), suppress(FileExistsError):
             run.mkdir()
             return run
         time.sleep(0.2)  # another run began in this second
+
+
+def _newest_time(runs: Path) -> datetime:
+    """Return the time in the name of the newest run."""
+    newest = datetime.min.replace(tzinfo=UTC)
+    for run in runs.iterdir():
+        with suppress(ValueError):  # not a name that `create_run` gives
+            newest = max(newest, datetime.strptime(run.name, _RUN_ID).replace(tzinfo=UTC))
+    return newest
 
 
 def list_names(artifacts: Path) -> list[str]:
@@ -89,7 +117,7 @@ def _summarize(run: Path, champion: str | None) -> RunSummary:
         manifest = read_manifest(run)
     except RegistryError:
         return RunSummary(*start, None, None, "damaged")
-    state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
+    state = _STATES[manifest.state or ("Promoted" if manifest.promoted else "NotPromoted")]
     return RunSummary(*start, manifest.model.preset, manifest.model.test_accuracy, state)
 
 
@@ -188,6 +216,19 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
         return promote_run(artifacts, name, run_id, reason, "rollback")
+
+
+def rolled_back_runs(history: list[Promotion]) -> set[str]:
+    """Return the run ids that the alias was rolled back from, and that were not made champion since."""
+    champions: list[str] = []
+    left: set[str] = set()
+    for move in history:
+        if move.action == "rollback":
+            before = champions[::-1].index(move.run_id) if move.run_id in champions else 1
+            left.update(champions[len(champions) - before :])
+        champions.append(move.run_id)
+        left.discard(move.run_id)
+    return left
 
 
 def _champions(history: list[Promotion], champion: str | None) -> list[str]:

@@ -86,25 +86,59 @@ def publish_plots(run: Path) -> None:
 
 
 def publish_decision(run: Path, decision: Decision) -> None:
-    """Show whether the run became the champion, and why."""
-    verdict = "Promoted" if decision.promoted else "Not promoted"
-    before = "" if decision.champion_accuracy is None else f"{decision.champion_accuracy:.4f}"
-    rows = [
-        ["this run", decision.run_id, f"{decision.accuracy:.4f}"],
-        ["champion before", decision.champion or "none yet", before],
-        ["floor", "", f"{decision.min_accuracy:.4f}"],
+    """Show whether the run became the champion, and why: every check, and the comparison with the champion."""
+    from cnnpipe.promote.gate import STATES_IN_WORDS
+
+    verdict, reason = STATES_IN_WORDS[decision.state].capitalize(), _text(decision.reason)
+    checks = [
+        [
+            name,
+            f"{check.value:.4g}",
+            "" if check.limit is None else f"{check.limit:.4g}",
+            "no" if check.problem else "yes",
+        ]
+        for name, check in decision.checks.items()
     ]
-    reason = _text(decision.reason)
     _publish(
         "promotion-decision",
         f"{verdict}: {reason}",
         f"# {verdict}",
         f"{reason[:1].upper()}{reason[1:]}.",
-        _table(["", "run", "test accuracy"], rows),
+        f"Run {_code(decision.run_id)}; champion before: {_code(decision.champion or 'none yet')}.",
         f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.",
+        _table(["floor or budget", "value", "limit", "passed"], checks),
+        *_comparison_blocks(decision),
         f"The model is {_code(run / 'model.onnx')}. Its precisions:",
         _variants_table(run),
     )
+
+
+def _comparison_blocks(decision: Decision) -> list[str]:
+    """Return the numbers of the comparison with the champion, and the images that only one of the two has right."""
+    if (compared := decision.comparison) is None:
+        return []
+    worst = compared.worst_class
+    rows: list[list[object]] = [
+        ["test images compared", compared.num_images],
+        ["left out: one of the two has learned from them", compared.num_left_out],
+        ["accuracy of this run", f"{compared.accuracy:.4f}"],
+        ["accuracy of the champion", f"{compared.champion_accuracy:.4f}"],
+        ["images that only this run has right", compared.gained],
+        ["images that only the champion has right", compared.lost],
+        ["p value (exact McNemar test)", f"{compared.p_value:.4f}"],
+        ["difference of accuracy, at least (95 %)", f"{compared.lower_bound:+.4f}"],
+        [f"recall of {worst.name}, which loses most", f"{worst.recall:.4f}"],
+        [f"recall of {worst.name} by the champion", f"{worst.champion_recall:.4f}"],
+        ["p value of that loss", f"{worst.p_value:.4f}"],
+    ]
+    examples = [["this run", path] for path in compared.gained_paths]
+    examples += [["the champion", path] for path in compared.lost_paths]
+    return [
+        "## Against the champion",
+        _table(["", ""], rows),
+        "The first images that only one has right:" if examples else "",
+        _table(["only right by", "image"], examples),
+    ]
 
 
 def _variants_table(run: Path) -> str:

@@ -35,7 +35,7 @@ from cnnpipe.errors import DatasetError
 from cnnpipe.images.decode import resize_pixels
 from cnnpipe.images.find import FileFilter
 from cnnpipe.machine import usable_cores
-from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.manifest import TrainingStatistics, read_origin
 from cnnpipe.paths import expand_path
 from cnnpipe.prepare.cifar10 import CIFAR10_ARCHIVE, Archive, Cifar10Source
 from cnnpipe.prepare.report import DataReport, build_report, check_contrast, check_limits, compute_statistics
@@ -409,3 +409,30 @@ def count_shared(images: npt.NDArray[np.uint8], dataset: PreparedDataset, splits
     """Return how many of some images, (N, H, W, 3), are also in these splits of a dataset, pixel by pixel."""
     digests = {hashlib.sha256(image).digest() for split in splits for image in dataset.images(split)}
     return sum(hashlib.sha256(image).digest() in digests for image in images)
+
+
+def read_digests(folder: Path) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the digests of the images that a run or a prepared dataset has, to tell which images another has too.
+
+    Args:
+        folder: a run, or a prepared dataset. Older ones have no digests: those of their images are computed.
+    Returns:
+        Split -> first 16 bytes of the SHA-256 of each image's pixels at the prepared size, (N, 16).
+    Raises:
+        DatasetError: there are neither digests nor images.
+    """
+    if (path := folder / "digests.npz").is_file():
+        with np.load(path, allow_pickle=False) as file:
+            return {split: file[split] for split in SPLITS}
+    prepared = read_origin(folder).prepared if (folder / "config.toml").is_file() else folder
+    if prepared is None or not (prepared / DATASET_FILE).is_file():
+        raise DatasetError(f"{folder} has no digests.npz, and its prepared dataset is gone; train again")
+    dataset = load_prepared(prepared)
+    digests = {split: [hashlib.sha256(image).digest()[:16] for image in dataset.images(split)] for split in SPLITS}
+    return {split: np.frombuffer(b"".join(each), np.uint8).reshape(-1, 16) for split, each in digests.items()}
+
+
+def find_shared(digests: npt.NDArray[np.uint8], *others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Return for each of some digests, (N, 16), whether it is also among the others, (M, 16) each."""
+    known = {digest.tobytes() for each in others for digest in each}
+    return np.array([digest.tobytes() in known for digest in digests], np.bool_)
