@@ -29,6 +29,7 @@ CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
 _LOCK_TIMEOUT_SECONDS = 30.0
 _RUN_ID: Final = "%Y%m%dT%H%M%SZ"
+_RUN_IDS: Final = f"{'[0-9]' * 8}T{'[0-9]' * 6}Z"  # glob
 
 _State = Literal["passed", "refused", "unchanged", "awaiting", "incomplete", "damaged"]
 _STATES: Final[dict[RunState, _State]] = {
@@ -71,24 +72,16 @@ def create_run(artifacts: Path, name: str) -> Path:
     """
     runs = make_folder(artifacts / name / "runs")
     while True:
-        now, newest = datetime.now(UTC), _newest_time(runs)
-        if now.replace(microsecond=0) < newest:
-            logger.warning("the clock of this machine is before the newest run in %s, %s", runs, f"{newest:{_RUN_ID}}")
-            now = newest + timedelta(seconds=1)
-        run = runs / now.strftime(_RUN_ID)
+        run_id = f"{datetime.now(UTC):{_RUN_ID}}"
+        newest = max((run.name for run in runs.glob(_RUN_IDS)), default="")
+        if run_id < newest:
+            run_id = f"{datetime.strptime(newest, _RUN_ID) + timedelta(seconds=1):{_RUN_ID}}"
+            logger.warning("the clock is before the newest run, %s: the new run is named %s", newest, run_id)
+        run = runs / run_id
         with storage_errors(run), suppress(FileExistsError):
             run.mkdir()
             return run
         time.sleep(0.2)  # another run began in this second
-
-
-def _newest_time(runs: Path) -> datetime:
-    """Return the time in the name of the newest run."""
-    newest = datetime.min.replace(tzinfo=UTC)
-    for run in runs.iterdir():
-        with suppress(ValueError):  # not a name that `create_run` gives
-            newest = max(newest, datetime.strptime(run.name, _RUN_ID).replace(tzinfo=UTC))
-    return newest
 
 
 def list_names(artifacts: Path) -> list[str]:
