@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
-from cnnpipe.manifest import MANIFEST_FILE, Precision, RunState, choose_model_file, read_manifest
+from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
@@ -31,13 +31,7 @@ _LOCK_TIMEOUT_SECONDS = 30.0
 _RUN_ID: Final = "%Y%m%dT%H%M%SZ"
 _RUN_IDS: Final = f"{'[0-9]' * 8}T{'[0-9]' * 6}Z"  # glob
 
-_State = Literal["passed", "refused", "unchanged", "awaiting", "incomplete", "damaged"]
-_STATES: Final[dict[RunState, _State]] = {
-    "Promoted": "passed",
-    "NotPromoted": "refused",
-    "Unchanged": "unchanged",
-    "AwaitingApproval": "awaiting",
-}
+_STATES = {"Promoted": "passed", "NotPromoted": "refused", "Unchanged": "unchanged", "AwaitingApproval": "awaiting"}
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +56,7 @@ class RunSummary:
     champion: bool
     preset: str | None  # None while the run is incomplete, as is `accuracy`
     accuracy: float | None  # on the test split, 0-1
-    state: _State  # the gate's decision, or why there is none
+    state: str  # passed, refused, unchanged or awaiting, by the gate's decision; else incomplete or damaged
 
 
 def create_run(artifacts: Path, name: str) -> Path:

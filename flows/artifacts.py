@@ -117,27 +117,18 @@ def _comparison_blocks(decision: Decision) -> list[str]:
     """Return the numbers of the comparison with the champion, and the images that only one of the two has right."""
     if (compared := decision.comparison) is None:
         return []
-    worst = compared.worst_class
-    rows: list[list[object]] = [
-        ["test images compared", compared.num_images],
-        ["left out: one of the two has learned from them", compared.num_left_out],
-        ["accuracy of this run", f"{compared.accuracy:.4f}"],
-        ["accuracy of the champion", f"{compared.champion_accuracy:.4f}"],
-        ["images that only this run has right", compared.gained],
-        ["images that only the champion has right", compared.lost],
-        ["p value (exact McNemar test)", f"{compared.p_value:.4f}"],
-        ["difference of accuracy, at least (95 %)", f"{compared.lower_bound:+.4f}"],
-        [f"recall of {worst.name}, which loses most", f"{worst.recall:.4f}"],
-        [f"recall of {worst.name} by the champion", f"{worst.champion_recall:.4f}"],
-        ["p value of that loss", f"{worst.p_value:.4f}"],
-    ]
-    examples = [["this run", path] for path in compared.gained_paths]
-    examples += [["the champion", path] for path in compared.lost_paths]
+    numbers = {
+        **asdict(compared),
+        **{f"worst class: {name}": each for name, each in asdict(compared.worst_class).items()},
+    }
+    rows = [(name.replace("_", " "), each) for name, each in numbers.items() if isinstance(each, str | int | float)]
+    right = {"this run": compared.gained_paths, "the champion": compared.lost_paths}
+    examples = [(name, path) for name, paths in right.items() for path in paths]
     return [
         "## Against the champion",
-        _table(["", ""], rows),
+        _table(["", ""], [(name, f"{each:.4g}" if isinstance(each, float) else each) for name, each in rows]),
         "The first images that only one has right:" if examples else "",
-        _table(["only right by", "image"], examples),
+        _table(["right", "image"], examples),
     ]
 
 

@@ -19,6 +19,7 @@ from cnnpipe.evaluate.evaluation import LoadedRun, describe_difference, load_run
 from cnnpipe.evaluate.metrics import Labels, Probabilities, read_evaluation, read_probabilities
 from cnnpipe.manifest import MODEL_FILES, read_manifest, read_origin
 from cnnpipe.prepare.dataset import find_shared, read_digests
+from cnnpipe.prepare.sources import SPLITS
 from cnnpipe.session import open_session
 from cnnpipe.settings import RetrainSettings, load_toml
 
@@ -214,35 +215,28 @@ def _find_unseen(champion: Path, loaded: LoadedRun) -> Answers:
 def diff_runs(first: Path, second: Path) -> dict[str, Any]:
     """Return what differs between two complete runs, as values for JSON; lists hold the first and the second value.
 
-    The runs are compared on the test images of the second, as by the gate, if that is possible; else `comparison` is
-    None and `not_compared` says why.
+    `comparison` is that of the second with the first on its own test images; None if `not_compared` says why not.
 
     Raises:
         RegistryError: one is not complete.
     """
     runs = (first, second)
-    manifests, evaluations = [read_manifest(run) for run in runs], [read_evaluation(run) for run in runs]
+    data, evaluations = [read_manifest(run).dataset for run in runs], [read_evaluation(run) for run in runs]
     own, other = (load_toml(RetrainSettings, run / "config.toml").model_dump(mode="json") for run in runs)
+    pairs = {f"{table}.{key}": [value, other[table][key]] for table in own for key, value in own[table].items()}
     recalls = [{each.name: each.recall for each in evaluation.per_class} for evaluation in evaluations]
-    difference: dict[str, Any] = {
+    comparison, problem = None, ""
+    try:
+        comparison = asdict(compare_runs(first, second, load_run(second)))
+    except CnnpipeError as error:
+        problem = str(error)
+    return {
         "runs": [str(run) for run in runs],
-        "settings": {
-            f"{section}.{key}": [value, other[section][key]]
-            for section, values in own.items()
-            for key, value in values.items()
-            if value != other[section][key]
-        },
-        "dataset": {
-            key: [manifest.dataset.get(key) for manifest in manifests]
-            for key in ("location", "fingerprint", "num_images")
-        },
+        "settings": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        "dataset": {key: [each.get(key) for each in data] for key in ("location", "fingerprint")},
+        "num_images": {split: [each["num_images"].get(split) for each in data] for split in SPLITS},
         "accuracy": [evaluation.accuracy for evaluation in evaluations],
         "recall": {name: [recall.get(name) for recall in recalls] for name in recalls[0] | recalls[1]},
-        "comparison": None,
-        "not_compared": "",
+        "comparison": comparison,
+        "not_compared": problem,
     }
-    try:
-        difference["comparison"] = asdict(compare_runs(first, second, load_run(second)))
-    except CnnpipeError as error:
-        difference["not_compared"] = str(error)
-    return difference

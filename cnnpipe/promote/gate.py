@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import binomtest
 
-from cnnpipe.errors import RegistryError, one_line
+from cnnpipe.errors import CnnpipeError, RegistryError, one_line
 from cnnpipe.evaluate.evaluation import LoadedRun, load_run
 from cnnpipe.evaluate.metrics import METRICS_FILE, Evaluation, read_evaluation, read_probabilities
 from cnnpipe.manifest import (
@@ -163,6 +163,7 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
 
 
 def _decide(run: Path, artifacts: Path, name: str, forced: str | None) -> Decision:
+    """Decide by the rules that need the history too, and by the way of promotion that the settings ask for."""
     loaded = load_run(run)
     if forced is not None:
         return decide_promotion(run, None, loaded).end_as("Promoted", forced)
@@ -179,10 +180,11 @@ def _find_twin(run: Path, artifacts: Path, name: str, loaded: LoadedRun) -> str 
     """Return the id of a run that was rolled back from and gives the same probabilities, or None."""
     own = read_probabilities(run, loaded.dataset.num_images["test"])
     for run_id in sorted(rolled_back_runs(promotion_history(artifacts, name)) - {run.name}):
-        other = artifacts / name / "runs" / run_id
-        alike = (other / MANIFEST_FILE).is_file() and read_manifest(other).model.image_size == loaded.dataset.image_size
-        if alike and give_same(own, score_run(other, loaded), loaded):
-            return run_id
+        try:
+            if give_same(own, score_run(artifacts / name / "runs" / run_id, loaded), loaded):
+                return run_id
+        except CnnpipeError as error:  # it was removed, is damaged, or takes images of another size
+            logger.info("not compared with %s, which was rolled back from: %s", run_id, error)
     return None
 
 
@@ -258,10 +260,8 @@ def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str
     problem = f"{', '.join(changed)} is not what was compared with the trained model; train again"
     check("changed model files", len(changed), 0, not changed, problem)
     size, budget = max((file.stat().st_size / 1e6 for file in files), default=0.0), limits.max_megabytes
-    passed = budget is None or size <= budget
-    check(
-        "megabytes", size, budget, passed, "the largest model file has {:.3g} megabytes, more than the budget of {:g}"
-    )
+    problem = "the largest model file has {:.3g} megabytes, more than the budget of {:g}"
+    check("megabytes", size, budget, budget is None or size <= budget, problem)
     if (budget := limits.max_milliseconds) is not None:
         time = _measure_milliseconds(run, loaded)
         check("milliseconds", time, budget, time <= budget, "an image takes {:.3g} ms, more than the budget of {:g} ms")
@@ -298,10 +298,8 @@ def _judge(compared: Comparison, champion: str, limits: PromoteSettings) -> tupl
     bound = f"with 95 % confidence the difference is at least {compared.lower_bound:+.4f}"
     if compared.gained >= compared.lost and compared.lower_bound >= -margin:
         return "Promoted", f"{accuracies.format('is as good as')} {on}: {numbers}; {bound}, and may be {-margin:+.4f}"
-    return (
-        "Unchanged",
-        f"{accuracies.format('is equal within noise to')} {on}, and the champion stays: {numbers}; {bound}",
-    )
+    equal = accuracies.format("is equal within noise to")
+    return "Unchanged", f"{equal} {on}, and the champion stays: {numbers}; {bound}"
 
 
 def _complete_run(run: Path, decision: Decision) -> None:
