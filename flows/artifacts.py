@@ -121,7 +121,7 @@ def _comparison_blocks(decision: Decision) -> list[str]:
         **asdict(compared),
         **{f"worst class: {name}": each for name, each in asdict(compared.worst_class).items()},
     }
-    rows = [(name.replace("_", " "), each) for name, each in numbers.items() if isinstance(each, str | int | float)]
+    rows = [(name.replace("_", " "), each) for name, each in numbers.items() if type(each) in (str, int, float)]
     right = {"this run": compared.gained_paths, "the champion": compared.lost_paths}
     examples = [(name, path) for name, paths in right.items() for path in paths]
     return [

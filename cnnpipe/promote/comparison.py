@@ -26,6 +26,12 @@ from cnnpipe.settings import RetrainSettings, load_toml
 SIGNIFICANCE: Final = 0.05
 """Probability of chance below which a difference counts."""
 
+_REFUSED_BY_CHANCE: Final = 0.25
+"""Highest probability of refusing a run that has equally good classes, because one of many falls by chance.
+
+It is that high because a refusal costs a night, and a class that has become worse costs more.
+"""
+
 _QUANTILE: Final = 1.6448536269514722
 """Quantile of the normal distribution for a one-sided bound with 95 % confidence."""
 
@@ -49,7 +55,8 @@ class ClassChange:
     num_images: int
     recall: float  # of the run, 0-1
     champion_recall: float
-    p_value: float  # of a one-sided exact McNemar test that the recall fell, corrected for the number of classes
+    p_value: float  # of a one-sided exact McNemar test that the recall fell
+    max_p_value: float  # p value below which a fall counts: of many classes some fall by chance
 
     @property
     def drop(self) -> float:
@@ -155,8 +162,8 @@ def find_worst_class(
 ) -> ClassChange:
     """Return the class whose recall falls most, of those that fall by more than `max_drop` and by more than chance.
 
-    If no class does, of all that have images. Of many classes some fall by chance, so each p value is multiplied by the
-    number of classes that have enough discordant pairs to be significant at all after that correction.
+    If no class does, of all that have images. A fall counts at a p value below 0.05, or lower where many classes have
+    enough discordant pairs to reach that.
 
     Args:
         right: answers of the run; `champion_right` those of the champion for the same images.
@@ -168,18 +175,20 @@ def find_worst_class(
         for chosen in (slice(None), right, champion_right, right & ~champion_right, champion_right & ~right)
     )
     smallest = 0.5 ** (gained + lost).astype(np.float64)  # p value if all discordant pairs of a class were lost
-    num_tests = next(k for k in range(1, size + 1) if (smallest * k < SIGNIFICANCE).sum() <= k)
+    num_tests = next(k for k in range(1, size + 1) if (smallest * k < _REFUSED_BY_CHANCE).sum() <= k)
+    level = min(SIGNIFICANCE, _REFUSED_BY_CHANCE / num_tests)
     changes = [
         ClassChange(
             class_names[each],
             int(images[each]),
             float(own[each] / images[each]),
             float(theirs[each] / images[each]),
-            min(1.0, num_tests * mcnemar_test(int(gained[each]), int(lost[each]), "less")),
+            mcnemar_test(int(gained[each]), int(lost[each]), "less"),
+            level,
         )
         for each in np.flatnonzero(images).tolist()
     ]
-    return max(changes, key=lambda change: (change.drop > max_drop and change.p_value < SIGNIFICANCE, change.drop))
+    return max(changes, key=lambda change: (change.drop > max_drop and change.p_value < level, change.drop))
 
 
 def _find_unseen(champion: Path, loaded: LoadedRun) -> Answers:

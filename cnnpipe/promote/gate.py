@@ -287,7 +287,7 @@ def _judge(compared: Comparison, champion: str, limits: PromoteSettings) -> tupl
     numbers = f"{compared.gained:,} gained, {compared.lost:,} lost, p = {compared.p_value:.4f}"
     if compared.same_model:
         return "Unchanged", f"it is the same model as the champion {champion}"
-    if worst.drop > limits.max_class_drop and worst.p_value < SIGNIFICANCE:
+    if worst.drop > limits.max_class_drop and worst.p_value < worst.max_p_value:
         fell = f"from {worst.champion_recall:.4f} to {worst.recall:.4f} on {worst.num_images:,} images"
         limit = f"more than {limits.max_class_drop:.4f} and more than by chance (p = {worst.p_value:.4f})"
         return "NotPromoted", f"the recall of class {worst.name} falls {fell}, {limit}"
