@@ -143,7 +143,8 @@ def read_decision(run: Path) -> Decision:
     try:
         decision = TypeAdapter(Decision).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise RegistryError(f"{path} cannot be read: {one_line(error)}; promote the run with --force") from error
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise RegistryError(f"{path} cannot be read: {one_line(problem)}; promote the run with --force") from error
     return decision.end_as("Promoted", decision.reason) if decision.promoted else decision
 
 

@@ -17,7 +17,6 @@ from cnnpipe.prepare.dataset import PreparedDataset, read_digests
 from cnnpipe.prepare.sources import SPLITS
 from cnnpipe.promote.gate import approve_run, conclude_run, read_decision
 from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback, summarize_runs
-from cnnpipe.settings import PromoteSettings, RetrainSettings, dump_toml
 from cnnpipe.storage import sha256_file
 
 RUN_FILES = {
@@ -388,15 +387,16 @@ def test_a_run_of_version_0_1_is_read_and_compared_with(folder: Path, digits: Pr
     assert conclude_run(run).promoted
 
 
-def second_run(artifacts: Path, **promote: Any) -> Path:
-    """Copy the finished run as one that is exported but not concluded."""
-    first = list_runs(artifacts, "digits")[0]
-    second = first.with_name("20990101T000000Z")
-    shutil.copytree(first, second)
-    (second / "manifest.json").unlink()
-    (second / "promotion.json").unlink()
-    (second / "config.toml").write_text(dump_toml(RetrainSettings(promote=PromoteSettings(**promote))))
-    return second
+@pytest.mark.parametrize(("content", "problem"), [("{", "Invalid JSON"), ('{"promoted": true}', "Field required")])
+def test_a_decision_that_cannot_be_read_is_one_line(
+    folder: Path, digits: PreparedDataset, content: str, problem: str
+) -> None:
+    run = better(folder, digits)
+    conclude_run(run)
+    (run / "promotion.json").write_text(content)
+
+    with pytest.raises(RegistryError, match=rf"promotion\.json cannot be read: {problem}[^\n]*; promote the run with"):
+        approve_run(run, "yes")
 
 
 def remember(run: Path, **values: str | None) -> None:
