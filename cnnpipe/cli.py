@@ -25,11 +25,11 @@ from cnnpipe.console import (
     table_lines,
 )
 from cnnpipe.errors import CnnpipeError, RegistryError
-from cnnpipe.manifest import MANIFEST_FILE, read_manifest
+from cnnpipe.manifest import MANIFEST_FILE, RunState, read_manifest
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
 app = make_app("Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.")
-models_app = make_app("List, show, promote and roll back trained models.")
+models_app = make_app("List, show, compare, promote and roll back trained models.")
 app.add_typer(models_app, name="models")
 
 _ARTIFACTS = Path("artifacts")
@@ -213,14 +213,31 @@ def list_models(
 @models_app.command("show")
 @command
 def show_model(model: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Show the manifest of a complete run.
+    """Show the manifest of a complete run and the decision on it.
 
     With --json it includes the SHA-256 of every file.
     """
+    from cnnpipe.promote.gate import read_decision
+
     run = registry.resolve_run(model, artifacts)
-    manifest = read_manifest(run).model_dump(mode="json")
-    shown = {"run": str(run), **{key: value for key, value in manifest.items() if key != "files"}}
-    show_result({"run": str(run), "manifest": manifest}, field_lines(shown), as_json=as_json)
+    manifest, decision = read_manifest(run).model_dump(mode="json"), asdict(read_decision(run))
+    shown = {"run": str(run), **{key: value for key, value in manifest.items() if key != "files"}, "decision": decision}
+    show_result({"run": str(run), "manifest": manifest, "decision": decision}, field_lines(shown), as_json=as_json)
+
+
+@models_app.command("diff")
+@command
+def diff_models(
+    first: RunArgument, second: RunArgument, artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False
+) -> None:
+    """Show what differs between two complete runs: settings, data, accuracy and recall.
+
+    The second is compared with the first on the same test images, as the promotion rules do, if both can be scored.
+    """
+    from cnnpipe.promote.comparison import diff_runs
+
+    difference = diff_runs(registry.resolve_run(first, artifacts), registry.resolve_run(second, artifacts))
+    show_result(difference, field_lines(difference), as_json=as_json)
 
 
 ReasonOption = Annotated[str, typer.Option(help="Reason to record in promotions.jsonl.")]
@@ -235,21 +252,21 @@ def promote_model(
     artifacts: ArtifactsOption = _ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an exported run the champion if it passes the promotion rules.
+    """Make an exported run the champion if it passes the promotion rules, or approve one that waits for it.
 
     A complete run keeps the decision that was made for it: one that was refused or rolled back needs --force.
     """
-    from cnnpipe.promote.gate import conclude_run
+    from cnnpipe.promote.gate import STATES_IN_WORDS, approve_run, conclude_run
 
     folder = registry.resolve_run(run, artifacts)
+    state: RunState = "Promoted"
     if force and (folder / MANIFEST_FILE).is_file():
-        promoted, text = True, registry.promote_run(*registry.registry_place(folder), folder.name, reason).reason
+        text = registry.promote_run(*registry.registry_place(folder), folder.name, reason).reason
     else:
-        decision = conclude_run(folder, forced=reason if force else None)
-        promoted, text = decision.promoted, decision.reason
-    verdict = "promoted" if promoted else "not promoted"
-    values = {"run": str(folder), "promoted": promoted, "reason": text}
-    show_result(values, [f"{folder.name} {verdict}: {text}"], as_json=as_json)
+        decision = conclude_run(folder, forced=reason) if force else approve_run(folder, reason)
+        state, text = decision.state, decision.reason
+    values = {"run": str(folder), "promoted": state == "Promoted", "state": state, "reason": text}
+    show_result(values, [f"{folder.name} {STATES_IN_WORDS[state]}: {text}"], as_json=as_json)
 
 
 @models_app.command("rollback")

@@ -38,10 +38,14 @@ OUTPUT_NAME = "probabilities"  # ONNX output: float32, (batch, classes), each ro
 MANIFEST_FILE: Final = "manifest.json"
 HISTORY_FILE: Final = "history.csv"
 PARITY_FILE: Final = "parity.json"
+PROMOTION_FILE: Final = "promotion.json"
 
 Precision = Literal["fp32", "int8", "fp16"]  # numbers that a model file computes with
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 MODEL_FILES: Final[dict[Precision, str]] = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+
+RunState = Literal["Promoted", "NotPromoted", "Unchanged", "AwaitingApproval"]
+"""How a run ended: `Unchanged` is as good as the champion, which stays; `AwaitingApproval` waits for a person's yes."""
 
 
 class _Record(BaseModel):
@@ -109,13 +113,19 @@ class RunManifest(_Record):
     parity: dict[str, Any]
     promoted: bool
     promotion_reason: str
+    state: RunState | None = None  # None in runs of version 0.1, where `promoted` says all
     files: dict[str, FileDigest]
+
+
+def digest_file(file: Path) -> FileDigest:
+    """Return size and SHA-256 of a file."""
+    return FileDigest(bytes=file.stat().st_size, sha256=sha256_file(file))
 
 
 def digest_files(folder: Path) -> dict[str, FileDigest]:
     """Return size and SHA-256 of every file of a run folder except the manifest, by its name."""
     return {
-        file.name: FileDigest(bytes=file.stat().st_size, sha256=sha256_file(file))
+        file.name: digest_file(file)
         for file in sorted(folder.iterdir())
         if file.is_file() and file.name != MANIFEST_FILE and not file.name.startswith(".")
     }

@@ -11,11 +11,12 @@ again completes it, and any other starts from the alias.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,6 +28,12 @@ from cnnpipe.storage import make_folder, storage_errors, write_text
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
 _LOCK_TIMEOUT_SECONDS = 30.0
+_RUN_ID: Final = "%Y%m%dT%H%M%SZ"
+_RUN_IDS: Final = f"{'[0-9]' * 8}T{'[0-9]' * 6}Z"  # glob
+
+_STATES = {"Promoted": "passed", "NotPromoted": "refused", "Unchanged": "unchanged", "AwaitingApproval": "awaiting"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,22 @@ class RunSummary:
     champion: bool
     preset: str | None  # None while the run is incomplete, as is `accuracy`
     accuracy: float | None  # on the test split, 0-1
-    state: Literal["passed", "refused", "incomplete", "damaged"]  # the gate's decision, or why there is none
+    state: str  # passed, refused, unchanged or awaiting, by the gate's decision; else incomplete or damaged
 
 
 def create_run(artifacts: Path, name: str) -> Path:
-    """Create the folder of a new run, named by the UTC time to the second, and return it; raises StorageError."""
+    """Create the folder of a new run, named by the UTC time to the second, and return it; raises StorageError.
+
+    If the clock was set back, the name is a second after that of the newest run, because names are in order of time.
+    """
     runs = make_folder(artifacts / name / "runs")
     while True:
-        run = runs / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        run_id = f"{datetime.now(UTC):{_RUN_ID}}"
+        newest = max((run.name for run in runs.glob(_RUN_IDS)), default="")
+        if run_id < newest:
+            run_id = f"{datetime.strptime(newest, _RUN_ID) + timedelta(seconds=1):{_RUN_ID}}"
+            logger.warning("the clock is before the newest run, %s: the new run is named %s", newest, run_id)
+        run = runs / run_id
         with storage_errors(run), suppress(FileExistsError):
             run.mkdir()
             return run
@@ -89,7 +104,7 @@ def _summarize(run: Path, champion: str | None) -> RunSummary:
         manifest = read_manifest(run)
     except RegistryError:
         return RunSummary(*start, None, None, "damaged")
-    state: Literal["passed", "refused"] = "passed" if manifest.promoted else "refused"
+    state = _STATES[manifest.state or ("Promoted" if manifest.promoted else "NotPromoted")]
     return RunSummary(*start, manifest.model.preset, manifest.model.test_accuracy, state)
 
 
@@ -188,6 +203,19 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
         return promote_run(artifacts, name, run_id, reason, "rollback")
+
+
+def rolled_back_runs(history: list[Promotion]) -> set[str]:
+    """Return the run ids that the alias was rolled back from, and that were not made champion since."""
+    champions: list[str] = []
+    left: set[str] = set()
+    for move in history:
+        if move.action == "rollback":
+            before = champions[::-1].index(move.run_id) if move.run_id in champions else 1
+            left.update(champions[len(champions) - before :])
+        champions.append(move.run_id)
+        left.discard(move.run_id)
+    return left
 
 
 def _champions(history: list[Promotion], champion: str | None) -> list[str]:

@@ -212,6 +212,21 @@ class PromoteSettings(Settings):
 
     min_accuracy: Fraction = 0.5
     """Lowest test accuracy of a champion. A model below it is never promoted, not even the first one."""
+    min_macro_recall: Fraction | None = None
+    """Lowest mean recall of the classes of a champion. Default: more than that of a model that always gives one."""
+    max_accuracy_drop: Fraction = 0.005
+    """Accuracy that a model which is as good as the champion on the test images may really lose, with 95 % confidence,
+    to replace it."""
+    max_class_drop: Fraction = 0.05
+    """Recall that any class may lose to the champion. A loss counts only if it is more than chance explains."""
+    max_megabytes: float | None = Field(None, gt=0.0)
+    """Largest size of each model file, in millions of bytes. Default: no limit."""
+    max_milliseconds: float | None = Field(None, gt=0.0)
+    """Longest time of an image on this machine, in batches as `classify` makes them. Default: no limit."""
+    promotion: Literal["auto", "manual"] = "auto"
+    """`manual`: a model that passes waits for a person's approval before it becomes the champion."""
+    approval_hours: float = Field(72.0, gt=0.0)
+    """Hours that a run waits for approval in the Prefect UI before it ends without a promotion."""
 
 
 class RetrainSettings(Settings):

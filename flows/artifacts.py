@@ -86,25 +86,50 @@ def publish_plots(run: Path) -> None:
 
 
 def publish_decision(run: Path, decision: Decision) -> None:
-    """Show whether the run became the champion, and why."""
-    verdict = "Promoted" if decision.promoted else "Not promoted"
-    before = "" if decision.champion_accuracy is None else f"{decision.champion_accuracy:.4f}"
-    rows = [
-        ["this run", decision.run_id, f"{decision.accuracy:.4f}"],
-        ["champion before", decision.champion or "none yet", before],
-        ["floor", "", f"{decision.min_accuracy:.4f}"],
+    """Show whether the run became the champion, and why: every check, and the comparison with the champion."""
+    from cnnpipe.promote.gate import STATES_IN_WORDS
+
+    verdict, reason = STATES_IN_WORDS[decision.state].capitalize(), _text(decision.reason)
+    checks = [
+        [
+            name,
+            f"{check.value:.4g}",
+            "" if check.limit is None else f"{check.limit:.4g}",
+            "no" if check.problem else "yes",
+        ]
+        for name, check in decision.checks.items()
     ]
-    reason = _text(decision.reason)
     _publish(
         "promotion-decision",
         f"{verdict}: {reason}",
         f"# {verdict}",
         f"{reason[:1].upper()}{reason[1:]}.",
-        _table(["", "run", "test accuracy"], rows),
+        f"Run {_code(decision.run_id)}; champion before: {_code(decision.champion or 'none yet')}.",
         f"Measured on {decision.num_images:,} test images of {_code(decision.dataset_fingerprint[:12])}.",
+        _table(["floor or budget", "value", "limit", "passed"], checks),
+        *_comparison_blocks(decision),
         f"The model is {_code(run / 'model.onnx')}. Its precisions:",
         _variants_table(run),
     )
+
+
+def _comparison_blocks(decision: Decision) -> list[str]:
+    """Return the numbers of the comparison with the champion, and the images that only one of the two has right."""
+    if (compared := decision.comparison) is None:
+        return []
+    numbers = {
+        **asdict(compared),
+        **{f"worst class: {name}": each for name, each in asdict(compared.worst_class).items()},
+    }
+    rows = [(name.replace("_", " "), each) for name, each in numbers.items() if type(each) in (str, int, float)]
+    right = {"this run": compared.gained_paths, "the champion": compared.lost_paths}
+    examples = [(name, path) for name, paths in right.items() for path in paths]
+    return [
+        "## Against the champion",
+        _table(["", ""], [(name, f"{each:.4g}" if isinstance(each, float) else each) for name, each in rows]),
+        "The first images that only one has right:" if examples else "",
+        _table(["right", "image"], examples),
+    ]
 
 
 def _variants_table(run: Path) -> str:

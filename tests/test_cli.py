@@ -30,7 +30,7 @@ from cnnpipe.settings import PrepareSettings, RetrainSettings, TrainSettings, lo
 from cnnpipe.train.backend import keras
 
 COMMANDS = ["prepare", "train", "evaluate", "plot", "export", "classify", "doctor", "models list", "models show",
-            "models promote", "models rollback"]  # fmt: skip
+            "models diff", "models promote", "models rollback"]  # fmt: skip
 
 
 def run(*arguments: object) -> Result:
@@ -378,7 +378,8 @@ def test_models_lists_shows_promotes_and_rolls_back(artifacts: Path) -> None:
     assert listing.stdout.splitlines()[2].startswith("*")
     assert first.name in run("models", "show", "digits", *places).stdout
 
-    assert run("models", "promote", second, *places).exit_code == 0
+    assert "unchanged: it is the same model as" in run("models", "promote", second, *places).stdout
+    assert run("models", "promote", second, "--force", *places).exit_code == 0
     assert champion_run(artifacts, "digits") == second
     back = run("models", "rollback", "digits", *places)
     assert back.exit_code == 0
@@ -392,7 +393,8 @@ def test_a_refused_run_is_promoted_only_by_force(artifacts: Path) -> None:
     second = first.with_name("20990101T000000Z")
     shutil.copytree(first, second)
     decision = json.loads((second / "promotion.json").read_text())
-    (second / "promotion.json").write_text(json.dumps({**decision, "promoted": False, "reason": "too bad"}))
+    refusal = {"promoted": False, "state": "NotPromoted", "reason": "too bad"}
+    (second / "promotion.json").write_text(json.dumps(decision | refusal))
 
     refused = run("models", "promote", second, "--artifacts", artifacts)
     assert "not promoted: too bad" in refused.stdout

@@ -23,6 +23,7 @@ from cnnpipe.manifest import (
 from cnnpipe.registry import (
     CHAMPION_FILE,
     PROMOTIONS_FILE,
+    Promotion,
     champion_run,
     create_run,
     list_champions,
@@ -33,6 +34,7 @@ from cnnpipe.registry import (
     resolve_model,
     resolve_run,
     rollback,
+    rolled_back_runs,
 )
 
 STATISTICS = TrainingStatistics(
@@ -102,6 +104,16 @@ def test_runs_created_in_the_same_second_are_different_and_in_order(tmp_path: Pa
     assert all(re.fullmatch(r"\d{8}T\d{6}Z", run.name) for run in runs)
     assert len(set(runs)) == 3
     assert list_runs(tmp_path, "digits") == runs
+
+
+def test_a_run_comes_after_the_newest_when_the_clock_was_set_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("20991231T235959Z", "my-copy", "99"):
+        (tmp_path / "digits" / "runs" / name).mkdir(parents=True)
+    runs = [create_run(tmp_path, "digits").name for _ in range(2)]
+    assert runs == ["21000101T000000Z", "21000101T000001Z"]
+    assert "the clock is before the newest run, 20991231T235959Z: the new run is named 21000101T000000Z" in caplog.text
 
 
 def test_names_are_those_with_runs_or_a_champion(artifacts: Path) -> None:
@@ -187,6 +199,22 @@ def test_rollback_to_a_run_that_never_was_champion_can_be_taken_back(artifacts: 
     _promote(artifacts, "B", "C")
     assert _rollback(artifacts, "A") == "A"
     assert _rollback(artifacts) == "C"
+
+
+@pytest.mark.parametrize(
+    ("moves", "left"),
+    [
+        ("+A +B", set()),
+        ("+A +B -A", {"B"}),
+        ("+A +B +C +D -B", {"C", "D"}),
+        ("+A +B -A +B", set()),
+        ("+A +B -A +C -A", {"B", "C"}),
+        ("+A +B -A -X", {"A", "B"}),
+    ],
+)
+def test_runs_that_were_rolled_back_from_are_known_until_they_are_champion_again(moves: str, left: set[str]) -> None:
+    history = [Promotion("", "promote" if move[0] == "+" else "rollback", move[1:], None, "") for move in moves.split()]
+    assert rolled_back_runs(history) == left
 
 
 @pytest.mark.parametrize("run_id", ["X", "", ".", "..", "../runs/A", "A/"])

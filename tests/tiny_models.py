@@ -75,12 +75,17 @@ def write_model(
     input_type: str = "UINT8",
     batch: str | int = "batch",
     scale: float = 1 / 255,
+    layer: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
 ) -> Path:
-    """Write the tiny model to `path`; the arguments break the contract in one place each."""
+    """Write the tiny model to `path`; all but the last argument break the contract in one place each.
+
+    Args:
+        layer: other weights (64, classes) and bias (classes,) than those of `fit_digits`.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    weights, bias = fit_digits()
+    weights, bias = layer or fit_digits()
     constants = {"scale": np.float32(scale), "weights": weights, "bias": bias}
     nodes = [
         helper.make_node("Cast", [names[0]], ["pixels"], to=TensorProto.FLOAT),
@@ -94,7 +99,7 @@ def write_model(
         nodes,
         "tiny",
         [helper.make_tensor_value_info(names[0], getattr(TensorProto, input_type), [batch, *IMAGE_SIZE, 3])],
-        [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [batch, len(CLASS_NAMES)])],
+        [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [batch, len(bias)])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
