@@ -438,7 +438,9 @@ def test_only_the_champion_of_the_same_source_is_compared_with(
         for split in SPLITS:
             np.save(theirs / f"{split}_images.npy", 255 - digits.images(split))
             (theirs / f"{split}_digests.npy").unlink()
+        (champion / "digests.npz").unlink()
     if content == "gone":
+        (champion / "digests.npz").unlink()
         shutil.rmtree(theirs)
     remember(champion, source=champion_from, dataset=str(theirs))
     remember(run, source=candidate_from)
