@@ -17,15 +17,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
+TRAINING_FOLDER: Final = "training"
+"""Folder in a run folder, with the state of its training; removed when the training is complete."""
 _LOCK_TIMEOUT_SECONDS = 30.0
 
 
@@ -61,6 +66,13 @@ def create_run(artifacts: Path, name: str) -> Path:
             run.mkdir()
             return run
         time.sleep(0.2)  # another run began in this second
+
+
+def training_lock(run: Path) -> FileLock:
+    """Return the lock that a process holds while it trains in a run folder."""
+    from filelock import FileLock  # loads asyncio, which `--help` need not wait for
+
+    return FileLock(run / TRAINING_FOLDER / "lock")
 
 
 def list_names(artifacts: Path) -> list[str]:
@@ -158,7 +170,8 @@ def promote_run(
     with alias_lock(artifacts, name):
         # With `..` or a path the alias would point outside its folder.
         if run_id not in [run.name for run in list_runs(artifacts, name)]:
-            raise RegistryError(f"there is no run {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {name}`")
+            missing = f"there is no run {run_id!r} in {folder / 'runs'}, where old runs are removed"
+            raise RegistryError(f"{missing}; see `cnnpipe models list {name}`")
         read_manifest(folder / "runs" / run_id)
         history, previous = promotion_history(artifacts, name), _alias_content(alias)
         if history and history[-1].run_id == run_id:
@@ -183,23 +196,27 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
     """
     with alias_lock(artifacts, name):
         if run_id is None:
-            champions = _champions(promotion_history(artifacts, name), _alias_content(artifacts / name / CHAMPION_FILE))
+            champions = list_predecessors(artifacts, name)
             if len(champions) < 2:
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
         return promote_run(artifacts, name, run_id, reason, "rollback")
 
 
-def _champions(history: list[Promotion], champion: str | None) -> list[str]:
-    """Return the champions that a rollback can return to, oldest first, the present one (`champion`) last."""
+def list_predecessors(artifacts: Path, name: str) -> list[str]:
+    """Return the run ids of the champions that a rollback can return to, oldest first, the present one last.
+
+    Raises:
+        RegistryError: the alias or the history is damaged.
+    """
     champions: list[str] = []
-    for move in history:
+    for move in promotion_history(artifacts, name):
         _return_to(champions, move.previous)  # differs from the last only if a move was written, but not made
         if move.action == "rollback":
             _return_to(champions, move.run_id)
         elif champions[-1:] != [move.run_id]:
             champions.append(move.run_id)
-    _return_to(champions, champion)
+    _return_to(champions, _alias_content(artifacts / name / CHAMPION_FILE))
     return champions
 
 
@@ -291,6 +308,9 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         )
     if path.suffix in (".onnx", ".keras"):
         raise ModelError(f"there is no model file at {path}; check the path")
+    if (run_id and name in names) or (path.parent.name == "runs" and path.parent.is_dir()):
+        missing = f"there is no run {path.name} any more, or never was: old runs are removed"
+        raise ModelError(f"{missing}; `cnnpipe models list` shows those that are left")
     there = ", ".join(names) or "none"
     raise ModelError(
         f"there is no model {model!r}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"

@@ -206,6 +206,17 @@ class PromoteSettings(Settings):
     """Lowest test accuracy of a champion. A model below it is never promoted, not even the first one."""
 
 
+class CleanSettings(Settings):
+    """What to keep when older nights are removed."""
+
+    keep_runs: int = Field(30, ge=1)
+    """Number of trained runs to keep of each name, the newest, besides the champion and those that a rollback needs."""
+    keep_prepared: int = Field(2, ge=1)
+    """Number of prepared datasets to keep of each name, those used last, besides those of runs under way."""
+    keep_days: int = Field(30, ge=1, le=36_500)
+    """Days to keep flow runs in the server's database, results of tasks, and classifications that were interrupted."""
+
+
 class RetrainSettings(Settings):
     """Everything one retraining needs; written to `config.toml` of its run."""
 
@@ -214,6 +225,7 @@ class RetrainSettings(Settings):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
     promote: PromoteSettings = Field(default_factory=PromoteSettings)
+    clean: CleanSettings = Field(default_factory=CleanSettings)
 
 
 class ClassifySettings(Settings):

@@ -48,7 +48,11 @@ def _classify(
 
         with tags("classify"):
             state: State[Any] = classify(
-                settings, artifacts=escape_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
+                settings,
+                artifacts=escape_path(str(artifacts.resolve())),
+                runner=runner,
+                scheduler=scheduler,
+                return_state=True,
             )
         return state
 

@@ -387,6 +387,8 @@ def load_prepared(path: Path) -> PreparedDataset:
         raise DatasetError(f"{path / DATASET_FILE} cannot be read: {reason}; prepare it again") from error
     for split in SPLITS:
         _check_arrays(dataset, split)
+    with suppress(OSError):  # somebody else's, or on a disk that is read-only
+        os.utime(path)  # the stage `clean` keeps those that were used last
     return dataset
 
 

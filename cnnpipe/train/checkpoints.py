@@ -27,7 +27,7 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.machine import package_versions
 from cnnpipe.manifest import MANIFEST_FILE, best_epoch
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.registry import create_run, list_runs
+from cnnpipe.registry import create_run, list_runs, training_lock
 from cnnpipe.settings import RetrainSettings
 from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
 from cnnpipe.train.backend import keras
@@ -197,7 +197,7 @@ def open_training(artifacts: Path, name: str, job: TrainingJob, *, resume: bool)
 def _create(artifacts: Path, name: str, job: TrainingJob) -> tuple[Path, FileLock]:
     run = create_run(artifacts, name)
     folder = make_folder(run / _FOLDER)
-    lock = FileLock(folder / _LOCK_FILE)
+    lock = training_lock(run)
     with storage_errors(folder):
         lock.acquire(blocking=False)
     write_json(folder / _JOB_FILE, asdict(job))
@@ -210,7 +210,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
     for run in reversed(list_runs(artifacts, name)):
         if not _has_job(run, job):
             continue
-        lock = FileLock(run / _FOLDER / _LOCK_FILE)
+        lock = training_lock(run)
         with storage_errors(run):
             try:
                 lock.acquire(blocking=False)
