@@ -148,6 +148,7 @@ def clean_folders(clean: CleanSettings, name: str, run: str | None, data: str, a
 
     folders = expand_path(data), expand_path(artifacts)
     line = clean_up(clean, [name], *folders, run=Path(run) if run else None).line()
-    deleted = delete_old_runs(artifacts, clean.keep_days)
-    logger.info("%s; %d old flow runs deleted", line, deleted)
+    if deleted := delete_old_runs(artifacts, clean.keep_days):
+        logger.info("deleted %d flow runs that ended more than %d days ago", deleted, clean.keep_days)
+    logger.info(line)
     return line

@@ -1,7 +1,7 @@
 """The stage `plot`: the curves, the confusion matrix, samples and mistakes of an evaluated run.
 
 Every picture is drawn on its own `Figure`, without pyplot and its global state, so threads may draw side by side. The
-files are small, because the Prefect UI shows them inline, and the same input gives the same bytes. Right and wrong,
+files are small, because every night leaves some, and the same input gives the same bytes. Right and wrong,
 train and val differ in brightness and in marks, not by hue alone.
 
 Colours: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
@@ -49,7 +49,7 @@ _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen
 
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#0072B2", "#D55E00", "#555555"
 _RIGHT_COLOUR, _WRONG_COLOUR = "#007A59", "#C44E00"  # the palette's green and vermillion, darker: they colour text too
-_MAX_INLINE_BYTES, _MAX_GRID_BYTES = 120_000, 300_000
+_MAX_BYTES, _MAX_GRID_BYTES = 120_000, 300_000
 _GRID_COLUMNS, _GRID_ROWS = 6, 4
 _MAX_LABELLED_CLASSES: Final = 120
 
@@ -94,7 +94,7 @@ def plot_history(run: Path) -> list[Path]:
     history = {name: np.array(values) for name, values in read_history(run).items()}
     best = best_epoch(history["val_accuracy"].tolist(), history["val_loss"].tolist())
     figures = {metric: _draw_curves(history, metric, best) for metric in ("accuracy", "loss")}
-    return [save_figure(figure, run / f"{metric}.png", _MAX_INLINE_BYTES) for metric, figure in figures.items()]
+    return [save_figure(figure, run / f"{metric}.png", _MAX_BYTES) for metric, figure in figures.items()]
 
 
 def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, best: int) -> Figure:
@@ -162,7 +162,7 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     _write_cells(axes, counts, fractions)
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f"Confusion matrix: {right:,} of {total:,} right ({right / max(total, 1):.2%})")
-    return save_figure(figure, path, _MAX_INLINE_BYTES)
+    return save_figure(figure, path, _MAX_BYTES)
 
 
 def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64]) -> None:

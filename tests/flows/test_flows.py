@@ -170,8 +170,8 @@ def test_retrain_chains_every_stage_and_shows_it_in_the_ui(client: SyncPrefectCl
     shown = artifacts_of(client, state)
     keys = {"dataset", "metrics", "training-report", "confusion-matrix", "promotion-decision", "training-progress"}
     assert keys <= set(shown)
-    assert shown["training-report"].count("](data:image/png;base64,") == 4
-    assert shown["confusion-matrix"].count("](data:image/png;base64,") == 1
+    assert shown["training-report"].count("](data:image/webp;base64,") == 4
+    assert shown["confusion-matrix"].count("](data:image/webp;base64,") == 1
     assert shown["promotion-decision"].startswith("# Not promoted\n\nTest accuracy ")
     assert [cells(line)[0] for line in shown["promotion-decision"].splitlines() if line.startswith("| fp32")] == [
         "fp32"
