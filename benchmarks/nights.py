@@ -75,7 +75,8 @@ def _run_module(module: str, *arguments: str, artifacts: Path) -> tuple[dict[str
 
 def _run_night(folder: Path, artifacts: Path, night: int, keep: int) -> tuple[str, ...]:
     data, images, home = folder / "data", folder / "images", artifacts / ".prefect"
-    _age(home / "prefect.db", (artifacts / "images", home / "results", data))
+    if night > 1:
+        _age(home / "prefect.db", (artifacts / "images", home / "results", data))
     _write_images(images, _FEWEST + _STEP * abs(_PERIOD // 2 - night % _PERIOD))
     options = {"image-size": _SIZE, "epochs": 4, "batch-size": 16, "keep-runs": keep, "keep-days": keep}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -305,7 +305,7 @@ def prune_models(
         )
     cleaning = clean_up(settings.clean, {name} if name else names, data, artifacts, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
-    lines = table_lines([(each.kind, each.path, f"{each.bytes:,} bytes") for each in cleaning.removed])
+    lines = table_lines([(each.kind, f"{each.bytes / 1e6:,.1f} MB", each.path) for each in cleaning.removed])
     values = {"dry_run": dry_run, "freed_bytes": sum(each.bytes for each in cleaning.removed), **asdict(cleaning)}
     show_result(values, [*lines, cleaning.line(verb)], as_json=as_json)
 

@@ -11,6 +11,7 @@ again completes it, and any other starts from the alias.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
 TRAINING_FOLDER: Final = "training"
 """Folder in a run folder, with the state of its training; removed when the training is complete."""
+RUN_ID: Final = re.compile(r"\d{8}T\d{6}Z")
 _LOCK_TIMEOUT_SECONDS = 30.0
 
 
@@ -308,12 +310,10 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         )
     if path.suffix in (".onnx", ".keras"):
         raise ModelError(f"there is no model file at {path}; check the path")
-    if (run_id and name in names) or (path.parent.name == "runs" and path.parent.is_dir()):
-        missing = f"there is no run {path.name} any more, or never was: old runs are removed"
-        raise ModelError(f"{missing}; `cnnpipe models list` shows those that are left")
+    removed = " any more, because old runs are removed" if RUN_ID.fullmatch(path.name) else ""
     there = ", ".join(names) or "none"
     raise ModelError(
-        f"there is no model {model!r}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"
+        f"there is no model {model!r}{removed}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"
     )
 
 

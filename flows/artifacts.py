@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from cnnpipe.prepare.dataset import PreparedDataset
     from cnnpipe.promote.gate import Decision
 
-# Bytes of WebP in the database of the server, which keeps 4/3 of them: 300,000 a run for two curves and two grids.
+# Bytes of WebP; the database of the server keeps 4/3 of them: 300,000 for the two curves, the matrix and the two grids.
 _MAX_CURVE_BYTES, _MAX_MATRIX_BYTES, _MAX_GRID_BYTES = 15_000, 55_000, 70_000
-_QUALITIES: Final = ((1.0, None), (1.0, 80), (1.0, 50), (0.75, 45), (0.5, 50))  # scale, quality; None is lossless
+_QUALITIES: Final = ((1.0, None), (1.0, 80), *((0.75**step, 50) for step in range(8)))  # scale, quality; None: lossless
 
 __all__ = ["publish_classification", "publish_dataset", "publish_decision", "publish_metrics", "publish_plots"]
 

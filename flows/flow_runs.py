@@ -93,7 +93,7 @@ def delete_old_runs(artifacts: str, keep_days: int) -> int:
     The server deletes their artifacts within a day, if it looks for orphans as the one does that this project starts.
 
     Args:
-        artifacts: parameter of the runs; of others nothing is deleted, as a server may have several projects.
+        artifacts: absolute path, as the runs have it in their parameters: a server may have runs of other projects.
     """
     flows = FlowFilter(name=FlowFilterName(any_=["retrain", "classify"]))
     ended = FlowRunFilter(end_time=FlowRunFilterEndTime(before_=datetime.now(UTC) - timedelta(days=keep_days)))

@@ -79,7 +79,10 @@ def retrain(
         raise
     cleaned = clean_folders(clean, prepare.resolved_name, run, data, artifacts, return_state=True)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
-    message = decision["reason"] if cleaned.is_completed() else f"{decision['reason']}; {cleaned.message}"
+    message = decision["reason"]
+    if not cleaned.is_completed():  # it is red in the UI, and the night ends as it was decided
+        message += f"; the stage clean failed: {cleaned.message}"
+        logger.warning(message)
     return Completed(name=name, message=message, data={"run": escape_path(run), **decision})
 
 
@@ -148,7 +151,7 @@ def clean_folders(clean: CleanSettings, name: str, run: str | None, data: str, a
 
     folders = expand_path(data), expand_path(artifacts)
     line = clean_up(clean, [name], *folders, run=Path(run) if run else None).line()
-    if deleted := delete_old_runs(artifacts, clean.keep_days):
+    if deleted := delete_old_runs(escape_path(str(folders[1].resolve())), clean.keep_days):
         logger.info("deleted %d flow runs that ended more than %d days ago", deleted, clean.keep_days)
     logger.info(line)
     return line

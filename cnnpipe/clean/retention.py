@@ -25,7 +25,15 @@ from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
 from cnnpipe.manifest import MANIFEST_FILE, read_origin
 from cnnpipe.nightly import prefect_home, server_log
-from cnnpipe.registry import TRAINING_FOLDER, alias_lock, list_names, list_predecessors, list_runs, training_lock
+from cnnpipe.registry import (
+    RUN_ID,
+    TRAINING_FOLDER,
+    alias_lock,
+    list_names,
+    list_predecessors,
+    list_runs,
+    training_lock,
+)
 from cnnpipe.settings import CleanSettings, read_toml
 from cnnpipe.storage import TEMPORARY_NAME, remove_folder, storage_errors, write_file
 
@@ -36,7 +44,6 @@ _DAY_SECONDS: Final = 86_400.0
 """Seconds without a change after which a run that is not complete counts as dead: nobody works on it."""
 
 _MAX_LOG_BYTES: Final = 5_000_000
-_RUN_ID: Final = re.compile(r"\d{8}T\d{6}Z")
 _PREPARED: Final = re.compile(r"(.+)-[0-9a-f]{12}")
 
 
@@ -142,7 +149,7 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
     """
     hidden = (artifacts / name / "runs").glob(".*")
     yield from ((leftover, True) for leftover in hidden if TEMPORARY_NAME.fullmatch(leftover.name))
-    runs = [run for run in list_runs(artifacts, name) if _RUN_ID.fullmatch(run.name) and not run.is_symlink()]
+    runs = [run for run in list_runs(artifacts, name) if RUN_ID.fullmatch(run.name) and not run.is_symlink()]
     needed = {*list_predecessors(artifacts, name)[-1 - _KEPT_PREDECESSORS :], *([current.name] if current else ())}
     trained = [run for run in runs if _is_trained(run)]
     newest = {*trained[-keep_runs:], *runs[-1:]}
