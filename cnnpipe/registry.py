@@ -18,20 +18,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.manifest import MANIFEST_FILE, Precision, choose_model_file, read_manifest
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_text
 
-if TYPE_CHECKING:
-    from filelock import FileLock
-
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
-TRAINING_FOLDER: Final = "training"
-"""Folder in a run folder, with the state of its training; removed when the training is complete."""
+TRAINING_LOCK: Final = "training/lock"
+"""File in a run folder that is locked by the process that trains; its folder goes when the training is complete."""
 RUN_ID: Final = re.compile(r"\d{8}T\d{6}Z")
 _LOCK_TIMEOUT_SECONDS = 30.0
 
@@ -68,13 +65,6 @@ def create_run(artifacts: Path, name: str) -> Path:
             run.mkdir()
             return run
         time.sleep(0.2)  # another run began in this second
-
-
-def training_lock(run: Path) -> FileLock:
-    """Return the lock that a process holds while it trains in a run folder."""
-    from filelock import FileLock  # loads asyncio, which `--help` need not wait for
-
-    return FileLock(run / TRAINING_FOLDER / "lock")
 
 
 def list_names(artifacts: Path) -> list[str]:

@@ -19,21 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
 from cnnpipe.manifest import MANIFEST_FILE, read_origin
 from cnnpipe.nightly import prefect_home, server_log
-from cnnpipe.registry import (
-    RUN_ID,
-    TRAINING_FOLDER,
-    alias_lock,
-    list_names,
-    list_predecessors,
-    list_runs,
-    training_lock,
-)
+from cnnpipe.registry import RUN_ID, TRAINING_LOCK, alias_lock, list_names, list_predecessors, list_runs
 from cnnpipe.settings import CleanSettings, read_toml
 from cnnpipe.storage import TEMPORARY_NAME, remove_folder, storage_errors, write_file
 
@@ -154,9 +146,9 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
     trained = [run for run in runs if _is_trained(run)]
     newest = {*trained[-keep_runs:], *runs[-1:]}
     for run in runs:
-        old, lock = run not in newest and run.name not in needed and not _is_busy(run), training_lock(run)
+        old, lock = run not in newest and run.name not in needed and not _is_busy(run), FileLock(run / TRAINING_LOCK)
         try:
-            if old and Path(lock.lock_file).is_file():
+            if old and (run / TRAINING_LOCK).is_file():
                 lock.acquire(blocking=False)
         except Timeout:
             old = False
@@ -166,7 +158,9 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
 
 def _is_trained(run: Path) -> bool:
     """Return whether a run is complete, or has only the later stages to go: training has removed its folder."""
-    return (run / MANIFEST_FILE).is_file() or ((run / "model.keras").is_file() and not (run / TRAINING_FOLDER).is_dir())
+    return (run / MANIFEST_FILE).is_file() or (
+        (run / "model.keras").is_file() and not (run / TRAINING_LOCK).parent.is_dir()
+    )
 
 
 def _is_busy(run: Path) -> bool:
