@@ -293,7 +293,8 @@ def prune_models(
 ) -> None:
     """Remove old runs and prepared datasets, and what nights and interrupted classifications have left.
 
-    Champions, what a rollback needs, and runs under way stay. Every night ends with this, for its own name.
+    Champions, what a rollback needs, and runs under way stay. Every night ends with this for its own name, and deletes
+    old flow runs from the server's database too.
     """
     from cnnpipe.clean.retention import clean_up, list_prepared
 

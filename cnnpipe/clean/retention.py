@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -72,7 +73,7 @@ class Cleaning:
 def list_prepared(data: Path) -> dict[str, list[Path]]:
     """Return the folders of the prepared datasets by their name, those used last first."""
     found: dict[str, list[Path]] = {}
-    for folder in sorted(data.glob("prepared/*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+    for folder in sorted(data.glob("prepared/*/"), key=_changed, reverse=True):
         if (match := _PREPARED.fullmatch(folder.name)) and not (folder.is_symlink() or folder.name.startswith(".")):
             found.setdefault(match[1], []).append(folder)
     return found
@@ -103,7 +104,7 @@ def clean_up(
     kept: list[Entry] = []
 
     def settle(kind: str, path: Path, old: bool) -> None:
-        (removed if old else kept).append(Entry(kind, str(path), sum(each.st_size for each in _files(path))))
+        (removed if old else kept).append(Entry(kind, str(path), _size(path)))
         if old and not dry_run:
             remove_folder(path)
 
@@ -113,17 +114,15 @@ def clean_up(
                 for each, old in _judge_runs(artifacts, name, settings.keep_runs, run):
                     settle("run", each, old)
     in_use = _datasets_in_use(artifacts, run)
-    with storage_errors(data / "prepared"):
-        prepared = list_prepared(data)
-    for name, folders in prepared.items():
+    for name, folders in list_prepared(data).items():
         for number, folder in enumerate(folders if name in names else ()):
             settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
     home = prefect_home(artifacts)
     for kind, path in _old_files(artifacts, home, settings.keep_days):
-        removed.append(Entry(kind, str(path), path.stat().st_size))
+        removed.append(Entry(kind, str(path), _size(path)))
         if not dry_run:
-            with storage_errors(path):
-                path.unlink(missing_ok=True)
+            with storage_errors(path), suppress(FileNotFoundError):  # another night removes it too
+                path.unlink()
                 if path.parent.parent.name == "predictions" and not any(path.parent.iterdir()):
                     path.parent.rmdir()
     if not dry_run:
@@ -166,13 +165,14 @@ def _is_trained(run: Path) -> bool:
 def _is_busy(run: Path) -> bool:
     """Return whether a run awaits approval, or is not complete and was changed within a day."""
     if not (run / MANIFEST_FILE).is_file():
-        changed = (each.st_mtime for each in _files(run, folders=True))
-        return max(changed, default=math.inf) > time.time() - _DAY_SECONDS
+        with suppress(FileNotFoundError):
+            return max(map(_changed, (run, *run.rglob("*")))) > time.time() - _DAY_SECONDS
+        return True  # a folder has just been removed
     with suppress(OSError, ValueError, AttributeError, CnnpipeError):
         decision = run / "promotion.json"
         hours = float(read_toml(run / "config.toml").get("promote", {}).get("approval_hours", 0))
         waits = json.loads(decision.read_bytes()).get("state") == "AwaitingApproval"
-        return waits and decision.stat().st_mtime > time.time() - 3600 * hours
+        return waits and _changed(decision) > time.time() - 3600 * hours
     return False
 
 
@@ -194,9 +194,11 @@ def _old_files(artifacts: Path, home: Path, keep_days: int) -> Iterator[tuple[st
     files = [("task result", path) for path in home.glob("results/*")]
     files.append(("server log", server_log(home).with_suffix(".log.1")))
     for folder in artifacts.glob("predictions/*/"):
-        if max((each.st_mtime for each in _files(folder)), default=oldest) < oldest:
-            files += [("interrupted classification", path) for path in folder.iterdir() if _is_unfinished(path.name)]
-    yield from ((kind, path) for kind, path in files if path.is_file() and path.stat().st_mtime < oldest)
+        with suppress(FileNotFoundError):  # another night has just removed it
+            inside = list(folder.iterdir())
+            if all(_changed(path) < oldest for path in inside):
+                files += [("interrupted classification", path) for path in inside if _is_unfinished(path.name)]
+    yield from ((kind, path) for kind, path in files if path.is_file() and _changed(path) < oldest)
 
 
 def _is_unfinished(name: str) -> bool:
@@ -211,23 +213,27 @@ def _cut_log(log: Path) -> None:
         os.truncate(log, 0)  # the server appends
 
 
-def _files(path: Path, *, folders: bool = False) -> list[os.stat_result]:
-    """Return the status of each file in a folder, and of the folders if wanted; without those removed meanwhile."""
-    found = []
+def _changed(path: Path) -> float:
+    """Return the time of the last change of a file, or of the list of files of a folder; infinity if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder that do not go meanwhile."""
     with suppress(FileNotFoundError):
-        for each in (path, *path.rglob("*")):
-            if folders or not each.is_dir():
-                found.append(each.lstat())
-    return found
+        return sum(each.lstat().st_size for each in (path, *path.rglob("*")) if not each.is_dir())
+    return 0
 
 
 def _describe(entries: Sequence[Entry]) -> str:
     """Return the number and size of each kind, such as `2 runs 1.5 MB, 1 prepared dataset 0.3 MB`."""
-    counts = Counter(entry.kind for entry in entries)
-    sizes: Counter[str] = Counter()
-    for entry in entries:
-        sizes[entry.kind] += entry.bytes
-    texts = [f"{count:,} {kind}{'s' * (count > 1)} {_megabytes(sizes[kind])}" for kind, count in counts.items()]
+    texts = []
+    for kind, group in groupby(entries, attrgetter("kind")):
+        sizes = [entry.bytes for entry in group]
+        texts.append(f"{len(sizes):,} {kind}{'s' * (len(sizes) > 1)} {_megabytes(sum(sizes))}")
     return ", ".join(texts) or "nothing"
 
 
