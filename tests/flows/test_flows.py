@@ -272,7 +272,16 @@ def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dic
 
 def test_the_form_offers_every_setting_with_its_description() -> None:
     schema = retrain.parameters
-    assert list(schema.properties) == ["prepare", "train", "evaluate", "export", "promote", "data", "artifacts"]
+    assert list(schema.properties) == [
+        "prepare",
+        "train",
+        "evaluate",
+        "export",
+        "promote",
+        "clean",
+        "data",
+        "artifacts",
+    ]
     assert not schema.required
     fields = schema.definitions["TrainSettings"]["properties"]
     assert set(fields) == set(TrainSettings.model_fields)
