@@ -210,7 +210,7 @@ class CleanSettings(Settings):
     """What to keep when older nights are removed."""
 
     keep_runs: int = Field(30, ge=1)
-    """Number of trained runs to keep of each name, the newest, besides the champion and those that a rollback needs."""
+    """Number of trained runs to keep of each name, the newest, besides the champion and the five before it."""
     keep_prepared: int = Field(2, ge=1)
     """Number of prepared datasets to keep of each name, those used last, besides those of runs under way."""
     keep_days: int = Field(30, ge=1, le=36_500)

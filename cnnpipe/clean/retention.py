@@ -127,9 +127,9 @@ def clean_up(
                     path.parent.rmdir()
     if not dry_run:
         _cut_log(server_log(home))
-    database = sum(path.stat().st_size for path in home.glob("prefect.db*"))
-    free = shutil.disk_usage(artifacts if artifacts.is_dir() else data).free
-    return Cleaning(tuple(removed), tuple(kept), database, free)
+    disk = next(folder for folder in (artifacts, *artifacts.resolve().parents) if folder.is_dir())
+    database = sum(map(_size, home.glob("prefect.db*")))
+    return Cleaning(tuple(removed), tuple(kept), database, shutil.disk_usage(disk).free)
 
 
 def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None) -> Iterator[tuple[Path, bool]]:
