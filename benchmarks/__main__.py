@@ -11,6 +11,7 @@ from benchmarks.classification import compare_classification, compare_start_up
 from benchmarks.contenders import find_models, line_up
 from benchmarks.gathering import measure_gathering
 from benchmarks.memory import Layout, measure_memory
+from benchmarks.nights import measure_nights
 from benchmarks.photos import make_photos
 from benchmarks.training import compare_training
 from cnnpipe.console import ArtifactsOption, DataOption, command
@@ -114,6 +115,17 @@ def memory(
 ) -> None:
     """Classify trees of many hard links: memory of parent and children, and speed."""
     for line in measure_memory(folder, find_models(model, artifacts), files, layout, scratch):
+        typer.echo(line)
+
+
+@app.command()
+@command
+def nights(
+    nights: Annotated[int, typer.Option(min=1, help="Nights to run; each takes some seconds.")] = 30,
+    keep: Annotated[int, typer.Option(min=1, help="Runs to keep, and days.")] = 5,
+) -> None:
+    """Retrain night after night on a folder that grows and shrinks: time, disk and database of each."""
+    for line in measure_nights(nights, keep):
         typer.echo(line)
 
 

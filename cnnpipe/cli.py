@@ -29,7 +29,7 @@ from cnnpipe.manifest import MANIFEST_FILE, RunState, read_manifest
 from cnnpipe.settings import ClassifySettings, EvaluateSettings, RetrainSettings, takes_settings
 
 app = make_app("Train an image-classification CNN, export it to ONNX, and classify folders of images in bulk.")
-models_app = make_app("List, show, compare, promote and roll back trained models.")
+models_app = make_app("List, show, compare, promote, roll back and prune trained models.")
 app.add_typer(models_app, name="models")
 
 _ARTIFACTS = Path("artifacts")
@@ -281,6 +281,37 @@ def rollback_model(
     """Make the previous champion, or another run, the champion again."""
     move = registry.rollback(artifacts, name, reason, to)
     show_result(asdict(move), [f"{name}: champion is {move.run_id} again, was {move.previous}"], as_json=as_json)
+
+
+@models_app.command("prune")
+@command
+@takes_settings(RetrainSettings, "", ("clean",))
+def prune_models(
+    settings: RetrainSettings,
+    name: Annotated[str | None, typer.Argument(help="Prune only what is of this name.", metavar="NAME")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
+    data: DataOption = _DATA,
+    artifacts: ArtifactsOption = _ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old runs and prepared datasets, and what nights and interrupted classifications have left.
+
+    Champions, what a rollback needs, and runs under way stay. Every night ends with this for its own name, and deletes
+    old flow runs from the server's database too.
+    """
+    from cnnpipe.clean.retention import clean_up, list_prepared
+
+    names = {*registry.list_names(artifacts), *list_prepared(data)}
+    if not names or (name is not None and name not in names):
+        found = ", ".join(sorted(names)) or "nothing"
+        raise RegistryError(
+            f"nothing of {name or 'any name'} in {artifacts} and {data}, which have {found}; check them"
+        )
+    cleaning = clean_up(settings.clean, {name} if name else names, data, artifacts, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
+    lines = table_lines([(each.kind, f"{each.bytes / 1e6:,.1f} MB", each.path) for each in cleaning.removed])
+    values = {"dry_run": dry_run, "freed_bytes": sum(each.bytes for each in cleaning.removed), **asdict(cleaning)}
+    show_result(values, [*lines, cleaning.line(verb)], as_json=as_json)
 
 
 def main() -> None:

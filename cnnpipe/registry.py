@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,9 +28,11 @@ from cnnpipe.storage import make_folder, storage_errors, write_text
 
 CHAMPION_FILE: Final = "champion"
 PROMOTIONS_FILE: Final = "promotions.jsonl"
+TRAINING_LOCK: Final = "training/lock"
+"""File in a run folder that is locked by the process that trains; its folder goes when the training is complete."""
+RUN_ID: Final = re.compile(r"\d{8}T\d{6}Z")
 _LOCK_TIMEOUT_SECONDS = 30.0
-_RUN_ID: Final = "%Y%m%dT%H%M%SZ"
-_RUN_IDS: Final = f"{'[0-9]' * 8}T{'[0-9]' * 6}Z"  # glob
+_RUN_ID_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
 _STATES = {"Promoted": "passed", "NotPromoted": "refused", "Unchanged": "unchanged", "AwaitingApproval": "awaiting"}
 
@@ -66,10 +69,10 @@ def create_run(artifacts: Path, name: str) -> Path:
     """
     runs = make_folder(artifacts / name / "runs")
     while True:
-        run_id = f"{datetime.now(UTC):{_RUN_ID}}"
-        newest = max((run.name for run in runs.glob(_RUN_IDS)), default="")
+        run_id = f"{datetime.now(UTC):{_RUN_ID_FORMAT}}"
+        newest = max((run.name for run in runs.iterdir() if RUN_ID.fullmatch(run.name)), default="")
         if run_id < newest:
-            run_id = f"{datetime.strptime(newest, _RUN_ID) + timedelta(seconds=1):{_RUN_ID}}"
+            run_id = f"{datetime.strptime(newest, _RUN_ID_FORMAT) + timedelta(seconds=1):{_RUN_ID_FORMAT}}"
             logger.warning("the clock is before the newest run, %s: the new run is named %s", newest, run_id)
         run = runs / run_id
         with storage_errors(run), suppress(FileExistsError):
@@ -173,7 +176,8 @@ def promote_run(
     with alias_lock(artifacts, name):
         # With `..` or a path the alias would point outside its folder.
         if run_id not in [run.name for run in list_runs(artifacts, name)]:
-            raise RegistryError(f"there is no run {run_id!r} in {folder / 'runs'}; see `cnnpipe models list {name}`")
+            missing = f"there is no run {run_id!r} in {folder / 'runs'}, where old runs are removed"
+            raise RegistryError(f"{missing}; see `cnnpipe models list {name}`")
         read_manifest(folder / "runs" / run_id)
         history, previous = promotion_history(artifacts, name), _alias_content(alias)
         if history and history[-1].run_id == run_id:
@@ -198,7 +202,7 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
     """
     with alias_lock(artifacts, name):
         if run_id is None:
-            champions = _champions(promotion_history(artifacts, name), _alias_content(artifacts / name / CHAMPION_FILE))
+            champions = list_predecessors(artifacts, name)
             if len(champions) < 2:
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
@@ -218,16 +222,20 @@ def rolled_back_runs(history: list[Promotion]) -> set[str]:
     return left
 
 
-def _champions(history: list[Promotion], champion: str | None) -> list[str]:
-    """Return the champions that a rollback can return to, oldest first, the present one (`champion`) last."""
+def list_predecessors(artifacts: Path, name: str) -> list[str]:
+    """Return the run ids of the champions that a rollback can return to, oldest first, the present one last.
+
+    Raises:
+        RegistryError: the alias or the history is damaged.
+    """
     champions: list[str] = []
-    for move in history:
+    for move in promotion_history(artifacts, name):
         _return_to(champions, move.previous)  # differs from the last only if a move was written, but not made
         if move.action == "rollback":
             _return_to(champions, move.run_id)
         elif champions[-1:] != [move.run_id]:
             champions.append(move.run_id)
-    _return_to(champions, champion)
+    _return_to(champions, _alias_content(artifacts / name / CHAMPION_FILE))
     return champions
 
 
@@ -319,9 +327,10 @@ def resolve_run(model: str, artifacts: Path) -> Path:
         )
     if path.suffix in (".onnx", ".keras"):
         raise ModelError(f"there is no model file at {path}; check the path")
+    removed = " any more, because old runs are removed" if RUN_ID.fullmatch(path.name) else ""
     there = ", ".join(names) or "none"
     raise ModelError(
-        f"there is no model {model!r}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"
+        f"there is no model {model!r}{removed}; give a name ({there} in {artifacts}), a run folder, or an .onnx file"
     )
 
 

@@ -229,6 +229,17 @@ class PromoteSettings(Settings):
     """Hours that a run waits for approval in the Prefect UI before it ends without a promotion."""
 
 
+class CleanSettings(Settings):
+    """What to keep when older nights are removed."""
+
+    keep_runs: int = Field(30, ge=1)
+    """Number of trained runs to keep of each name, the newest, besides the champion and the five before it."""
+    keep_prepared: int = Field(2, ge=1)
+    """Number of prepared datasets to keep of each name, those used last, besides those of runs under way."""
+    keep_days: int = Field(30, ge=1, le=36_500)
+    """Days to keep flow runs in the server's database, results of tasks, and classifications that were interrupted."""
+
+
 class RetrainSettings(Settings):
     """Everything one retraining needs; written to `config.toml` of its run."""
 
@@ -237,6 +248,7 @@ class RetrainSettings(Settings):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
     promote: PromoteSettings = Field(default_factory=PromoteSettings)
+    clean: CleanSettings = Field(default_factory=CleanSettings)
 
 
 class ClassifySettings(Settings):

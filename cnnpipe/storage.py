@@ -10,14 +10,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cnnpipe.errors import AlreadyThereError, StorageError, one_line
+
+TEMPORARY_NAME: Final = re.compile(r"\..+\.[0-9a-f]{16}(\.[a-z0-9]+)?", re.DOTALL)
+"""Names that this module gives to what it has not finished writing or removing."""
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def write_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         StorageError: the folder or the file cannot be written.
     """
     make_folder(path.parent)
-    temporary = _temporary_name(path)
+    temporary = _temporary_name(path, path.suffix)
     try:
         with storage_errors(path):
             temporary.touch(exist_ok=False)
@@ -143,6 +147,14 @@ def write_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder; it gets a hidden name in one step, so that nobody sees half of it; raises StorageError."""
+    hidden = _temporary_name(path)
+    with storage_errors(path), suppress(FileNotFoundError):  # another process removes it too
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
 def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write `content` to `path`; raises as `write_file`."""
     with write_file(path, replace=replace) as temporary, storage_errors(path):
@@ -174,6 +186,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_name(path: Path) -> Path:
+def _temporary_name(path: Path, suffix: str = "") -> Path:
     # At most 16 letters of the name, which may be 64 bytes of UTF-8: a name has at most 255.
-    return path.with_name(f".{path.stem[:16]}.{secrets.token_hex(8)}{path.suffix}")
+    return path.with_name(f".{path.stem[:16]}.{secrets.token_hex(8)}{suffix}")

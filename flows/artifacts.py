@@ -6,12 +6,14 @@ Names of classes and files come from users and may contain markup: they go into 
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from PIL import Image, ImageOps
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cnnpipe.manifest import best_epoch, read_history, read_parity
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from cnnpipe.evaluate.metrics import Evaluation
     from cnnpipe.prepare.dataset import PreparedDataset
     from cnnpipe.promote.gate import Decision
+
+# Bytes of WebP; the database of the server keeps 4/3 of them: 300,000 for the two curves, the matrix and the two grids.
+_MAX_CURVE_BYTES, _MAX_MATRIX_BYTES, _MAX_GRID_BYTES = 15_000, 55_000, 70_000
+_QUALITIES: Final = ((1.0, None), (1.0, 80), *((0.75**step, 50) for step in range(8)))  # scale, quality; None: lossless
 
 __all__ = ["publish_classification", "publish_dataset", "publish_decision", "publish_metrics", "publish_plots"]
 
@@ -73,15 +79,15 @@ def publish_plots(run: Path) -> None:
         f"Preset {_code(settings.train.preset)}, seed {settings.train.seed}: {len(history['epoch'])} epochs in "
         f"{sum(history['seconds']):,.0f} s; best validation accuracy **{history['val_accuracy'][best]:.4f}** in epoch "
         f"{history['epoch'][best]:.0f}.",
-        _picture("Accuracy by epoch", run / "accuracy.png"),
-        _picture("Loss by epoch", run / "loss.png"),
+        _picture("Accuracy by epoch", run / "accuracy.png", _MAX_CURVE_BYTES),
+        _picture("Loss by epoch", run / "loss.png", _MAX_CURVE_BYTES),
         "## Test images, as predicted",
-        _picture("Sample predictions", run / "samples.png"),
+        _picture("Sample predictions", run / "samples.png", _MAX_GRID_BYTES),
         "## The most confident mistakes",
-        _picture("Mistakes", run / "mistakes.png"),
+        _picture("Mistakes", run / "mistakes.png", _MAX_GRID_BYTES),
         f"Everything is in {_code(run)}.",
     )
-    matrix = _picture("Confusion matrix", run / "confusion_matrix.png")
+    matrix = _picture("Confusion matrix", run / "confusion_matrix.png", _MAX_MATRIX_BYTES)
     _publish("confusion-matrix", "actual classes against predicted ones", "# Confusion matrix", matrix)
 
 
@@ -188,9 +194,15 @@ def _publish(key: str, description: str, *blocks: str) -> None:
     create_markdown_artifact("\n\n".join(filter(None, blocks)), key=key, description=description)
 
 
-def _picture(alt: str, path: Path) -> str:
-    """Return markdown that shows a PNG without a server for the file."""
-    return f"![{alt}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')})"
+def _picture(alt: str, path: Path, max_bytes: int) -> str:
+    """Return markdown that shows a picture without a server for the file, as sharp as `max_bytes` of WebP allow."""
+    picture = Image.open(path).convert("RGB")
+    for scale, quality in _QUALITIES:
+        written = io.BytesIO()
+        ImageOps.scale(picture, scale).save(written, "WEBP", lossless=quality is None, quality=quality or 75)
+        if written.tell() <= max_bytes:
+            break
+    return f"![{alt}](data:image/webp;base64,{base64.b64encode(written.getvalue()).decode('ascii')})"
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -46,9 +46,10 @@ def _classify(
 
         from flows.classify_flow import classify
 
+        folder = escape_path(str(artifacts.resolve()))
         with tags("classify"):
             state: State[Any] = classify(
-                settings, artifacts=escape_path(str(artifacts)), runner=runner, scheduler=scheduler, return_state=True
+                settings, artifacts=folder, runner=runner, scheduler=scheduler, return_state=True
             )
         return state
 

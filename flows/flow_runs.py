@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterEndTime
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -25,7 +27,7 @@ from prefect.settings import PREFECT_UI_URL
 from cnnpipe.errors import one_line
 from cnnpipe.progress import ProgressCallback, StageProgress
 
-__all__ = ["crash_silent_runs", "progress_artifact", "run_url", "send_library_logs"]
+__all__ = ["crash_silent_runs", "delete_old_runs", "progress_artifact", "run_url", "send_library_logs"]
 
 logger = logging.getLogger("cnnpipe.runs")
 
@@ -83,6 +85,25 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
                 client.update_automation(found[0].id, automation)
     except PrefectHTTPStatusError as error:
         logger.warning("the server takes no automation (%s); a run that is killed stays Running", one_line(error))
+
+
+def delete_old_runs(artifacts: str, keep_days: int) -> int:
+    """Delete the flow runs on an artifacts folder that ended before the last days, with their logs; return the number.
+
+    The server deletes their artifacts within a day, if it looks for orphans as the one does that this project starts.
+
+    Args:
+        artifacts: absolute path, as the runs have it in their parameters: a server may have runs of other projects.
+    """
+    flows = FlowFilter(name=FlowFilterName(any_=["retrain", "classify"]))
+    ended = FlowRunFilter(end_time=FlowRunFilterEndTime(before_=datetime.now(UTC) - timedelta(days=keep_days)))
+    with get_client(sync_client=True) as client:
+        # The latest first: those of yesterday are always among the 200 that a server returns.
+        runs = client.read_flow_runs(flow_filter=flows, flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC)
+        old = [run.id for run in runs if run.parameters.get("artifacts") == artifacts]
+        for flow_run_id in old:
+            client.delete_flow_run(flow_run_id)
+    return len(old)
 
 
 def send_library_logs() -> None:

@@ -29,7 +29,7 @@ def _retrain(
 
         from flows.retrain_flow import retrain
 
-        folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts))}
+        folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts.resolve()))}
         with tags("retrain", settings.prepare.resolved_name):
             state: State[Any] = retrain(**dict(settings), **folders, return_state=True)
         return state

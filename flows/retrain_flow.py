@@ -1,4 +1,4 @@
-"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task for each stage.
+"""The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote -> clean, one task for each stage.
 
 A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, its
 finished stages are not repeated. Every task calls one function of cnnpipe and publishes artifacts.
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
-from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
+from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, TASK_SOURCE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
 from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.registry import champion_run
 from cnnpipe.settings import (
+    CleanSettings,
     EvaluateSettings,
     ExportSettings,
     PrepareSettings,
@@ -27,7 +28,7 @@ from cnnpipe.settings import (
     TrainSettings,
 )
 from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
-from flows.flow_runs import progress_artifact, run_url, send_library_logs
+from flows.flow_runs import delete_old_runs, progress_artifact, run_url, send_library_logs
 
 __all__ = ["retrain"]
 
@@ -50,6 +51,7 @@ def retrain(
     evaluate: EvaluateSettings = DEFAULTS.evaluate,
     export: ExportSettings = DEFAULTS.export,
     promote: PromoteSettings = DEFAULTS.promote,
+    clean: CleanSettings = DEFAULTS.clean,
     data: str = "data",
     artifacts: str = "artifacts",
 ) -> State[dict[str, Any]]:
@@ -63,14 +65,26 @@ def retrain(
     """
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
-    settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    run = train_model(settings, prepare_dataset(prepare, data, artifacts), artifacts)
-    evaluate_model(run)
-    plot_training(run)
-    export_model(run)
-    decision = promote_model(run)
+    settings = RetrainSettings(
+        prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote, clean=clean
+    )
+    run = None
+    try:
+        run = train_model(settings, prepare_dataset(prepare, data, artifacts), artifacts)
+        evaluate_model(run)
+        plot_training(run)
+        export_model(run)
+        decision = promote_model(run)
+    except Exception:  # nights that fail must not fill the disk either
+        clean_folders(clean, prepare.resolved_name, run, data, artifacts, return_state=True)
+        raise
+    cleaned = clean_folders(clean, prepare.resolved_name, run, data, artifacts, return_state=True)
     name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": escape_path(run), **decision})
+    message = decision["reason"]
+    if not cleaned.is_completed():  # it is red in the UI, and the night ends as it was decided
+        message += f"; the stage clean failed: {cleaned.message}"
+        logger.warning(message)
+    return Completed(name=name, message=message, data={"run": escape_path(run), **decision})
 
 
 @task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
@@ -132,3 +146,16 @@ def promote_model(run: str) -> dict[str, Any]:
     decision = conclude_run(Path(run))
     publish_decision(Path(run), decision)
     return asdict(decision)
+
+
+@task(name="clean", cache_policy=NO_CACHE)
+def clean_folders(clean: CleanSettings, name: str, run: str | None, data: str, artifacts: str) -> str:
+    """Remove what is older than the settings allow, by hand `cnnpipe models prune`; return what was removed."""
+    from cnnpipe.clean.retention import clean_up
+
+    folders = expand_path(data), expand_path(artifacts)
+    line = clean_up(clean, [name], *folders, run=Path(run) if run else None).line()
+    if deleted := delete_old_runs(escape_path(str(folders[1].resolve())), clean.keep_days):
+        logger.info("deleted %d flow runs that ended more than %d days ago", deleted, clean.keep_days)
+    logger.info(line)
+    return line

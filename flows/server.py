@@ -65,6 +65,8 @@ _SERVER_ENVIRONMENT: Final = {
     "PREFECT_CLI_COLORS": "false",
     "PREFECT_LOGGING_COLORS": "false",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # the log is kept for longer than a day
+    # Logs and artifacts of flow runs that were deleted, by the stage `clean` or in the UI, go too.
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",
     # How far ahead a run is scheduled: Prefect's own 100 days would leave a yearly schedule without a next run.
     "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_SCHEDULED_TIME": "P1500D",
     # In memory, the default, leases are lost with the server, and with them the slot of every run then under way:

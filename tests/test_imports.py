@@ -15,7 +15,7 @@ TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn", "tf2onnx", "onnx")
 FLOWS = ("prefect", "fastapi")
 LIGHT_FOLDERS = ("images", "classify")
 """Stages that run where no training package is loaded."""
-STAGES = ("images", "prepare", "train", "evaluate", "plot", "export", "promote", "classify")
+STAGES = ("images", "prepare", "train", "evaluate", "plot", "export", "promote", "classify", "clean")
 TOP = ("cli", "console")
 """Modules that stand above the stages."""
 GROUND_FLOOR = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *TOP))

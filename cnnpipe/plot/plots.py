@@ -1,8 +1,7 @@
 """The stage `plot`: the curves, the confusion matrix, samples and mistakes of an evaluated run.
 
-Every picture is drawn on its own `Figure`, without pyplot and its global state, so threads may draw side by side. The
-files are small, because the Prefect UI shows them inline, and the same input gives the same bytes. Right and wrong,
-train and val differ in brightness and in marks, not by hue alone.
+Every picture is drawn on its own `Figure`, without pyplot and its global state, so threads may draw side by side, and
+the same input gives the same bytes. Right and wrong, train and val differ in brightness and in marks, not by hue alone.
 
 Colours: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
 """
@@ -43,13 +42,12 @@ with chdir(Path(os.__file__).parent) if Path("matplotlibrc").exists() else nullc
     from matplotlib.ticker import MaxNLocator
 matplotlib.rcdefaults()  # for a program that had imported it before
 
-_QUALITIES: Final = ((120, None), (120, 256), (96, 256), (76, 256), (60, 256))  # dots an inch, colours
+_DOTS_PER_INCH: Final = 120
 _FALLBACK_FONTS: Final = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
                           "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")  # fmt: skip
 
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#0072B2", "#D55E00", "#555555"
 _RIGHT_COLOUR, _WRONG_COLOUR = "#007A59", "#C44E00"  # the palette's green and vermillion, darker: they colour text too
-_MAX_INLINE_BYTES, _MAX_GRID_BYTES = 120_000, 300_000
 _GRID_COLUMNS, _GRID_ROWS = 6, 4
 _MAX_LABELLED_CLASSES: Final = 120
 
@@ -94,7 +92,7 @@ def plot_history(run: Path) -> list[Path]:
     history = {name: np.array(values) for name, values in read_history(run).items()}
     best = best_epoch(history["val_accuracy"].tolist(), history["val_loss"].tolist())
     figures = {metric: _draw_curves(history, metric, best) for metric in ("accuracy", "loss")}
-    return [save_figure(figure, run / f"{metric}.png", _MAX_INLINE_BYTES) for metric, figure in figures.items()]
+    return [save_figure(figure, run / f"{metric}.png") for metric, figure in figures.items()]
 
 
 def _draw_curves(history: Mapping[str, npt.NDArray[np.float64]], metric: str, best: int) -> Figure:
@@ -162,7 +160,7 @@ def plot_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     _write_cells(axes, counts, fractions)
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f"Confusion matrix: {right:,} of {total:,} right ({right / max(total, 1):.2%})")
-    return save_figure(figure, path, _MAX_INLINE_BYTES)
+    return save_figure(figure, path)
 
 
 def _write_cells(axes: Axes, counts: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64]) -> None:
@@ -185,7 +183,7 @@ def plot_samples(shown: PredictedImages, path: Path) -> Path:
     number = min(_GRID_COLUMNS * _GRID_ROWS, total)
     right = (shown.predicted == shown.labels).mean()
     title = f"Sample predictions: {number} of {total:,} test images; of all, {right:.2%} are right"
-    return save_figure(_draw_grid(shown, np.arange(number) * total // number, title), path, _MAX_GRID_BYTES)
+    return save_figure(_draw_grid(shown, np.arange(number) * total // number, title), path)
 
 
 def plot_mistakes(shown: PredictedImages, path: Path) -> Path:
@@ -195,7 +193,7 @@ def plot_mistakes(shown: PredictedImages, path: Path) -> Path:
     title = f"Most confident mistakes: {len(chosen)} of {len(wrong):,} among {len(shown.labels):,} test images"
     if not len(wrong):
         title = f"No mistakes: all {len(shown.labels):,} test images are classified right"
-    return save_figure(_draw_grid(shown, chosen, title), path, _MAX_GRID_BYTES)
+    return save_figure(_draw_grid(shown, chosen, title), path)
 
 
 def _draw_grid(shown: PredictedImages, chosen: npt.NDArray[np.int64], title: str) -> Figure:
@@ -247,18 +245,14 @@ def _drawable_characters() -> frozenset[int]:
     return frozenset(code for font in fonts for code in font.get_charmap())
 
 
-def save_figure(figure: Figure, path: Path, max_bytes: int) -> Path:
-    """Write a figure as PNG, as sharp as `max_bytes` allows: first with fewer colours, then with fewer pixels.
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG.
 
     It holds what lies outside of the figure too, so labels are never cut. Pillow writes it without metadata, so the
     same figure always gives the same bytes.
     """
-    for dpi, num_colours in _QUALITIES:
-        drawn, written = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pil_kwargs={"compress_level": 1})
-        picture = Image.open(drawn).convert("RGB")
-        (picture.quantize(num_colours) if num_colours else picture).save(written, "PNG", optimize=True)
-        if written.tell() <= max_bytes:
-            break
+    drawn, written = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight", pil_kwargs={"compress_level": 1})
+    Image.open(drawn).convert("RGB").save(written, "PNG", optimize=True)
     write_bytes(path, written.getvalue())
     return path

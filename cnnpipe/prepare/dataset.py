@@ -63,7 +63,7 @@ from cnnpipe.prepare.sources import (
 )
 from cnnpipe.progress import ProgressCallback
 from cnnpipe.settings import BUILT_IN_DATASETS, PrepareSettings
-from cnnpipe.storage import make_folder, storage_errors, write_folder, write_json
+from cnnpipe.storage import TEMPORARY_NAME, make_folder, storage_errors, write_folder, write_json
 
 DATASET_FILE: Final = "dataset.json"
 
@@ -73,8 +73,7 @@ DIGESTS_FILE: Final = "digests.npz"
 _FORMAT_VERSION: Final = 2
 """Part of every fingerprint; to be raised when the same source would give other arrays than before."""
 
-_TEMPORARY_NAME: Final = re.compile(r"\.scratch\..{8}|\..+\.[0-9a-f]{16}")
-"""Names that `scratch_folder` and `cnnpipe.storage.write_folder` give to folders that are being written."""
+_SCRATCH: Final = ".scratch."
 
 logger = logging.getLogger(__name__)
 
@@ -270,12 +269,12 @@ def scratch_folder(prepared: Path) -> Iterator[Path]:
         with suppress(OSError):  # others are at work, or the file system has no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for folder in prepared.iterdir():
-                if _TEMPORARY_NAME.fullmatch(folder.name):
+                if folder.name.startswith(_SCRATCH) or TEMPORARY_NAME.fullmatch(folder.name):
                     shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
         with storage_errors(prepared):
-            scratch = tempfile.TemporaryDirectory(prefix=".scratch.", dir=prepared, ignore_cleanup_errors=True)
+            scratch = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=prepared, ignore_cleanup_errors=True)
         with scratch as path:
             yield Path(path)
     finally:
@@ -446,6 +445,8 @@ def load_prepared(path: Path) -> PreparedDataset:
         raise DatasetError(f"{path / DATASET_FILE} cannot be read: {reason}; prepare it again") from error
     for split in SPLITS:
         _check_arrays(dataset, split)
+    with suppress(OSError):  # somebody else's, or on a disk that is read-only
+        os.utime(path)  # the stage `clean` keeps those that were used last
     return dataset
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,9 +26,9 @@ from cnnpipe.errors import TrainingError
 from cnnpipe.machine import package_versions
 from cnnpipe.manifest import MANIFEST_FILE, best_epoch
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.registry import create_run, list_runs
+from cnnpipe.registry import TRAINING_LOCK, create_run, list_runs
 from cnnpipe.settings import RetrainSettings
-from cnnpipe.storage import make_folder, storage_errors, write_file, write_json
+from cnnpipe.storage import TEMPORARY_NAME, make_folder, storage_errors, write_file, write_json
 from cnnpipe.train.backend import keras
 from cnnpipe.train.batches import RESIDENT_NAME
 
@@ -41,9 +40,6 @@ _FOLDER: Final = "training"
 _JOB_FILE: Final = "job.json"
 _LOCK_FILE: Final = "lock"
 _CHECKPOINT_FILE: Final = "checkpoint.npz"
-
-_HALF_WRITTEN: Final = re.compile(r"\.(model|history|config|environment|digests|job|checkpoint)\.[0-9a-f]{16}\.[a-z]+")
-"""Temporary names that `cnnpipe.storage` gives to the files of a training."""
 
 _PACKAGES: Final = ("tensorflow", "keras", "numpy")
 """Distributions whose versions change the weights."""
@@ -197,7 +193,7 @@ def open_training(artifacts: Path, name: str, job: TrainingJob, *, resume: bool)
 def _create(artifacts: Path, name: str, job: TrainingJob) -> tuple[Path, FileLock]:
     run = create_run(artifacts, name)
     folder = make_folder(run / _FOLDER)
-    lock = FileLock(folder / _LOCK_FILE)
+    lock = FileLock(run / TRAINING_LOCK)
     with storage_errors(folder):
         lock.acquire(blocking=False)
     write_json(folder / _JOB_FILE, asdict(job))
@@ -210,7 +206,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
     for run in reversed(list_runs(artifacts, name)):
         if not _has_job(run, job):
             continue
-        lock = FileLock(run / _FOLDER / _LOCK_FILE)
+        lock = FileLock(run / TRAINING_LOCK)
         with storage_errors(run):
             try:
                 lock.acquire(blocking=False)
@@ -237,7 +233,7 @@ def _has_job(run: Path, job: TrainingJob) -> bool:
 def _remove_half_written(run: Path) -> None:
     with storage_errors(run):
         for file in (*run.iterdir(), *(run / _FOLDER).iterdir()):
-            if _HALF_WRITTEN.fullmatch(file.name):
+            if TEMPORARY_NAME.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
 

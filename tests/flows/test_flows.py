@@ -43,6 +43,7 @@ from tiny_models import write_digits, write_model
 
 import flows.classify_flow
 from cnnpipe.classify.run import classify_folder
+from cnnpipe.clean import retention
 from cnnpipe.doctor import examine
 from cnnpipe.errors import DatasetError, FailureBudgetError, StorageError
 from cnnpipe.nightly import server_pidfile
@@ -165,20 +166,34 @@ def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpr
 
 def test_retrain_chains_every_stage_and_shows_it_in_the_ui(client: SyncPrefectClient, retrained: Retried) -> None:
     state = retrained.retried
-    assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote"}
+    assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote", "clean"}
     flow_run = client.read_flow_run(flow_run_id(state))
     assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
 
     shown = artifacts_of(client, state)
     keys = {"dataset", "metrics", "training-report", "confusion-matrix", "promotion-decision", "training-progress"}
     assert keys <= set(shown)
-    assert shown["training-report"].count("](data:image/png;base64,") == 4
-    assert shown["confusion-matrix"].count("](data:image/png;base64,") == 1
+    assert shown["training-report"].count("](data:image/webp;base64,") == 4
+    assert shown["confusion-matrix"].count("](data:image/webp;base64,") == 1
     assert shown["promotion-decision"].startswith("# Not promoted\n\nTest accuracy ")
     assert [cells(line)[0] for line in shown["promotion-decision"].splitlines() if line.startswith("| fp32")] == [
         "fp32"
     ]
     assert shown["training-progress"] == 100.0
+
+
+def test_a_night_whose_cleaning_fails_is_red_there_and_ends_as_it_was_decided(
+    client: SyncPrefectClient, retrained: Retried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("cannot write /full: No space left on device; free some space")
+
+    monkeypatch.setattr(retention, "clean_up", fail)
+    state = retry(retrain, retrained.retried)
+    assert state.name == "NotPromoted"
+    assert "; the stage clean failed: " in (state.message or "")
+    assert "No space left on device" in (state.message or "")
+    assert task_states(client, state)["clean"] == ["Completed", "Completed", "Failed"]  # of the failed night, too
 
 
 def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, retrained: Retried) -> None:
@@ -259,7 +274,16 @@ def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dic
 
 def test_the_form_offers_every_setting_with_its_description() -> None:
     schema = retrain.parameters
-    assert list(schema.properties) == ["prepare", "train", "evaluate", "export", "promote", "data", "artifacts"]
+    assert list(schema.properties) == [
+        "prepare",
+        "train",
+        "evaluate",
+        "export",
+        "promote",
+        "clean",
+        "data",
+        "artifacts",
+    ]
     assert not schema.required
     fields = schema.definitions["TrainSettings"]["properties"]
     assert set(fields) == set(TrainSettings.model_fields)

@@ -42,9 +42,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     seen: list[Figure] = []
     save = plots.save_figure
 
-    def remember(figure: Figure, path: Path, max_bytes: int) -> Path:
+    def remember(figure: Figure, path: Path) -> Path:
         seen.append(figure)
-        return save(figure, path, max_bytes)
+        return save(figure, path)
 
     monkeypatch.setattr(plots, "save_figure", remember)
     return seen
@@ -83,15 +83,12 @@ def _photos(number: int, side: int = 32) -> npt.NDArray[np.uint8]:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("epochs", [1, 2, 15, 200])
-def test_curves_are_small_and_complete_at_any_number_of_epochs(
-    tmp_path: Path, drawn: list[Figure], epochs: int
-) -> None:
+def test_curves_are_complete_at_any_number_of_epochs(tmp_path: Path, drawn: list[Figure], epochs: int) -> None:
     _write_history(tmp_path, epochs)
     paths = plot_history(tmp_path)
     assert [path.name for path in paths] == ["accuracy.png", "loss.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", HISTORY_FILE, "loss.png"]
     for path, figure, metric in zip(paths, drawn, ("accuracy", "loss"), strict=True):
-        assert path.stat().st_size < 120_000
         assert _has_white_border(path)
         (axes,) = figure.axes
         legend = axes.get_legend()
@@ -146,12 +143,9 @@ def test_loss_that_is_no_number_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "num_classes"), [("", 10), (LONG_NAME, 2), (LONG_NAME, 30), (LONG_NAME, 100)])
-def test_confusion_matrix_is_small_and_uncut_at_any_number_of_classes(
-    tmp_path: Path, name: str, num_classes: int
-) -> None:
+def test_confusion_matrix_is_uncut_at_any_number_of_classes(tmp_path: Path, name: str, num_classes: int) -> None:
     names = [f"{name}{number}" for number in range(num_classes)]
     path = plot_confusion_matrix(_matrix(num_classes), names, tmp_path / "confusion_matrix.png")
-    assert path.stat().st_size < 120_000
     assert _has_white_border(path)
 
 
@@ -211,7 +205,6 @@ def test_samples_begin_with_the_first_image_and_span_the_split(tmp_path: Path, d
     path = plot_samples(
         PredictedImages(_photos(100), labels, predicted, np.linspace(0.5, 1, 100), names), tmp_path / "samples.png"
     )
-    assert path.stat().st_size < 300_000
     assert _has_white_border(path)
     titles = [axes.get_title() for axes in drawn[0].axes]
     assert len(titles) == 24
@@ -236,7 +229,6 @@ def test_mistakes_are_shown_by_falling_confidence(tmp_path: Path, drawn: list[Fi
     path = plot_mistakes(
         PredictedImages(_photos(60), labels, predicted, probabilities, ["a", "b"]), tmp_path / "mistakes.png"
     )
-    assert path.stat().st_size < 300_000
     assert _has_white_border(path)
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
     shown = [float(title.split()[2].rstrip("%")) / 100 for title in titles]
@@ -252,15 +244,6 @@ def test_no_mistakes_give_a_picture_that_says_so(tmp_path: Path, drawn: list[Fig
     )
     assert path.is_file()
     assert _texts(drawn[0]) == ["No mistakes: all 1,234 test images are classified right"]
-
-
-def test_grid_of_large_images_is_small(tmp_path: Path) -> None:
-    labels = np.zeros(8, np.int64)
-    path = plot_samples(
-        PredictedImages(_photos(8, 224), labels, labels, np.ones(8), ["a", "b"]), tmp_path / "samples.png"
-    )
-    assert path.stat().st_size < 300_000
-    assert _has_white_border(path)
 
 
 def test_same_input_gives_the_same_bytes_in_any_thread(tmp_path: Path) -> None:

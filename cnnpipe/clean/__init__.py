@@ -1,0 +1,1 @@
+"""Remove what older nights have left."""
