@@ -1,7 +1,8 @@
 """The stage `clean`: remove old runs, prepared datasets, results of tasks, and classifications that were interrupted.
 
-It never removes the champion, the five champions before it, a run that may be under way or that awaits approval, the
-dataset of such a run, and complete tables of predictions. What a killed process was removing goes the next time.
+It never removes the champion, the five champions before it, a run that was rolled back from, one that may be under way
+or that awaits approval, the dataset of such a run, and complete tables of predictions. What a killed process was
+removing goes the next time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
 from cnnpipe.manifest import MANIFEST_FILE, read_origin
 from cnnpipe.nightly import prefect_home, server_log
-from cnnpipe.registry import RUN_ID, TRAINING_LOCK, alias_lock, list_names, list_predecessors, list_runs
+from cnnpipe.registry import (
+    RUN_ID,
+    TRAINING_LOCK,
+    alias_lock,
+    list_names,
+    list_predecessors,
+    list_runs,
+    promotion_history,
+    rolled_back_runs,
+)
 from cnnpipe.settings import CleanSettings, read_toml
 from cnnpipe.storage import TEMPORARY_NAME, remove_folder, storage_errors, write_file
 
@@ -142,6 +152,7 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
     yield from ((leftover, True) for leftover in hidden if TEMPORARY_NAME.fullmatch(leftover.name))
     runs = [run for run in list_runs(artifacts, name) if RUN_ID.fullmatch(run.name) and not run.is_symlink()]
     needed = {*list_predecessors(artifacts, name)[-1 - _KEPT_PREDECESSORS :], *([current.name] if current else ())}
+    needed |= rolled_back_runs(promotion_history(artifacts, name))  # the gate refuses a model that equals one of them
     trained = [run for run in runs if _is_trained(run)]
     newest = {*trained[-keep_runs:], *runs[-1:]}
     for run in runs:
