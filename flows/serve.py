@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import shlex
 import signal
@@ -16,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 from uuid import UUID
@@ -28,8 +26,8 @@ from tzlocal import get_localzone_name
 
 import cnnpipe
 from cnnpipe.console import ArtifactsOption, DataOption, command
-from cnnpipe.errors import DatasetError, ServerError, UsageError, one_line
-from cnnpipe.nightly import PidFile, next_runs, prefect_home, serve_pidfile, server_log, server_pidfile
+from cnnpipe.errors import DatasetError, ServerError, UsageError
+from cnnpipe.nightly import PidFile, next_runs, prefect_home, serve_pidfile, server_log
 from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, Settings, takes_settings
 from cnnpipe.storage import make_folder
@@ -40,18 +38,11 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.deployments.runner import RunnerDeployment
-    from prefect.runner import Runner
 
 __all__ = ["ScheduleSettings", "ServeSettings", "build_deployments", "local_timezone", "parse_schedule"]
 
-logger = logging.getLogger("cnnpipe.serve")
-
 _SECONDS_TO_SCHEDULE: Final = 120.0
 """Seconds that the server has for scheduling the first runs; it takes 5 s, or a minute if the server is busy."""
-
-_SECONDS_BETWEEN_POLLS: Final = 10.0
-_SECONDS_OF_ABSENCE: Final = 60.0
-"""Seconds since the last look for runs after which some may have been missed: the machine or the server was down."""
 
 
 class ScheduleSettings(Settings):
@@ -88,7 +79,7 @@ def _serve(
     prepare_environment(home)
     nights = [(_with_absolute_dataset(each), parse_schedule(each)) for each in settings]
     server = ensure_server(home)
-    records = [_lock_name(home, name, server) for name in dict.fromkeys(each.name for each in settings)]
+    records = [_lock_name(home, name, server) for name in {each.name for each in settings}]
     if len(records) < len(nights):
         raise UsageError("two of the datasets have the same name; give one of them another `name`")
     deployments = build_deployments(nights, data, artifacts)
@@ -101,7 +92,7 @@ def _lock_name(home: Path, name: str, server: Server) -> PidFile:
     pidfile = serve_pidfile(home, name)
     if not pidfile.acquire():
         other = (pidfile.read() or {}).get("pid", "unknown")
-        raise ServerError(f"process {other} serves retrain/{name}-nightly already; end it first: {server.how_to_stop}")
+        raise ServerError(f"process {other} serves retrain/{name}-nightly already; end it first: kill {other}")
     pidfile.write(os.getpid(), server.api_url)
     return pidfile
 
@@ -117,6 +108,7 @@ async def _serve_until_stopped(
     from prefect.client.orchestration import get_client
     from prefect.runner import Runner
 
+    from flows.due_runs import run_what_is_due
     from flows.flow_runs import crash_silent_runs
 
     # Not paused at the end, so that a run that comes due until the next start is made up for then.
@@ -147,7 +139,7 @@ async def _serve_until_stopped(
     # What `Runner.start` does, but for its loop, which ends this process and its runs after three minutes without an
     # answer of the server.
     async with runner, runner._loops_task_group as loops:
-        loops.start_soon(_run_what_is_due, runner, deployments, server, home)
+        loops.start_soon(run_what_is_due, runner, deployments, server, home)
     typer.echo("the schedule has ended")
 
 
@@ -166,71 +158,6 @@ async def _print_next_runs(names: set[str], server: Server, home: Path) -> None:
                 )
             await asyncio.sleep(0.5)
     typer.echo("\n".join(f"next run:    {name}, {upcoming[name]}" for name in sorted(names)))
-
-
-async def _run_what_is_due(
-    runner: Runner, deployments: dict[UUID, RunnerDeployment], server: Server, home: Path
-) -> None:
-    """Start the runs that are due, for ever; wait for a server that does not answer, or start it again if it is ours.
-
-    After an absence only the newest missed run of each schedule is started. A clock that was set back would stop the
-    services of the server, the scheduler among them, until it is where it was; so the server is started again.
-    """
-    import httpx
-    from prefect.client.orchestration import get_client
-
-    seen, lost = 0.0, False  # when runs were looked for, and whether the server has not answered since
-    while True:
-        try:
-            set_back = time.time() < seen - _SECONDS_OF_ABSENCE
-            if server.pid is not None and (set_back or lost):
-                await asyncio.to_thread(_restart, server, home, stop=set_back)
-            if set_back or time.time() > seen + _SECONDS_OF_ABSENCE:
-                async with get_client() as client:
-                    for identifier, deployment in deployments.items():
-                        if set_back:  # its runs were scheduled from a day on that is far away now
-                            await deployment.aapply()
-                        await _cancel_missed(client, identifier, deployment)
-            await runner._scheduled_run_poller._get_and_submit_flow_runs()
-            seen, lost = time.time(), False
-        except (httpx.HTTPError, ServerError) as error:
-            if not lost:
-                logger.warning("the server does not answer (%s); the schedule goes on when it does", one_line(error))
-            lost = True
-        await asyncio.sleep(_SECONDS_BETWEEN_POLLS)
-
-
-def _restart(server: Server, home: Path, *, stop: bool) -> None:
-    """Start this project's server where it was, unless it runs; stop it first if `stop`."""
-    if stop:
-        logger.warning("the clock was set back; the server is started again")
-        server_pidfile(home).stop(_SECONDS_BETWEEN_POLLS)
-    del os.environ["PREFECT_API_URL"]  # else that address would have to answer
-    ensure_server(home, port=int(server.api_url.removesuffix("/api").rpartition(":")[2]))
-
-
-async def _cancel_missed(client: PrefectClient, identifier: UUID, deployment: RunnerDeployment) -> None:
-    """Cancel the runs of a schedule that were missed, but for the newest, which gets the parameters of today."""
-    from prefect.client.schemas import filters, sorting
-    from prefect.states import Cancelled
-
-    missed = filters.FlowRunFilter(
-        deployment_id=filters.FlowRunFilterDeploymentId(any_=[identifier]),
-        state=filters.FlowRunFilterState(name=filters.FlowRunFilterStateName(any_=["Scheduled", "Late"])),
-        next_scheduled_start_time=filters.FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
-        tags=filters.FlowRunFilterTags(all_=["auto-scheduled"]),
-    )
-    newest: UUID | None = None
-    order = sorting.FlowRunSort.EXPECTED_START_TIME_DESC
-    while found := [
-        each for each in await client.read_flow_runs(flow_run_filter=missed, sort=order) if each.id != newest
-    ]:
-        if newest is None:
-            newest = found.pop(0).id
-            await client.update_flow_run(newest, parameters=deployment.parameters)
-        for each in found:
-            message = "missed while nothing ran the schedule; only the newest missed run is made up for"
-            await client.set_flow_run_state(each.id, Cancelled(message=message))
 
 
 def build_deployments(
