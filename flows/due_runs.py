@@ -9,35 +9,27 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterNextScheduledStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateName,
-    FlowRunFilterTags,
-)
-from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import PrefectException
 from prefect.runner import Runner
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Crashed
 
 from cnnpipe.errors import CnnpipeError, one_line
 from cnnpipe.nightly import server_pidfile
+from flows import flow_runs
 from flows.server import Server, ensure_server
 
 __all__ = ["run_what_is_due"]
 
 logger = logging.getLogger("cnnpipe.serve")
 
-_SECONDS_OF_ABSENCE: Final = 60.0
-"""Seconds since runs were looked for after which some may have been missed: the machine or the server was down."""
+_SECONDS_BETWEEN_CHECKS: Final = 60.0
+"""Seconds until it is looked again for runs that were missed or never started; a clock may be set back by as many."""
 
 _STOP_SECONDS: Final = 15.0
 
@@ -49,26 +41,31 @@ async def run_what_is_due(
 
     A server that does not answer is waited for. One that this project started and that is gone is started again; so it
     is after the clock was set back, because its services, the scheduler among them, would wait until the clock is
-    where it was. After an absence only the newest missed run of each schedule is started.
+    where it was. Of the missed runs of a schedule only the newest is started.
 
     Args:
         deployments: what the runner executes, by the id on the server.
         home: folder of the server.
     """
-    seen, warned = 0.0, False  # when runs were looked for, and whether that has failed since
+    checked = 0.0  # when the last check was
+    outdated = warned = False  # whether the runs begin on a day that is far away now; whether there was trouble since
     while True:
         try:
-            set_back = time.time() < seen - _SECONDS_OF_ABSENCE
+            set_back = time.time() < checked - _SECONDS_BETWEEN_CHECKS
             if server.pid is not None and (set_back or not server_pidfile(home).is_running()):
                 await asyncio.to_thread(_restart, server, home, stop=set_back)
-            if set_back or time.time() > seen + _SECONDS_OF_ABSENCE:
+            if set_back:
+                checked, outdated = 0.0, True
+            if time.time() > checked + _SECONDS_BETWEEN_CHECKS:
                 async with get_client() as client:
                     for identifier, deployment in deployments.items():
-                        if set_back:  # its runs begin on a day that is far away now
+                        if outdated:
                             await deployment.aapply()
                         await _cancel_missed(client, identifier, deployment)
+                        await _crash_unstarted(client, identifier)
+                checked, outdated = time.time(), False
             await runner._scheduled_run_poller._get_and_submit_flow_runs()
-            seen, warned = time.time(), False
+            warned = False
         except (httpx.HTTPError, PrefectException, CnnpipeError) as error:
             if not warned:
                 logger.warning(
@@ -87,23 +84,39 @@ def _restart(server: Server, home: Path, *, stop: bool) -> None:
     ensure_server(home, port=int(server.api_url.removesuffix("/api").rpartition(":")[2]))
 
 
+async def _find_runs(client: PrefectClient, deployment: UUID, **wanted: Any) -> list[dict[str, Any]]:
+    """Return the runs of a deployment that pass a filter of Prefect's API, the latest first."""
+    body = {"flow_runs": {"deployment_id": {"any_": [str(deployment)]}, **wanted}, "sort": "EXPECTED_START_TIME_DESC"}
+    return list((await client.request("POST", "/flow_runs/filter", json=body)).json())
+
+
 async def _cancel_missed(client: PrefectClient, identifier: UUID, deployment: RunnerDeployment) -> None:
     """Cancel the missed runs of a schedule but for the newest, and give that one the parameters of today."""
-    missed = FlowRunFilter(
-        deployment_id=FlowRunFilterDeploymentId(any_=[identifier]),
-        state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Scheduled", "Late"])),
-        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
-        tags=FlowRunFilterTags(all_=["auto-scheduled"]),
-    )
+    missed = {
+        "state": {"name": {"any_": ["Scheduled", "Late"]}},
+        "next_scheduled_start_time": {"before_": datetime.now(UTC).isoformat()},
+        "tags": {"all_": ["auto-scheduled"]},
+    }
     reason = "missed while nothing ran the schedule; only the newest missed run is made up for"
     newest: UUID | None = None
-    while True:
-        found = await client.read_flow_runs(flow_run_filter=missed, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
-        for run in found:
-            if newest is None:
-                newest = run.id
-                await client.update_flow_run(newest, parameters=deployment.parameters)
-            elif run.id != newest:
-                await client.set_flow_run_state(run.id, Cancelled(message=reason))
-        if len(found) < 2:
-            return
+    while found := [
+        id_ for run in await _find_runs(client, identifier, **missed) if (id_ := UUID(run["id"])) != newest
+    ]:
+        if newest is None:
+            newest = found.pop(0)
+            await client.update_flow_run(newest, parameters=deployment.parameters)
+        for each in found:
+            await client.set_flow_run_state(each, Cancelled(message=reason))
+
+
+async def _crash_unstarted(client: PrefectClient, identifier: UUID) -> None:
+    """Mark runs as Crashed whose process has gone before it ran, which the automation of `crash_silent_runs` misses.
+
+    The server keeps the event of their state Pending back for the event of the state Scheduled, which it has not
+    emitted for the runs of a schedule.
+    """
+    for run in await _find_runs(client, identifier, state={"type": {"any_": ["PENDING"]}}):
+        if datetime.fromisoformat(run["state"]["timestamp"]) < datetime.now(UTC) - flow_runs.SILENCE:
+            await client.set_flow_run_state(
+                UUID(run["id"]), Crashed(message="the process of this run has never started")
+            )

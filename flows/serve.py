@@ -29,7 +29,7 @@ from cnnpipe.console import ArtifactsOption, DataOption, command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
 from cnnpipe.nightly import PidFile, next_runs, prefect_home, serve_pidfile, server_log
 from cnnpipe.paths import escape_path, expand_path
-from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, Settings, takes_settings
+from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, Settings, dataset_location, takes_settings
 from cnnpipe.storage import make_folder
 from flows.commands import run_command
 from flows.server import Server, ensure_server, prepare_environment
@@ -118,10 +118,9 @@ async def _serve_until_stopped(
         for each in nightly:
             _, owner = await _owner(client, each.full_name, artifacts)
             if owner:
-                delete = f"PREFECT_API_URL={server.api_url} prefect deployment delete {each.full_name}"
                 raise ServerError(
                     f"{each.full_name} on the server {server.ui_url} is that of {owner}; choose another --name, or end "
-                    f"what serves it and delete it: {delete}"
+                    f"what serves it and delete it: {_prefect(server)} deployment delete {each.full_name}"
                 )
         unnamed, owner = await _owner(client, "retrain/nightly", artifacts)
         if unnamed is not None and not owner:  # an earlier version's
@@ -256,20 +255,17 @@ def local_timezone() -> str:
 
 def _with_absolute_dataset(settings: ServeSettings) -> ServeSettings:
     """Return the settings with the dataset's absolute path; fail now rather than at night if there is none."""
-    if settings.prepare.dataset in BUILT_IN_DATASETS:
-        return settings
-    folder = expand_path(settings.prepare.dataset).resolve()
-    if not folder.is_dir():
-        raise DatasetError(f"no folder of images at {folder}; check the path, or name a built-in dataset")
-    prepare = settings.prepare.model_copy(update={"dataset": str(folder)})
+    dataset = settings.prepare.dataset
+    if dataset not in BUILT_IN_DATASETS and not expand_path(dataset).is_dir():
+        where = dataset_location(dataset)
+        raise DatasetError(f"no folder of images at {where}; check the path, or name a built-in dataset")
+    prepare = settings.prepare.model_copy(update={"dataset": dataset_location(dataset)})
     return settings.model_copy(update={"prepare": prepare})
 
 
 def _introduction(server: Server, nights: Sequence[tuple[ServeSettings, CronSchedule]], bulk_owner: str) -> list[str]:
     """Return the lines that are printed first."""
-    prefect = Path(sys.executable).parent / "prefect"
-    shown = os.path.relpath(prefect) if prefect.is_relative_to(Path.cwd()) else str(prefect)
-    run = f"PREFECT_API_URL={server.api_url} {shlex.quote(shown)} deployment run"
+    run = f"{_prefect(server)} deployment run"
     order = shlex.quote(json.dumps({"folder": "/path/to/photos"}))
     bulk = f"classify/bulk on this server is that of {bulk_owner}; here: python -m flows.classify FOLDER"
     return [
@@ -278,10 +274,17 @@ def _introduction(server: Server, nights: Sequence[tuple[ServeSettings, CronSche
             f"nightly:     {each.name}, preset {each.train.preset}, {when.cron!r} {when.timezone}"
             for each, when in nights
         ),
-        *(f"retrain now: {run} retrain/{each.name}-nightly" for each, _ in nights),
+        f"retrain now: {run} retrain/{nights[0][0].name}-nightly",
         f"classify:    {bulk if bulk_owner else f'{run} classify/bulk --param settings={order}'}",
         f"Ctrl-C ends the schedule; the server stays up; stop the server: {server.how_to_stop}",
     ]
+
+
+def _prefect(server: Server) -> str:
+    """Return the start of a command line of Prefect for this server."""
+    prefect = Path(sys.executable).parent / "prefect"
+    shown = os.path.relpath(prefect) if prefect.is_relative_to(Path.cwd()) else str(prefect)
+    return f"PREFECT_API_URL={server.api_url} {shlex.quote(shown)}"
 
 
 if __name__ == "__main__":
