@@ -110,13 +110,18 @@ async def _cancel_missed(client: PrefectClient, identifier: UUID, deployment: Ru
 
 
 async def _crash_unstarted(client: PrefectClient, identifier: UUID) -> None:
-    """Mark runs as Crashed whose process has gone before it ran, which the automation of `crash_silent_runs` misses.
+    """Mark runs as Crashed whose process went before its first heartbeat, which `crash_silent_runs` is late for.
 
-    The server keeps the event of their state Pending back for the event of the state Scheduled, which it has not
-    emitted for the runs of a schedule.
+    The server keeps the event of their state Pending back for the event of their state Scheduled, which it has not
+    emitted for the runs of a schedule: for 15 minutes, or, if it is started again, for ever.
     """
-    for run in await _find_runs(client, identifier, state={"type": {"any_": ["PENDING"]}}):
-        if datetime.fromisoformat(run["state"]["timestamp"]) < datetime.now(UTC) - flow_runs.SILENCE:
+    for run in await _find_runs(client, identifier, state={"type": {"any_": ["PENDING", "RUNNING"]}}):
+        if datetime.fromisoformat(run["state"]["timestamp"]) > datetime.now(UTC) - flow_runs.SILENCE:
+            continue
+        resource = {"id": [f"prefect.flow-run.{run['id']}"]}
+        beats = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "any_resource": resource}, "limit": 1}
+        seen = (await client.request("POST", "/events/filter", json=beats)).json()["events"]
+        if run["state_type"] == "PENDING" or not seen:
             await client.set_flow_run_state(
                 UUID(run["id"]), Crashed(message="the process of this run has never started")
             )
