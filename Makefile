@@ -16,6 +16,7 @@ MODEL :=
 OUTPUT :=
 RUNNER :=
 SCHEDULER :=
+CONFIG :=
 ARGS :=
 
 # No telemetry of Prefect, in the tests either.
@@ -50,8 +51,8 @@ classify: setup ## classify a folder of images (FOLDER= MODEL= OUTPUT= RUNNER= S
 		$(call option,--model,$(MODEL)) $(call option,--output,$(OUTPUT)) \
 		$(call option,--runner,$(RUNNER)) $(call option,--scheduler,$(SCHEDULER)) $(ARGS)
 
-serve: setup ## retrain every night and run what is ordered, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= ARGS=)
-	@$(python) -m flows.serve $(training) $(ARGS)
+serve: setup ## retrain every night and run what is ordered, until Ctrl-C (DATASET= PRESET= NAME= EPOCHS= CONFIG= ARGS=)
+	@$(python) -m flows.serve $(training) $(call option,--config,$(CONFIG)) $(ARGS)
 
 stop: setup ## stop the Prefect server and the scheduler of this project
 	@$(python) -m flows.server stop $(ARGS)

@@ -25,8 +25,8 @@ from cnnpipe.storage import make_folder, storage_errors, write_json
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightly", "next_run", "prefect_home",
-           "serve_pidfile", "server_log", "server_pidfile"]  # fmt: skip
+__all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightly", "next_runs", "prefect_home",
+           "serve_pidfile", "serve_pidfiles", "server_log", "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
 _LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant
@@ -136,26 +136,31 @@ class Nightly:
         server: its address in a browser; None if it does not run.
         server_pid: its process; None if it does not run, or was not started by this project.
         healthy: whether the server answers.
-        scheduler_pid: process of `flows.serve`; None if it does not run.
-        next_run: time of the next run that the server has scheduled, such as 2026-11-27 02:00 Europe/Berlin.
+        schedulers: process of `flows.serve` for each model that this artifacts folder retrains, by the model's name.
+        next_runs: time of the next run that the server has scheduled, by name, such as 2026-11-27 02:00 Europe/Berlin.
         last_error: last error in the server's log, with its time where the log has one.
     """
 
     server: str | None
     server_pid: int | None
     healthy: bool
-    scheduler_pid: int | None
-    next_run: str | None
+    schedulers: dict[str, int]
+    next_runs: dict[str, str]
     last_error: str | None
 
     def shown(self) -> dict[str, str]:
         """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
         state = "answers" if self.healthy else "does not answer"
+        running = (f"{name}, process {pid}" for name, pid in self.schedulers.items())
+        due = (
+            f"{name}, {start}" + ("" if name in self.schedulers else " (its scheduler does not run here)")
+            for name, start in self.next_runs.items()
+        )
         return {
             "server": "not running" if self.server is None else f"{self.server}, {process}{state}",
-            "scheduler": "not running" if self.scheduler_pid is None else f"process {self.scheduler_pid}",
-            "next run": self.next_run or "none",
+            "scheduler": "; ".join(running) or "not running",
+            "next run": "; ".join(due) or "none",
             "last error": self.last_error or "none",
         }
 
@@ -171,9 +176,15 @@ def server_pidfile(home: Path) -> PidFile:
     return PidFile(home, "server")
 
 
-def serve_pidfile(home: Path) -> PidFile:
-    """Return the record of the scheduler, `flows.serve`."""
-    return PidFile(home, "serve")
+def serve_pidfile(home: Path, name: str) -> PidFile:
+    """Return the record of the scheduler, `flows.serve`, of the model `name`."""
+    return PidFile(home, f"serve-{name}")
+
+
+def serve_pidfiles(home: Path) -> dict[str, PidFile]:
+    """Return the records of all schedulers that ever ran, by the model's name."""
+    stems = sorted(path.stem for path in home.glob("serve[-.]*alive"))  # `serve` is an earlier version's
+    return {stem.removeprefix("serve-"): PidFile(home, stem) for stem in stems}
 
 
 def server_log(home: Path) -> Path:
@@ -191,19 +202,21 @@ def look_at_nightly(home: Path) -> Nightly:
     """
     import httpx
 
-    scheduler, server = serve_pidfile(home).read(), server_pidfile(home).read()
-    api_url = (scheduler or server or {}).get("api_url")
-    healthy, upcoming = False, None
+    read = {name: pidfile.read() for name, pidfile in serve_pidfiles(home).items()}
+    schedulers = {name: record for name, record in read.items() if record is not None}
+    server = server_pidfile(home).read()
+    api_url = next(iter(schedulers.values()), server or {}).get("api_url")
+    healthy, upcoming = False, {}
     if api_url is not None:
         # No answer, or not the answer of a Prefect API, is what `healthy` tells.
         with suppress(httpx.HTTPError, ValueError), http_client(api_url, _TIMEOUT_SECONDS) as client:
-            healthy, upcoming = True, next_run(client.request)
+            healthy, upcoming = True, next_runs(client.request)
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
         server_pid=server["pid"] if server is not None and server["api_url"] == api_url else None,
         healthy=healthy,
-        scheduler_pid=None if scheduler is None else scheduler["pid"],
-        next_run=upcoming,
+        schedulers={name: record["pid"] for name, record in schedulers.items()},
+        next_runs=upcoming,
         last_error=next(reversed(logged_errors(server_log(home))), None),
     )
 
@@ -220,30 +233,32 @@ def http_client(api_url: str, timeout_seconds: float) -> httpx.Client:
     return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local)
 
 
-def next_run(request: Callable[..., Any]) -> str | None:
-    """Return when the server has scheduled the next run of `retrain/nightly`, or None if it has not.
+def next_runs(request: Callable[..., Any]) -> dict[str, str]:
+    """Return when the server has scheduled the next run of each deployment `retrain/<name>-nightly`.
 
     Args:
         request: the method `request` of an httpx client, or of a client of Prefect, for the API of the server.
     Returns:
-        A time in the timezone of the schedule, such as 2026-11-27 02:00 Europe/Berlin.
+        A time in the timezone of the schedule, such as 2026-11-27 02:00 Europe/Berlin, by name.
     Raises:
         httpx.HTTPError: the server does not answer, or refuses.
     """
 
-    def ask(path: str, **more: Any) -> Any:
-        names = {"flows": {"name": {"any_": ["retrain"]}}, "deployments": {"name": {"any_": ["nightly"]}}}
-        return request("POST", path, json=names | more).raise_for_status().json()
+    def ask(path: str, **body: Any) -> Any:
+        return request("POST", path, json=body).raise_for_status().json()
 
-    due = {"after_": datetime.now(UTC).isoformat()}
-    scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}, "next_scheduled_start_time": due}
-    runs = ask("/flow_runs/filter", flow_runs=scheduled, sort="NEXT_SCHEDULED_START_TIME_ASC", limit=1)
-    if not runs:
-        return None
-    schedules = [each["schedule"] for found in ask("/deployments/filter") for each in found["schedules"]]
-    timezone = next((schedule["timezone"] for schedule in schedules if schedule.get("timezone")), "UTC")
-    start = datetime.fromisoformat(runs[0]["next_scheduled_start_time"])
-    return f"{start.astimezone(ZoneInfo(timezone)):%Y-%m-%d %H:%M} {timezone}"
+    found = {}
+    for deployment in ask("/deployments/filter", flows={"name": {"any_": ["retrain"]}}, sort="NAME_ASC"):
+        due = {"after_": datetime.now(UTC).isoformat()}
+        scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}, "next_scheduled_start_time": due}
+        filters = {"flow_runs": scheduled, "deployments": {"id": {"any_": [deployment["id"]]}}}
+        runs = ask("/flow_runs/filter", **filters, sort="NEXT_SCHEDULED_START_TIME_ASC", limit=1)
+        if runs and deployment["name"].endswith("-nightly"):
+            timezones = (each["schedule"].get("timezone") for each in deployment["schedules"])
+            timezone = next(filter(None, timezones), "UTC")
+            start = datetime.fromisoformat(runs[0]["next_scheduled_start_time"]).astimezone(ZoneInfo(timezone))
+            found[deployment["name"].removesuffix("-nightly")] = f"{start:%Y-%m-%d %H:%M} {timezone}"
+    return found
 
 
 def logged_errors(log: Path) -> list[str]:

@@ -418,7 +418,7 @@ _SHORT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {"top_k": ("--topk",)}
 
 
 def takes_settings(
-    model: type[Settings], argument: str, sections: tuple[str, ...] = ()
+    model: type[Settings], argument: str, sections: tuple[str, ...] = (), tables: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Fill a command's parameter `settings` from options and from a `--config` file, over which options win.
 
@@ -426,6 +426,8 @@ def takes_settings(
         model: class of the settings.
         argument: field that is the command's one positional argument.
         sections: fields of `model` that are settings themselves and become options; none for a flat model.
+        tables: the command takes a list of settings, and its file may have several: `[tables.NAME]` for each, with
+            sections or, outside of them, names of options. NAME is the default of `name` and of the argument.
     """
     places: dict[tuple[str, ...], FieldInfo] = {}
     for section in sections or (None,):
@@ -433,19 +435,41 @@ def takes_settings(
         places |= {(section, name) if section else (name,): field for name, field in owner.model_fields.items()}
     offered = {_RENAMED.get(place, place[-1]): (place, field) for place, field in places.items()}
 
+    def merge(loaded: dict[str, Any], values: dict[str, Any], *, replace: bool = True) -> None:
+        for name, value in values.items():
+            place, _ = offered[name]
+            table = loaded.setdefault(place[0], {}) if sections else loaded
+            if isinstance(table, dict) and (replace or place[-1] not in table):  # else validation tells what is there
+                table[place[-1]] = value
+
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, config: Path | None, **values: Any) -> None:
+            given = {name: value for name in offered if (value := values.pop(name)) is not None}
+            options = {offered[name][0]: name.upper() if name == argument else _option(name) for name in given}
+
+            def build(loaded: dict[str, Any], origin: str) -> Settings:
+                merge(loaded, given)
+                return validate_settings(model, loaded, origin, options)
+
             loaded = read_toml(config) if config else {}
-            options: dict[tuple[str, ...], str] = {}
-            for name, (place, _) in offered.items():
-                if (value := values.pop(name)) is not None:
-                    options[place] = name.upper() if name == argument else _option(name)
-                    table = loaded.setdefault(place[0], {}) if sections else loaded
-                    if isinstance(table, dict):  # else validation tells what the file has in its place
-                        table[place[-1]] = value
-            settings = validate_settings(model, loaded, str(config) if config else COMMAND_LINE, options)
-            function(settings=settings, **values)
+            if tables is None or tables not in loaded:
+                settings = build(loaded, str(config) if config else COMMAND_LINE)
+                function(settings=settings if tables is None else [settings], **values)
+                return
+            if alone := [options[offered[name][0]] for name in (argument, "name") if name in given]:
+                raise UsageError(f"{alone[0]} is for one dataset; leave it out, {config} has them in [{tables}.NAME]")
+            found = loaded.pop(tables)
+            if loaded or not (
+                isinstance(found, dict) and found and all(isinstance(each, dict) for each in found.values())
+            ):
+                raise ConfigError(f"{config} must have a table [{tables}.NAME] for each dataset, and nothing else")
+            for name, table in found.items():
+                merge(table, {each: table.pop(each) for each in offered if each in table})
+                merge(table, {argument: name, "name": name}, replace=False)
+            function(
+                settings=[build(table, f"[{tables}.{name}] of {config}") for name, table in found.items()], **values
+            )
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         parameters = [_parameter(name, field, name == argument) for name, (_, field) in offered.items()]

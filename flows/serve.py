@@ -1,6 +1,7 @@
-"""`make serve`: a server, the deployments `retrain/nightly` and `classify/bulk`, and the process that runs them.
+"""`make serve`: a server, a deployment `retrain/<name>-nightly` for each dataset, `classify/bulk`, and what runs them.
 
-Runs until Ctrl-C or `make stop`. Ctrl-C leaves the server up, so that the runs can still be looked at.
+Runs until Ctrl-C or `make stop`. Ctrl-C leaves the server up, so that the runs can still be looked at. Several of these
+processes share a server, one for each dataset or group of datasets.
 """
 
 from __future__ import annotations
@@ -12,108 +13,162 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, cast
+from typing import TYPE_CHECKING, Final, cast
+from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tzlocal import get_localzone_name
 
 import cnnpipe
 from cnnpipe.console import ArtifactsOption, DataOption, command
 from cnnpipe.errors import DatasetError, ServerError, UsageError
-from cnnpipe.nightly import next_run, prefect_home, serve_pidfile, server_log
+from cnnpipe.nightly import PidFile, next_runs, prefect_home, serve_pidfile, server_log
 from cnnpipe.paths import escape_path, expand_path
-from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, takes_settings
+from cnnpipe.settings import BUILT_IN_DATASETS, RetrainSettings, Settings, dataset_location, takes_settings
 from cnnpipe.storage import make_folder
 from flows.commands import run_command
 from flows.server import Server, ensure_server, prepare_environment
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.deployments.runner import RunnerDeployment
 
-__all__ = ["build_deployments", "local_timezone", "parse_schedule"]
+__all__ = ["ScheduleSettings", "ServeSettings", "build_deployments", "local_timezone", "parse_schedule"]
 
 _SECONDS_TO_SCHEDULE: Final = 120.0
-"""Seconds that the server has for scheduling the first run; it takes 5 s, or a minute if the server is busy."""
+"""Seconds that the server has for scheduling the first runs; it takes 5 s, or a minute if the server is busy."""
 
-CronOption = Annotated[str, typer.Option(help="When to retrain: minute hour day month weekday.")]
-TimezoneOption = Annotated[str | None, typer.Option(help="IANA name, such as Europe/Berlin. Default: this machine's.")]
+
+class ScheduleSettings(Settings):
+    """When to retrain."""
+
+    cron: str = "0 2 * * *"
+    """When to retrain: minute hour day month weekday."""
+    timezone: str | None = None
+    """IANA name, such as Europe/Berlin. Default: this machine's."""
+
+
+class ServeSettings(RetrainSettings):
+    """A retraining and its schedule."""
+
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset, of its models and of their folder."""
+        return self.prepare.resolved_name
 
 
 @command
-@takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
+@takes_settings(ServeSettings, "dataset", tuple(ServeSettings.model_fields), tables="nightly")
 def _serve(
-    settings: RetrainSettings,
-    cron: CronOption = "0 2 * * *",
-    timezone: TimezoneOption = None,
-    data: DataOption = Path("data"),
-    artifacts: ArtifactsOption = Path("artifacts"),
+    settings: list[ServeSettings], data: DataOption = Path("data"), artifacts: ArtifactsOption = Path("artifacts")
 ) -> None:
-    """Retrain every night, and run what is ordered in the UI or by `prefect deployment run`, until Ctrl-C."""
-    home = prefect_home(artifacts)
+    """Retrain every night, and run what is ordered in the UI or by `prefect deployment run`, until Ctrl-C.
+
+    For several datasets, --config names a file with a table [nightly.NAME] for each.
+    """
+    home, data, artifacts = prefect_home(artifacts), data.resolve(), artifacts.resolve()
     make_folder(home)  # prefect warns of a folder that it cannot make, and is imported before there is a server
     prepare_environment(home)
-    schedule = parse_schedule(cron, timezone or local_timezone())
-    settings = _with_absolute_dataset(settings)
+    nights = [(_with_absolute_dataset(each), parse_schedule(each)) for each in settings]
     server = ensure_server(home)
-    pidfile = serve_pidfile(home)
-    if not pidfile.acquire():  # held until this process ends
+    records = [_lock_name(home, name, server) for name in {each.name for each in settings}]
+    if len(records) < len(nights):
+        raise UsageError("two of the datasets have the same name; give one of them another `name`")
+    deployments = build_deployments(nights, data, artifacts)
+    asyncio.run(_serve_until_stopped(nights, deployments, artifacts, server, home))
+    del records  # held until here: until then each name belongs to this process
+
+
+def _lock_name(home: Path, name: str, server: Server) -> PidFile:
+    """Take the record of a scheduler, for as long as the object lives."""
+    pidfile = serve_pidfile(home, name)
+    if not pidfile.acquire():
         other = (pidfile.read() or {}).get("pid", "unknown")
-        raise ServerError(f"process {other} serves these deployments already; end it first: {server.how_to_stop}")
+        raise ServerError(f"process {other} serves retrain/{name}-nightly already; end it first: kill {other}")
     pidfile.write(os.getpid(), server.api_url)
-    deployments = build_deployments(settings, schedule, data.resolve(), artifacts.resolve())
-    typer.echo("\n".join(_introduction(server, settings, schedule)))
-
-    from flows.flow_runs import crash_silent_runs
-
-    crash_silent_runs()
-    log = f"at {server.ui_url}" if server.pid is None else str(server_log(home))
-    asyncio.run(_serve_until_stopped(deployments, log))
+    return pidfile
 
 
-async def _serve_until_stopped(deployments: Iterable[RunnerDeployment], log: str) -> None:
-    """Print the next run as soon as the server has scheduled it, then execute runs until Ctrl-C or SIGTERM.
-
-    Args:
-        log: where the log of the server is, for the error if it schedules no run.
-    """
+async def _serve_until_stopped(
+    nights: Sequence[tuple[ServeSettings, CronSchedule]],
+    built: list[RunnerDeployment],
+    artifacts: Path,
+    server: Server,
+    home: Path,
+) -> None:
+    """Register the deployments, print the next run of each, then execute runs until Ctrl-C or SIGTERM."""
     from prefect.client.orchestration import get_client
     from prefect.runner import Runner
 
-    runner = Runner()
-    for deployment in deployments:
-        await runner.aadd_deployment(deployment)
-    deadline = time.monotonic() + _SECONDS_TO_SCHEDULE
-    with get_client(sync_client=True) as client:
-        while (upcoming := next_run(client.request)) is None:
-            if time.monotonic() > deadline:
+    from flows.due_runs import run_what_is_due
+    from flows.flow_runs import crash_silent_runs
+
+    # Not paused at the end, so that a run that comes due until the next start is made up for then.
+    runner = Runner(pause_on_shutdown=False)
+    async with get_client() as client:
+        *nightly, bulk = built
+        for each in nightly:
+            _, owner = await _owner(client, each.full_name, artifacts)
+            if owner:
                 raise ServerError(
-                    f"the server has scheduled no run of retrain/nightly in {_SECONDS_TO_SCHEDULE:.0f} s; "
-                    f"look into its log, {log}, and check --cron"
+                    f"{each.full_name} on the server {server.ui_url} is that of {owner}; choose another --name, or end "
+                    f"what serves it and delete it: {_prefect(server)} deployment delete {each.full_name}"
                 )
-            await asyncio.sleep(0.5)
-    typer.echo(f"next run:    {upcoming}")
+        unnamed, owner = await _owner(client, "retrain/nightly", artifacts)
+        if unnamed is not None and not owner:  # an earlier version's
+            await client.delete_deployment(unnamed)
+        _, bulk_owner = await _owner(client, bulk.full_name, artifacts)
+        offered = nightly if bulk_owner else [*nightly, bulk]
+        deployments = {await runner.aadd_deployment(each): each for each in offered}
+    typer.echo("\n".join(_introduction(server, nights, bulk_owner)))
+    crash_silent_runs()
+    await _print_next_runs({each.name for each, _ in nights}, server, home)
     # Ctrl-C does what SIGTERM does: cancels the runs under way. A shell that starts this process in the background has
     # SIGINT ignored.
-    signal.signal(signal.SIGINT, runner.handle_sigterm)
-    await runner.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.handle_sigterm)
+    # What `Runner.start` does, but for its loop, which ends this process and its runs after three minutes without an
+    # answer of the server.
+    async with runner, runner._loops_task_group as loops:
+        loops.start_soon(run_what_is_due, runner, deployments, server, home)
     typer.echo("the schedule has ended")
 
 
-def build_deployments(
-    settings: RetrainSettings, schedule: CronSchedule, data: Path, artifacts: Path
-) -> tuple[RunnerDeployment, RunnerDeployment]:
-    """Return the deployments `retrain/nightly`, on its schedule, and `classify/bulk`, which has none.
+async def _print_next_runs(names: set[str], server: Server, home: Path) -> None:
+    """Print the next run of each schedule as soon as the server has scheduled them all."""
+    from prefect.client.orchestration import get_client
 
-    One run of `retrain/nightly` at a time: one that comes due while another runs is cancelled, and so are all but one
-    of those that were missed while the machine was off. See `crash_silent_runs` for a run that is killed.
+    deadline = time.monotonic() + _SECONDS_TO_SCHEDULE
+    with get_client(sync_client=True) as client:
+        while missing := names - (upcoming := next_runs(client.request)).keys():
+            if time.monotonic() > deadline:
+                log = f"at {server.ui_url}" if server.pid is None else str(server_log(home))
+                raise ServerError(
+                    f"the server has scheduled no run of retrain/{min(missing)}-nightly in {_SECONDS_TO_SCHEDULE:.0f} "
+                    f"s; look into its log, {log}, and check --cron"
+                )
+            await asyncio.sleep(0.5)
+    typer.echo("\n".join(f"next run:    {name}, {upcoming[name]}" for name in sorted(names)))
+
+
+def build_deployments(
+    nights: Sequence[tuple[ServeSettings, CronSchedule]], data: Path, artifacts: Path
+) -> list[RunnerDeployment]:
+    """Return a deployment `retrain/<name>-nightly` for each schedule, and `classify/bulk`, which has none, as the last.
+
+    One run of a schedule at a time: one that comes due while another runs is cancelled. See `crash_silent_runs` for a
+    run that is killed.
 
     Args:
+        nights: what to retrain, and when.
         data: folder of raw and prepared datasets, absolute.
         artifacts: folder of runs and champions, absolute.
     """
@@ -125,35 +180,62 @@ def build_deployments(
 
     folders = {"artifacts": escape_path(str(artifacts))}
     one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-    # Typed as awaitable too, which they are only inside of an event loop.
-    nightly = retrain.to_deployment(
-        "nightly",
-        schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
-        parameters={**settings.model_dump(mode="json"), "data": escape_path(str(data)), **folders},
-        concurrency_limit=one,
-        tags=["retrain", settings.prepare.resolved_name],
-        version=cnnpipe.__version__,
-    )
+    deployments = [
+        retrain.to_deployment(
+            f"{settings.name}-nightly",
+            schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
+            parameters=settings.model_dump(mode="json", exclude={"schedule"})
+            | {"data": escape_path(str(data))}
+            | folders,
+            concurrency_limit=one,
+            tags=["retrain", settings.name],
+            version=cnnpipe.__version__,
+        )
+        for settings, schedule in nights
+    ]
     bulk = classify.to_deployment("bulk", parameters=dict(folders), tags=["classify"], version=cnnpipe.__version__)
-    return cast("RunnerDeployment", nightly), cast("RunnerDeployment", bulk)
+    # Typed as awaitable too, which they are only inside of an event loop.
+    return cast("list[RunnerDeployment]", [*deployments, bulk])
 
 
-def parse_schedule(cron: str, timezone: str) -> CronSchedule:
-    """Check when to retrain.
+async def _owner(client: PrefectClient, deployment: str, artifacts: Path) -> tuple[UUID | None, str]:
+    """Return the id of a deployment on the server, if there is one, and whose it is; empty if it is of these artifacts.
+
+    It is also ours to take if its artifacts folder is gone and nothing polls it.
+    """
+    from prefect.client.schemas.objects import DeploymentStatus
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        found = await client.read_deployment_by_name(deployment)
+    except ObjectNotFound:
+        return None, ""
+    if found.work_pool_name is not None:
+        return found.id, f"the workers of the pool {found.work_pool_name}"
+    folder = expand_path(str(found.parameters.get("artifacts", "artifacts"))).resolve()
+    abandoned = not folder.is_dir() and found.status != DeploymentStatus.READY
+    return found.id, "" if folder == artifacts or abandoned else f"the artifacts folder {folder}"
+
+
+def parse_schedule(settings: ServeSettings) -> CronSchedule:
+    """Return when to retrain.
 
     Raises:
         UsageError: the schedule or the timezone is not valid.
     """
     from prefect.client.schemas.schedules import CronSchedule
 
+    cron, timezone = settings.schedule.cron, settings.schedule.timezone or local_timezone()
     try:
         ZoneInfo(timezone)
         return CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
-        wanted = f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
-        raise UsageError(wanted) from error
+        wanted = "--cron must be five fields, minute hour day month weekday, such as '0 2 * * *'"
+        raise UsageError(f"{wanted}, received {cron!r} for {settings.name}") from error
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        wanted = f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
+        wanted = (
+            f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r} for {settings.name}"
+        )
         raise UsageError(wanted) from error
 
 
@@ -171,31 +253,38 @@ def local_timezone() -> str:
     raise UsageError("this machine does not name its timezone; give --timezone, such as Europe/Berlin")
 
 
-def _with_absolute_dataset(settings: RetrainSettings) -> RetrainSettings:
+def _with_absolute_dataset(settings: ServeSettings) -> ServeSettings:
     """Return the settings with the dataset's absolute path; fail now rather than at night if there is none."""
-    if settings.prepare.dataset in BUILT_IN_DATASETS:
-        return settings
-    folder = expand_path(settings.prepare.dataset).resolve()
-    if not folder.is_dir():
-        raise DatasetError(f"no folder of images at {folder}; check the path, or name a built-in dataset")
-    prepare = settings.prepare.model_copy(update={"dataset": str(folder)})
+    dataset = settings.prepare.dataset
+    if dataset not in BUILT_IN_DATASETS and not expand_path(dataset).is_dir():
+        where = dataset_location(dataset)
+        raise DatasetError(f"no folder of images at {where}; check the path, or name a built-in dataset")
+    prepare = settings.prepare.model_copy(update={"dataset": dataset_location(dataset)})
     return settings.model_copy(update={"prepare": prepare})
 
 
-def _introduction(server: Server, settings: RetrainSettings, schedule: CronSchedule) -> list[str]:
+def _introduction(server: Server, nights: Sequence[tuple[ServeSettings, CronSchedule]], bulk_owner: str) -> list[str]:
     """Return the lines that are printed first."""
-    prefect = Path(sys.executable).parent / "prefect"
-    shown = os.path.relpath(prefect) if prefect.is_relative_to(Path.cwd()) else str(prefect)
-    run = f"PREFECT_API_URL={server.api_url} {shlex.quote(shown)} deployment run"
-    nightly = f"{settings.prepare.resolved_name}, preset {settings.train.preset}, {schedule.cron!r} {schedule.timezone}"
-    order = {"folder": "/path/to/photos"}
+    run = f"{_prefect(server)} deployment run"
+    order = shlex.quote(json.dumps({"folder": "/path/to/photos"}))
+    bulk = f"classify/bulk on this server is that of {bulk_owner}; here: python -m flows.classify FOLDER"
     return [
         f"Prefect UI:  {server.ui_url}",
-        f"nightly:     {nightly}",
-        f"retrain now: {run} retrain/nightly",
-        f"classify:    {run} classify/bulk --param settings={shlex.quote(json.dumps(order))}",
+        *(
+            f"nightly:     {each.name}, preset {each.train.preset}, {when.cron!r} {when.timezone}"
+            for each, when in nights
+        ),
+        f"retrain now: {run} retrain/{nights[0][0].name}-nightly",
+        f"classify:    {bulk if bulk_owner else f'{run} classify/bulk --param settings={order}'}",
         f"Ctrl-C ends the schedule; the server stays up; stop the server: {server.how_to_stop}",
     ]
+
+
+def _prefect(server: Server) -> str:
+    """Return the start of a command line of Prefect for this server."""
+    prefect = Path(sys.executable).parent / "prefect"
+    shown = os.path.relpath(prefect) if prefect.is_relative_to(Path.cwd()) else str(prefect)
+    return f"PREFECT_API_URL={server.api_url} {shlex.quote(shown)}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from filelock import FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError, one_line
-from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfile, server_log, server_pidfile
+from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfiles, server_log, server_pidfile
 from cnnpipe.paths import escape_path
 from cnnpipe.storage import make_folder, storage_errors
 
@@ -194,8 +194,8 @@ def stop_server(home: Path) -> list[str]:
     if not home.is_dir():
         return []
     stopped = []
-    if (serve_pid := serve_pidfile(home).stop(_SERVE_STOP_SECONDS)) is not None:
-        stopped.append(f"stopped the scheduler (process {serve_pid})")
+    for pid in dict.fromkeys(each.stop(_SERVE_STOP_SECONDS) for each in serve_pidfiles(home).values()):
+        stopped += [] if pid is None else [f"stopped the scheduler (process {pid})"]
     with _one_at_a_time(home):
         server = running_server(home)
         if server is not None and server_pidfile(home).stop(_STOP_SECONDS) is not None:
@@ -368,7 +368,7 @@ def start(artifacts: ArtifactsOption = _ARTIFACTS, port: PortOption = None, as_j
 @app.command()
 @command
 def stop(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Stop the scheduler and the server that this project started, and nothing else."""
+    """Stop the schedulers and the server that this project started, and nothing else."""
     stopped = stop_server(prefect_home(artifacts))
     show_result({"stopped": stopped}, stopped or ["no server of this project is running"], as_json=as_json)
 
@@ -379,7 +379,7 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     """Show what this project runs in the background, the next run, and the last error of the server."""
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
-    values: dict[str, Any] = {name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")}
+    values: dict[str, Any] = {name: getattr(nightly, name) for name in ("schedulers", "next_runs", "last_error")}
     values["server"] = None if server is None else {**asdict(server), "healthy": nightly.healthy}
     show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 

@@ -445,7 +445,7 @@ def test_doctor_tells_devices_versions_and_champions(artifacts: Path) -> None:
 def test_doctor_without_a_server_says_so(artifacts: Path) -> None:
     result = run("doctor", "--artifacts", artifacts)
     assert re.search(r"^nightly\.server +not running$", result.stdout, re.MULTILINE)
-    assert last_json(run("doctor", "--artifacts", artifacts, "--json"))["nightly"]["next_run"] is None
+    assert last_json(run("doctor", "--artifacts", artifacts, "--json"))["nightly"]["next_runs"] == {}
 
 
 def test_doctor_tells_a_broken_champion_alias_and_fails(artifacts: Path) -> None:

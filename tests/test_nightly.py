@@ -14,7 +14,7 @@ import pytest
 from servers import assert_quiet, free_port
 
 from cnnpipe.errors import ServerError
-from cnnpipe.nightly import PidFile, logged_errors, look_at_nightly, server_pidfile
+from cnnpipe.nightly import PidFile, logged_errors, look_at_nightly, serve_pidfile, serve_pidfiles, server_pidfile
 
 URL = "http://127.0.0.1:4200/api"
 
@@ -110,6 +110,16 @@ def _holder(pidfile: PidFile, url: str = URL, program: str = "pass") -> Iterator
             yield process
         finally:
             process.kill()
+
+
+def test_a_scheduler_of_each_name_is_shown_and_found_and_the_server_is_none(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with _holder(server_pidfile(tmp_path), url), _holder(serve_pidfile(tmp_path, "a.b"), url) as one:
+        with _holder(serve_pidfile(tmp_path, "c"), url) as two:
+            assert look_at_nightly(tmp_path).shown()["scheduler"] == f"a.b, process {one.pid}; c, process {two.pid}"
+        assert look_at_nightly(tmp_path).schedulers == {"a.b": one.pid}
+        with _holder(PidFile(tmp_path, "serve"), url):  # an earlier version's
+            assert list(serve_pidfiles(tmp_path)) == ["serve", "a.b", "c"]
 
 
 @pytest.mark.parametrize(

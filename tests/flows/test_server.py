@@ -13,25 +13,26 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 from zoneinfo import ZoneInfo
 
 import httpx
+import psutil
 import pytest
 from prefect.exceptions import ObjectNotFound
 from servers import assert_quiet, clean_environment, free_port
 
 from cnnpipe.errors import ServerError, UsageError
-from cnnpipe.nightly import logged_errors, look_at_nightly, server_log
+from cnnpipe.nightly import logged_errors, look_at_nightly, server_log, server_pidfile
 from flows.commands import _lost_server
 from flows.server import Server, configured_api_url, ensure_server, stop_server
 
 ROOT: Final = Path(__file__).parents[2]
-NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -330,7 +331,7 @@ def test_a_training_goes_on_without_its_server_until_ctrl_c_which_is_one_line_an
 
 def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown(place: Place) -> None:
     impatient = "import flows.serve as s; s._SECONDS_TO_SCHEDULE = 8; s.run_command(s._serve)"
-    result = place.run("-c", impatient, "--cron", "0 2 30 2 *")
+    result = place.run("-c", impatient, "--name", "often", "--cron", "0 2 30 2 *")
     assert result.returncode == 1
     (error,) = _errors(result.stderr)
     log = re.escape(str(server_log(place.home)))
@@ -343,6 +344,8 @@ def test_schedule_without_a_date_ends_serve_with_one_line_and_its_error_is_shown
 
 @dataclass(frozen=True)
 class Serving:
+    """A process of `flows.serve` for the digits by another name, with trainings of one epoch, and what it prints."""
+
     process: subprocess.Popen[bytes]
     printed: Path
 
@@ -356,55 +359,212 @@ class Serving:
         return str(found)
 
 
-@pytest.fixture(scope="module")
-def serving(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Start `flows.serve` with a short training every minute; the clock goes on while other tests run."""
-    printed = tmp_path_factory.mktemp("serve") / "output"
-    command = [sys.executable, "-m", "flows.serve", "digits", "--name", "nightly", "--epochs", "1"]
-    schedule = ["--cron", "* * * * *", "--timezone", "Europe/Rome"]
+@contextmanager
+def _serving(place: Place, name: str, cron: str, *, program: str = "", **variables: str) -> Iterator[Serving]:
+    """Start `flows.serve`, or a program that does; end it with the block."""
+    printed = place.artifacts.parent / f"{name}.output"
+    command = [sys.executable, *(("-c", program) if program else ("-m", "flows.serve"))]
+    settings = ["digits", "--name", name, "--epochs", "1", "--cron", cron, "--timezone", "Europe/Rome"]
     folders = ["--artifacts", str(place.artifacts), "--data", str(place.artifacts.parent / "data")]
     with printed.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *schedule, *folders], cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+            [*command, *settings, *folders],
+            cwd=ROOT,
+            env=clean_environment(**variables),
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
-    yield Serving(process, printed)
-    process.terminate()
-    process.wait(timeout=60)
+    try:
+        yield Serving(process, printed)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
-def test_serve_offers_both_deployments_and_prints_the_run_that_is_scheduled(place: Place, serving: Serving) -> None:
+def _runs(place: Place, name: str) -> list[dict[str, Any]]:
+    """Return all runs of a schedule, the earliest first."""
+    own = {"deployments": {"name": {"any_": [f"{name}-nightly"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return list(_ask(f"{place.api_url}/flow_runs/filter", own))
+
+
+def _order(place: Place, deployment: str, **body: Any) -> dict[str, Any]:
+    """Make a deployment of an empty flow on the server, or find it, and return what the server tells of it."""
+    flow, name = deployment.split("/")
+    flow_id = _ask(f"{place.api_url}/flows/", {"name": flow})["id"]
+    return dict(_ask(f"{place.api_url}/deployments/", {"name": name, "flow_id": flow_id, **body}))
+
+
+SHORT_SILENCE: Final = """
+from datetime import timedelta
+import flows.flow_runs
+import flows.serve
+crash, flows.flow_runs.SILENCE = flows.flow_runs.crash_silent_runs, timedelta(seconds=45)
+flows.flow_runs.crash_silent_runs = lambda: crash(flows.flow_runs.SILENCE)
+flows.serve.run_command(flows.serve._serve)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_scheduler_killed_with_its_run_wedges_no_schedule(place: Place, state: str) -> None:
+    name, patient = f"killed-{state.lower()}", {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # Prefect takes no less
+
+    def states() -> dict[str, str]:
+        return {run["id"]: run["state_type"] for run in _runs(place, name)}
+
+    with _serving(place, name, "* * * * *", program=SHORT_SILENCE, **patient) as serving:
+        _wait_for(lambda: state in states().values(), 120)
+        processes = psutil.Process(serving.process.pid).children(recursive=True)
+        serving.process.kill()
+        for process in processes:
+            process.kill()
+    (killed,) = (run for run, each in states().items() if each in ("PENDING", "RUNNING"))
+    with _serving(place, name, "* * * * *", program=SHORT_SILENCE, **patient):
+        _wait_for(lambda: states()[killed] == "CRASHED", 150)
+        _wait_for(lambda: "COMPLETED" in states().values(), 240)
+        (crashed,) = (run for run in _runs(place, name) if run["id"] == killed)
+        assert re.search("has never started|has sent no heartbeat", crashed["state"]["message"])
+    deployment = _runs(place, name)[0]["deployment_id"]
+    limits = _ask(f"{place.api_url}/v2/concurrency_limits/filter", {"offset": 0})
+    (slots,) = (each["active_slots"] for each in limits if each["name"] == f"deployment:{deployment}")
+    assert slots == 0
+
+
+@pytest.mark.slow
+def test_only_the_newest_missed_run_is_made_up_for_with_the_settings_of_today(place: Place) -> None:
+    name = "missed"
+    parameters = {"artifacts": str(place.artifacts)}
+    code = {"path": ".", "entrypoint": "flows/retrain_flow.py:retrain"}
+    deployment = _order(place, f"retrain/{name}-nightly", parameters=parameters, **code)["id"]
+    now = datetime.now(UTC)
+    for hours in (24, 72, 48):
+        state = {"type": "SCHEDULED", "state_details": {"scheduled_time": f"{now - timedelta(hours=hours)}"}}
+        body = {"state": state, "tags": ["auto-scheduled"], "parameters": {"artifacts": "/gone"}}
+        _ask(f"{place.api_url}/deployments/{deployment}/create_flow_run", body)
+
+    with _serving(place, name, "0 0 1 1 *"):
+        _wait_for(lambda: _runs(place, name)[2]["state_type"] == "COMPLETED", 240)
+        *older, newest = _runs(place, name)[:3]
+        assert [each["state_name"] for each in older] == ["Cancelled"] * 2
+        assert {each["state"]["message"].partition(";")[0] for each in older} == {
+            "missed while nothing ran the schedule"
+        }
+        assert newest["parameters"]["artifacts"] == str(place.artifacts)
+        assert len(list((place.artifacts / name / "runs").iterdir())) == 1
+
+
+CLOCK_AHEAD: Final = """
+import os, time
+import flows.serve
+real = time.time
+time.time = lambda: real() + (0 if os.path.exists(os.environ["SET_BACK"]) else 400 * 24 * 3600)
+flows.serve.run_command(flows.serve._serve)
+"""
+
+
+@pytest.mark.slow
+def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set_back(
+    place: Place, tmp_path: Path
+) -> None:
+    def new_server() -> int:
+        """Wait for another process of the server, and return its id."""
+        _wait_for(lambda: (_server_pid(place) not in (None, server)) and look_at_nightly(place.home).healthy, 120)
+        return int(_server_pid(place) or 0)
+
+    set_back = tmp_path / "set back"
+    server = _server_pid(place)
+    with _serving(place, "clock", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as serving:
+        announced = serving.next_run()
+        time.sleep(20)  # it has looked for runs, and knows the time
+        set_back.touch()
+        server = new_server()
+        os.kill(server, signal.SIGKILL)
+        server = new_server()
+        _wait_for(lambda: f"clock, {look_at_nightly(place.home).next_runs.get('clock')}" == announced)
+        assert "the server has ended; the server is started again" in serving.output()
+        assert "the clock was set back; the server is started again" in serving.output()
+        time.sleep(15)  # longer than between two looks for runs
+        assert _server_pid(place) == server
+    assert serving.process.returncode == 0
+
+
+def _server_pid(place: Place) -> int | None:
+    record = server_pidfile(place.home).read()
+    return None if record is None else int(record["pid"])
+
+
+@pytest.fixture(scope="module")
+def serving(place: Place) -> Iterator[Serving]:
+    """A training every minute; the clock goes on while other tests run."""
+    _order(place, "retrain/nightly", parameters={"artifacts": str(place.artifacts)})  # an earlier version's
+    _order(place, "classify/bulk", parameters={"artifacts": str(place.artifacts.parent / "gone")})
+    with _serving(place, "often", "* * * * *") as often:
+        yield often
+
+
+def test_serve_offers_its_deployments_and_prints_the_run_that_is_scheduled(place: Place, serving: Serving) -> None:
     announced = serving.next_run()
     introduction = serving.output().partition("\nnext run:")[0].splitlines()
     assert introduction[0].startswith("Prefect UI:  ")
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
     assert f"PREFECT_API_URL={place.api_url}" in serving.output()
-    paused = {each["name"]: each["paused"] for each in _ask(f"{place.api_url}/deployments/filter", {})}
-    assert paused == {"nightly": False, "bulk": False}
+    deployments = {each["name"]: each for each in _ask(f"{place.api_url}/deployments/filter", {})}
+    assert set(deployments) == {"often-nightly", "bulk"}
+    assert {each["parameters"]["artifacts"] for each in deployments.values()} == {str(place.artifacts)}
     status = place.server("status")
     assert status["server"]["healthy"] is True
+    assert status["schedulers"] == {"often": serving.process.pid}
     doctor = json.loads(place.run("-m", "cnnpipe.cli", "doctor", "--json").stdout)["nightly"]
     assert re.fullmatch(NO_DATE, doctor["last_error"])
-    next_runs = [announced, status["next_run"], doctor["next_run"]]
+    next_runs = [announced, f"often, {status['next_runs']['often']}", f"often, {doctor['next_runs']['often']}"]
     assert next_runs == sorted(next_runs)
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d Europe/Rome", each) for each in next_runs)
+    assert all(re.fullmatch(r"often, \d{4}-\d\d-\d\d \d\d:\d\d Europe/Rome", each) for each in next_runs)
 
 
-def test_second_serve_is_an_error(place: Place, serving: Serving) -> None:
+def test_a_name_is_served_once_and_from_one_folder(place: Place, serving: Serving, tmp_path: Path) -> None:
     serving.next_run()
-    second = place.run("-m", "flows.serve")
+    second = place.run("-m", "flows.serve", "--name", "often")
     assert second.returncode == 1
-    assert re.search(rf"process {serving.process.pid} serves these deployments already; end it first: ", second.stderr)
+    assert _errors(second.stderr) == [
+        f"error: process {serving.process.pid} serves retrain/often-nightly already; end it first: "
+        f"kill {serving.process.pid}"
+    ]
+    elsewhere = ("--artifacts", str(tmp_path / "elsewhere"))
+    other = place.run("-m", "flows.serve", "--name", "often", *elsewhere, PREFECT_API_URL=place.api_url)
+    assert other.returncode == 1
+    (error,) = _errors(other.stderr)
+    assert f"retrain/often-nightly on the server {place.url} is that of the artifacts folder {place.artifacts}" in error
+    assert re.search(rf"PREFECT_API_URL={place.api_url} \S+/prefect deployment delete retrain/often-nightly$", error)
+    (deployment,) = _ask(f"{place.api_url}/deployments/filter", {"deployments": {"name": {"any_": ["often-nightly"]}}})
+    assert deployment["parameters"]["artifacts"] == str(place.artifacts)
+
+
+def test_a_second_dataset_shares_the_server_and_stopping_it_leaves_the_first_alone(
+    place: Place, serving: Serving
+) -> None:
+    serving.next_run()
+    with _serving(place, "yearly", "0 0 1 1 *") as yearly:
+        announced = yearly.next_run()
+        assert place.server("status")["schedulers"] == {"often": serving.process.pid, "yearly": yearly.process.pid}
+    assert yearly.process.returncode == 0
+    assert "Traceback" not in yearly.output()
+    deployments = _ask(f"{place.api_url}/deployments/filter", {})
+    assert {each["name"]: each["paused"] for each in deployments} == dict.fromkeys(
+        ("often-nightly", "yearly-nightly", "bulk"), False
+    )
+    shown = look_at_nightly(place.home).shown()
+    assert shown["scheduler"] == f"often, process {serving.process.pid}"
+    assert shown["next run"].endswith(f"; {announced} (its scheduler does not run here)")
 
 
 @pytest.mark.lock
 def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(place: Place, serving: Serving) -> None:
-    day, minute, timezone = serving.next_run().split()
+    _, day, minute, timezone = serving.next_run().split()
     due = datetime.fromisoformat(f"{day} {minute}").replace(tzinfo=ZoneInfo(timezone))
 
     def run() -> dict[str, Any]:
-        runs = _ask(f"{place.api_url}/flow_runs/filter", NIGHTLY)
-        (found,) = (each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
-        return dict(found)
+        runs = _runs(place, "often")
+        return next(each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
 
     assert run()["auto_scheduled"] is True
     _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
@@ -412,7 +572,7 @@ def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(place: Place, servi
     of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
     keys = {each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)}
     assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
-    assert (place.artifacts / "nightly" / "champion").is_file()
+    assert (place.artifacts / "often" / "champion").is_file()
     _wait_for(lambda: "Finished in state Promoted(" in serving.output())
 
 
@@ -427,7 +587,7 @@ def test_stop_ends_serve_and_the_server(place: Place, serving: Serving) -> None:
     ]
     assert stop_server(place.home) == []
     status = place.server("status")
-    assert (status["server"], status["scheduler_pid"], status["next_run"]) == (None, None, None)
+    assert (status["server"], status["schedulers"], status["next_runs"]) == (None, {}, {})
 
 
 @pytest.fixture
