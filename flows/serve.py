@@ -113,6 +113,7 @@ async def _serve_until_stopped(
 
     # Not paused at the end, so that a run that comes due until the next start is made up for then.
     runner = Runner(pause_on_shutdown=False)
+    runner._tmp_dir = home / "runner" / str(os.getpid())  # its own in /tmp belongs to the first user who serves
     async with get_client() as client:
         *nightly, bulk = built
         for each in nightly:
