@@ -18,19 +18,23 @@ from zoneinfo import ZoneInfo
 
 from filelock import FileLock, Timeout
 
-from cnnpipe.errors import ServerError
+from cnnpipe.errors import ServerError, UsageError, one_line
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_json
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightly", "next_run", "prefect_home",
-           "serve_pidfile", "server_log", "server_pidfile"]  # fmt: skip
+__all__ = ["UNAUTHORIZED", "Nightly", "PidFile", "auth_string", "http_client", "logged_errors", "look_at_nightly",
+           "make_private_folder", "next_run", "prefect_home", "prefect_setting", "serve_pidfile", "server_log",
+           "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
 _LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant
 _KILL_SECONDS: Final = 5.0
+UNAUTHORIZED: Final = (
+    "wants the user and password that it was started with; set PREFECT_API_AUTH_STRING=user:password, also in .env"
+)
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
 
 
@@ -65,9 +69,14 @@ class PidFile:
         write_json(self.record_path, {"pid": pid, "api_url": api_url})
 
     def is_running(self) -> bool:
-        """Return whether the process lives."""
-        if not self.lock_path.exists():
-            return False
+        """Return whether the process lives.
+
+        Raises:
+            StorageError: the folder is another user's.
+        """
+        with storage_errors(self.lock_path):
+            if not self.lock_path.exists():
+                return False
         if free := self._lock_within(0):
             self._lock.release()
         return not free
@@ -135,7 +144,7 @@ class Nightly:
     Attributes:
         server: its address in a browser; None if it does not run.
         server_pid: its process; None if it does not run, or was not started by this project.
-        healthy: whether the server answers.
+        answer: "answers", or why the server is of no use to this process.
         scheduler_pid: process of `flows.serve`; None if it does not run.
         next_run: time of the next run that the server has scheduled, such as 2026-11-27 02:00 Europe/Berlin.
         last_error: last error in the server's log, with its time where the log has one.
@@ -143,7 +152,7 @@ class Nightly:
 
     server: str | None
     server_pid: int | None
-    healthy: bool
+    answer: str
     scheduler_pid: int | None
     next_run: str | None
     last_error: str | None
@@ -151,9 +160,8 @@ class Nightly:
     def shown(self) -> dict[str, str]:
         """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
-        state = "answers" if self.healthy else "does not answer"
         return {
-            "server": "not running" if self.server is None else f"{self.server}, {process}{state}",
+            "server": "not running" if self.server is None else f"{self.server}, {process}{self.answer}",
             "scheduler": "not running" if self.scheduler_pid is None else f"process {self.scheduler_pid}",
             "next run": self.next_run or "none",
             "last error": self.last_error or "none",
@@ -164,6 +172,23 @@ def prefect_home(artifacts: Path) -> Path:
     """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
     configured = os.environ.get("PREFECT_HOME")
     return (expand_path(configured) if configured else artifacts / ".prefect").resolve()
+
+
+def make_private_folder(home: Path) -> None:
+    """Create the folder of a server if it is missing, and let only this user look into it.
+
+    Raises:
+        ServerError: another user owns it, who could have put another server there.
+        StorageError: it cannot be created.
+    """
+    make_folder(home)
+    with storage_errors(home):
+        if (owner := home.stat().st_uid) != os.geteuid():
+            raise ServerError(
+                f"{home} belongs to user {owner}, and a server is used only by its own user; run as that user, choose "
+                "other --artifacts, or set PREFECT_API_URL to use a server of somebody else"
+            )
+        home.chmod(0o700)
 
 
 def server_pidfile(home: Path) -> PidFile:
@@ -193,31 +218,58 @@ def look_at_nightly(home: Path) -> Nightly:
 
     scheduler, server = serve_pidfile(home).read(), server_pidfile(home).read()
     api_url = (scheduler or server or {}).get("api_url")
-    healthy, upcoming = False, None
+    answer, upcoming = "does not answer", None
     if api_url is not None:
-        # No answer, or not the answer of a Prefect API, is what `healthy` tells.
-        with suppress(httpx.HTTPError, ValueError), http_client(api_url, _TIMEOUT_SECONDS) as client:
-            healthy, upcoming = True, next_run(client.request)
+        try:
+            with http_client(api_url, _TIMEOUT_SECONDS) as client:
+                answer, upcoming = "answers", next_run(client.request)
+        except httpx.HTTPStatusError as error:
+            answer = UNAUTHORIZED if error.response.status_code == 401 else one_line(error)
+        except (httpx.HTTPError, ValueError):  # no answer, or not that of a Prefect API
+            pass
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
         server_pid=server["pid"] if server is not None and server["api_url"] == api_url else None,
-        healthy=healthy,
+        answer=answer,
         scheduler_pid=None if scheduler is None else scheduler["pid"],
         next_run=upcoming,
         last_error=next(reversed(logged_errors(server_log(home))), None),
     )
 
 
+def prefect_setting(*names: str) -> str | None:
+    """Return the value of the first of these variables that is set, in the environment or in `.env` here."""
+    from dotenv import dotenv_values
+
+    values = {**dotenv_values(".env"), **os.environ}
+    return next(filter(None, map(values.get, names)), None)
+
+
+def auth_string() -> str | None:
+    """Return the user and the password for the Prefect server, `user:password`, or None if it needs none.
+
+    Raises:
+        UsageError: it is not user:password, or has characters that the server cannot compare.
+    """
+    found = prefect_setting("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+    if found and not (":" in found and found.isascii()):
+        raise UsageError("PREFECT_API_AUTH_STRING must be user:password, in ASCII; received something else")
+    return found
+
+
 def http_client(api_url: str, timeout_seconds: float) -> httpx.Client:
-    """Return a client for a Prefect API that asks no proxy about this machine.
+    """Return a client for a Prefect API that logs in, and asks no proxy about this machine.
 
     Raises:
         httpx.InvalidURL: it is not an address.
+        UsageError: the user and the password are not valid, see `auth_string`.
     """
     import httpx
 
     local = httpx.URL(api_url).host in ("127.0.0.1", "localhost")
-    return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local)
+    user, colon, password = (auth_string() or "").partition(":")
+    auth = (user, password) if colon else None
+    return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local, auth=auth)
 
 
 def next_run(request: Callable[..., Any]) -> str | None:

@@ -5,6 +5,10 @@
    it may be stopped, or started with another database, in the middle of a run.
 3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`.
 
+What that server does is set by Prefect's own variables, in the environment or in `.env`:
+`PREFECT_API_AUTH_STRING` (user:password that it demands), `PREFECT_SERVER_API_HOST` (where it listens, 127.0.0.1) and
+`PREFECT_SERVER_DATABASE_CONNECTION_URL`.
+
 This module imports no prefect, because prefect reads its settings from the environment when it is imported.
 """
 
@@ -20,26 +24,38 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from dotenv import dotenv_values
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import ServerError, UsageError, one_line
-from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfile, server_log, server_pidfile
+from cnnpipe.nightly import (
+    UNAUTHORIZED,
+    auth_string,
+    http_client,
+    look_at_nightly,
+    make_private_folder,
+    prefect_home,
+    prefect_setting,
+    serve_pidfile,
+    server_log,
+    server_pidfile,
+)  # fmt: skip
 from cnnpipe.paths import escape_path
-from cnnpipe.storage import make_folder, storage_errors
+from cnnpipe.storage import storage_errors
 
 __all__ = ["Server", "configured_api_url", "ensure_server", "prepare_environment", "running_server", "stop_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
 _HOST: Final = "127.0.0.1"
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 (compared with)
 _DEFAULT_PORT: Final = 4200  # Prefect's own
 _START_SECONDS: Final = 120.0  # 20 s with an empty database and 5 s after, on 2 idle cores
 _START_ATTEMPTS: Final = 2  # `prefect server start` was seen to die without a word, and to come up the next time
@@ -65,6 +81,9 @@ _SERVER_ENVIRONMENT: Final = {
     "PREFECT_CLI_COLORS": "false",
     "PREFECT_LOGGING_COLORS": "false",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # the log is kept for longer than a day
+    # The page in the browser asks the server that it came from, by whatever name, tunnel or proxy; no other page may.
+    "PREFECT_UI_API_URL": "/api",
+    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "none",
     # How far ahead a run is scheduled: Prefect's own 100 days would leave a yearly schedule without a next run.
     "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_SCHEDULED_TIME": "P1500D",
     # In memory, the default, leases are lost with the server, and with them the slot of every run then under way:
@@ -135,7 +154,7 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     prepare_environment(home)
     api_url, origin = configured_api_url() or (None, "")
     if api_url is None:
-        make_folder(home)
+        make_private_folder(home)
         with _one_at_a_time(home):
             server = running_server(home)
             if server is None or not _wait_until_healthy(server.api_url, home):
@@ -170,6 +189,8 @@ def prepare_environment(home: Path) -> None:
         os.environ.setdefault(name, value)
     if configured_api_url() is None:  # a configured server may need the keys in the user's own profile
         os.environ["PREFECT_HOME"] = str(home)
+    if auth := auth_string():
+        os.environ["PREFECT_API_AUTH_STRING"] = auth  # also for the processes of scheduled runs
     # Kept from run to run, so that a finished stage is not done again when a failed run is retried.
     os.environ.setdefault("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home / "results"))
 
@@ -239,13 +260,18 @@ def _read_toml(path: str) -> dict[str, Any]:
 def _problem_at(api_url: str, timeout_seconds: float) -> str | None:
     """Return why an address is not that of a Prefect API that answers, or None.
 
-    Whether the API lets this client in is left to prefect, which has the keys and the certificates.
+    Whether Prefect Cloud lets this client in is left to prefect, which has the keys and the certificates.
+
+    Raises:
+        ServerError: the server wants another user and password.
     """
     import httpx
 
     try:
         with http_client(api_url, timeout_seconds) as client:
             answer = client.get("/health", follow_redirects=True)
+            if answer.text == "true" and client.get("/admin/version").status_code == 401:  # the first is open to all
+                raise ServerError(f"the Prefect server at {api_url} {UNAUTHORIZED}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return None if "CERTIFICATE" in str(error) else f"no answer ({one_line(error)})"
     # Prefect Cloud asks for the key first.
@@ -260,13 +286,19 @@ def _start_server(home: Path, port: int | None) -> Server:
     Args:
         port: port to listen on; None for 4200, or any free one if that is taken.
     """
+    host = prefect_setting("PREFECT_SERVER_API_HOST") or _HOST
+    if host not in (_HOST, "localhost") and auth_string() is None:
+        raise UsageError(
+            f"PREFECT_SERVER_API_HOST={host} opens the server to other machines, which may start runs as this user; "
+            "also set PREFECT_API_AUTH_STRING=user:password, which it then demands"
+        )
     for _ in range(_START_ATTEMPTS):
-        chosen = _free_port(port or _DEFAULT_PORT) or (None if port else _free_port(0))
+        chosen = _free_port(host, port or _DEFAULT_PORT) or (None if port else _free_port(host, 0))
         if chosen is None:
-            raise ServerError(f"port {port} on {_HOST} is taken by another program; free it or choose another")
+            raise ServerError(f"port {port} on {host} is taken by another program; free it or choose another")
         logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
-        api_url = f"http://{_HOST}:{chosen}/api"
-        process = _spawn(home, chosen)
+        api_url = f"http://{_HOST if host == _EVERYWHERE else host}:{chosen}/api"
+        process = _spawn(home, host, chosen)
         try:
             server_pidfile(home).write(process.pid, api_url)
             if _wait_until_healthy(api_url, home, process):
@@ -283,17 +315,18 @@ def _start_server(home: Path, port: int | None) -> Server:
     )
 
 
-def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
+def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
-    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE")
+    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING")
     user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
-    # The page in the browser learns from the host and the port, not from the command line, where the API is.
-    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_HOST": _HOST, "PREFECT_SERVER_API_PORT": str(port)}
+    own = {"PREFECT_HOME": str(home)}
+    if auth := auth_string():
+        own["PREFECT_SERVER_API_AUTH_STRING"] = auth  # not as an argument, which every user can read
     if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in user):
         # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
         own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     log, lock = server_log(home), server_pidfile(home).lock_path
-    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
+    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", host, "--port", str(port)]
     with storage_errors(log):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
@@ -328,25 +361,19 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
     return True
 
 
-def _free_port(port: int) -> int | None:
+def _free_port(host: str, port: int) -> int | None:
     """Return the port, or any free one for 0; None if another program listens on it."""
     with socket.socket() as listener, suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left counts as free
-        listener.bind((_HOST, port))
+        listener.bind((host, port))
         return int(listener.getsockname()[1])
     return None
 
 
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
+def _one_at_a_time(home: Path) -> AcquireReturnProxy:
     """Let one process at a time start or stop a server; the others wait, and then find it."""
-    lock = FileLock(home / "server.lock")
     with storage_errors(home):
-        lock.acquire(timeout=2 * _START_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+        return FileLock(home / "server.lock").acquire(timeout=2 * _START_SECONDS)
 
 
 app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")
@@ -378,7 +405,7 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
     values: dict[str, Any] = {name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")}
-    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.healthy}
+    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.answer == "answers"}
     show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 
 
