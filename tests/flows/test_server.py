@@ -1,12 +1,17 @@
-"""The server, the commands that run a flow on it, and the schedule: real processes, with one server for all of them."""
+"""The server, the commands that run a flow on it, and the schedule: real processes, with one server for all of them.
+
+It demands a password, so that every test shows that what it uses knows it.
+"""
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -21,6 +26,7 @@ from unittest import mock
 from zoneinfo import ZoneInfo
 
 import httpx
+import psutil
 import pytest
 from prefect.exceptions import ObjectNotFound
 from servers import assert_quiet, clean_environment, free_port
@@ -32,6 +38,9 @@ from flows.server import Server, configured_api_url, ensure_server, stop_server
 
 ROOT: Final = Path(__file__).parents[2]
 NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
+
+LOGIN: Final = "cnnpipe:pass:word-5702"
+AUTH: Final = {"PREFECT_SERVER_API_AUTH_STRING": LOGIN}
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -86,7 +95,9 @@ def _restore_sigint() -> None:
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    login = f"Basic {base64.b64encode(LOGIN.encode()).decode()}"
+    headers = {"Content-Type": "application/json", "Authorization": login}
+    request = urllib.request.Request(url, data=data, headers=headers)
     with urllib.request.urlopen(request, timeout=10) as response:
         return json.load(response)
 
@@ -123,7 +134,7 @@ class Place:
         return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env=clean_environment(**folders, **variables),
+            env=clean_environment(**AUTH | folders | variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -165,6 +176,7 @@ def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     finally:
         place.run("-m", "flows.server", "stop")
     assert_quiet(server_log(place.home), NO_DATE)
+    assert [each for each in place.artifacts.rglob("*") if each.is_file() and LOGIN.encode() in each.read_bytes()] == []
 
 
 @pytest.fixture
@@ -194,7 +206,54 @@ def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(place: Pla
     assert settings["home"] == str(place.home)
     assert settings["server"]["analytics_enabled"] is False
     assert (place.home / "prefect.db").is_file()
-    assert _ask(f"{place.url}/ui-settings")["api_url"] == place.api_url, "the page asks its own server"
+    assert _ask(f"{place.url}/ui-settings")["api_url"] == "/api", "the page asks its own server"
+
+
+def test_server_lets_in_only_who_knows_its_password_and_keeps_it_secret(
+    place: Place, starts: list[dict[str, Any]]
+) -> None:
+    wrong = {"PREFECT_API_AUTH_STRING": "cnnpipe:guessed"}
+    assert httpx.get(f"{place.api_url}/admin/settings", trust_env=False).status_code == 401
+    assert "wants the user and password" in place.run("-m", "flows.server", "status", **wrong).stdout
+    assert "wants the user and password" in place.run("-m", "cnnpipe.cli", "doctor", **wrong).stdout
+    refused = place.run("-m", "flows.retrain", **wrong)
+    (error,) = _errors(refused.stderr)
+    assert re.search(r"at http://\S+/api wants the user and password .*; set PREFECT_API_AUTH_STRING=", error)
+    assert refused.returncode == 1
+
+    process = psutil.Process(starts[0]["pid"])
+    assert LOGIN not in " ".join(process.cmdline())
+    assert [each.laddr.ip for each in process.net_connections() if each.status == "LISTEN"] == ["127.0.0.1"]
+    assert stat.S_IMODE(place.home.stat().st_mode) == 0o700
+
+
+def test_server_takes_no_requests_from_pages_of_other_origins(place: Place) -> None:
+    asked = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(f"{place.api_url}/flows/", headers=asked, trust_env=False).status_code == 400
+
+
+@pytest.mark.usefixtures("_clean_environment")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PREFECT_SERVER_API_HOST": "0.0.0.0"}, r"=0\.0\.0\.0 opens the server .*; also set PREFECT_API_AUTH_STRING="),
+        ({"PREFECT_SERVER_API_AUTH_STRING": "secret"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
+        ({"PREFECT_API_AUTH_STRING": "me:gehëim"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
+    ],
+)
+def test_settings_that_make_no_safe_server_are_an_error(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+    os.environ.update(settings)
+    with pytest.raises(UsageError, match=message):
+        ensure_server(tmp_path)
+    assert not server_log(tmp_path).exists()
+
+
+@pytest.mark.usefixtures("_clean_environment")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_server_in_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    with pytest.raises(ServerError, match="belongs to user 65534, and a server is used only by its own user; run as"):
+        ensure_server(tmp_path)
 
 
 @pytest.mark.usefixtures("_clean_environment")
@@ -365,7 +424,11 @@ def serving(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folders = ["--artifacts", str(place.artifacts), "--data", str(place.artifacts.parent / "data")]
     with printed.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *schedule, *folders], cwd=ROOT, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+            [*command, *schedule, *folders],
+            cwd=ROOT,
+            env=clean_environment(**AUTH),
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     yield Serving(process, printed)
     process.terminate()
