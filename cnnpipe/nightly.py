@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import httpx
 
 __all__ = ["UNAUTHORIZED", "Nightly", "PidFile", "auth_string", "http_client", "logged_errors", "look_at_nightly",
-           "make_private_folder", "next_run", "prefect_home", "prefect_setting", "serve_pidfile", "server_log",
+           "make_private_folder", "next_run", "prefect_home", "prefect_variables", "serve_pidfile", "server_log",
            "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
@@ -237,12 +237,12 @@ def look_at_nightly(home: Path) -> Nightly:
     )
 
 
-def prefect_setting(*names: str) -> str | None:
-    """Return the value of the first of these variables that is set, in the environment or in `.env` here."""
+def prefect_variables() -> dict[str, str]:
+    """Return Prefect's variables that are set in the environment or else in `.env` in the working folder."""
     from dotenv import dotenv_values
 
     values = {**dotenv_values(".env"), **os.environ}
-    return next(filter(None, map(values.get, names)), None)
+    return {name: value for name, value in values.items() if name.startswith("PREFECT_") and value}
 
 
 def auth_string() -> str | None:
@@ -251,7 +251,8 @@ def auth_string() -> str | None:
     Raises:
         UsageError: it is not user:password, or has characters that the server cannot compare.
     """
-    found = prefect_setting("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+    variables = prefect_variables()
+    found = variables.get("PREFECT_API_AUTH_STRING") or variables.get("PREFECT_SERVER_API_AUTH_STRING")
     if found and not (":" in found and found.isascii()):
         raise UsageError("PREFECT_API_AUTH_STRING must be user:password, in ASCII; received something else")
     return found
@@ -309,7 +310,7 @@ def logged_errors(log: Path) -> list[str]:
             is_error, in_traceback = match[2] in ("ERROR", "CRITICAL"), False
             found += [[record]] if is_error else []
             continue
-        if line.startswith("Traceback (most recent call last)"):
+        if line.removeprefix("ERROR:    ").startswith("Traceback (most recent call last)"):  # uvicorn's have the prefix
             found += [] if is_error else [[record or "Traceback"]]
             is_error = in_traceback = True
         elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others

@@ -42,7 +42,7 @@ from cnnpipe.nightly import (
     look_at_nightly,
     make_private_folder,
     prefect_home,
-    prefect_setting,
+    prefect_variables,
     serve_pidfile,
     server_log,
     server_pidfile,
@@ -286,7 +286,7 @@ def _start_server(home: Path, port: int | None) -> Server:
     Args:
         port: port to listen on; None for 4200, or any free one if that is taken.
     """
-    host = prefect_setting("PREFECT_SERVER_API_HOST") or _HOST
+    host = prefect_variables().get("PREFECT_SERVER_API_HOST", _HOST)
     if host not in (_HOST, "localhost") and auth_string() is None:
         raise UsageError(
             f"PREFECT_SERVER_API_HOST={host} opens the server to other machines, which may start runs as this user; "
@@ -318,7 +318,8 @@ def _start_server(home: Path, port: int | None) -> Server:
 def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
     client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING")
-    user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
+    variables = os.environ | prefect_variables()
+    user = {name: each for name, each in variables.items() if name not in client and not name.startswith("PREFECT__")}
     own = {"PREFECT_HOME": str(home)}
     if auth := auth_string():
         own["PREFECT_SERVER_API_AUTH_STRING"] = auth  # not as an argument, which every user can read

@@ -5,7 +5,6 @@ It demands a password, so that every test shows that what it uses knows it.
 
 from __future__ import annotations
 
-import base64
 import http.server
 import json
 import os
@@ -15,9 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,18 +26,14 @@ import httpx
 import psutil
 import pytest
 from prefect.exceptions import ObjectNotFound
-from servers import assert_quiet, clean_environment, free_port
+from servers import AUTH, LOGIN, ROOT, Place, ask, assert_quiet, clean_environment, free_port, wait_for
 
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.nightly import logged_errors, look_at_nightly, server_log
 from flows.commands import _lost_server
 from flows.server import Server, configured_api_url, ensure_server, stop_server
 
-ROOT: Final = Path(__file__).parents[2]
 NIGHTLY: Final = {"deployments": {"name": {"any_": ["nightly"]}}}
-
-LOGIN: Final = "cnnpipe:pass:word-5702"
-AUTH: Final = {"PREFECT_SERVER_API_AUTH_STRING": LOGIN}
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -88,77 +81,6 @@ print(json.dumps([asdict(each) for each in (found, ensure_server(home), ensure_s
 """
 
 
-def _restore_sigint() -> None:
-    """Undo what a shell does to the processes it starts in the background: they would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    login = f"Basic {base64.b64encode(LOGIN.encode()).decode()}"
-    headers = {"Content-Type": "application/json", "Authorization": login}
-    request = urllib.request.Request(url, data=data, headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where commands run: their artifacts, and the port of their server."""
-
-    artifacts: Path
-    port: int
-
-    @property
-    def home(self) -> Path:
-        return self.artifacts / ".prefect"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def api_url(self) -> str:
-        return f"{self.url}/api"
-
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        """Start Python in a process group of its own, with SIGINT as in the foreground of a terminal."""
-        folders = {"CNNPIPE_ARTIFACTS": str(self.artifacts), "CNNPIPE_DATA": str(self.artifacts.parent / "data")}
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=clean_environment(**AUTH | folders | variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_restore_sigint,
-        )
-
-    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*arguments, **variables) as process:
-            stdout, stderr = process.communicate(timeout=200)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def server(self, *arguments: str, **variables: str) -> dict[str, Any]:
-        """Return the JSON answer of a command of `flows.server`."""
-        result = self.run("-m", "flows.server", *arguments, "--json", **variables)
-        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-        assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
-        return answer
-
-    def flow_run(self, address: str) -> dict[str, Any]:
-        """Return what the API tells of the run whose address in the UI a command has printed."""
-        return dict(_ask(f"{self.api_url}/flow_runs/{address.removeprefix(f'{self.url}/runs/flow-run/')}"))
-
-
 @pytest.fixture(scope="module")
 def starts() -> list[dict[str, Any]]:
     """Answers of the two commands that started the server of `place`."""
@@ -168,7 +90,7 @@ def starts() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """One server for the module, started by two processes at once."""
-    place = Place(tmp_path_factory.mktemp("server") / "My%20 a?b#c é", free_port())  # all that a URL quotes
+    place = Place(tmp_path_factory.mktemp("server") / "My%20 a?b#c é", free_port(), AUTH)  # all that a URL quotes
     processes = [place.start("-m", "flows.server", "start", "--json", "--port", str(place.port)) for _ in range(2)]
     try:
         starts += [json.loads(process.communicate(timeout=200)[0]) for process in processes]
@@ -202,11 +124,11 @@ def test_later_start_uses_the_running_server_configured_or_not(
 
 
 def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(place: Place) -> None:
-    settings = _ask(f"{place.api_url}/admin/settings")
+    settings = ask(f"{place.api_url}/admin/settings")
     assert settings["home"] == str(place.home)
     assert settings["server"]["analytics_enabled"] is False
     assert (place.home / "prefect.db").is_file()
-    assert _ask(f"{place.url}/ui-settings")["api_url"] == "/api", "the page asks its own server"
+    assert ask(f"{place.url}/ui-settings")["api_url"] == "/api", "the page asks its own server"
 
 
 def test_server_lets_in_only_who_knows_its_password_and_keeps_it_secret(
@@ -261,7 +183,7 @@ def test_server_of_another_project_is_left_alone(place: Place, tmp_path: Path) -
     with pytest.raises(ServerError, match=rf"port {place.port} on 127\.0\.0\.1 is taken by another program"):
         ensure_server(tmp_path, port=place.port)
     assert stop_server(tmp_path) == []
-    assert _ask(f"{place.api_url}/health") is True
+    assert ask(f"{place.api_url}/health") is True
 
 
 def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(place: Place, tmp_path: Path) -> None:
@@ -272,23 +194,23 @@ def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(place: Plac
     assert "Traceback" not in result.stderr
     assert "Error" not in result.stderr
 
-    (run,) = _ask(f"{place.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
+    (run,) = ask(f"{place.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
     assert run["state_type"] == "COMPLETED"
     of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-    assert [each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)] == ["toy-report"]
+    assert [each["key"] for each in ask(f"{place.api_url}/artifacts/filter", of_run)] == ["toy-report"]
 
-    logs = _ask(f"{place.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    logs = ask(f"{place.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
     library = {each["message"]: each["task_run_id"] is not None for each in logs if each["name"].startswith("cnnpipe")}
     assert library == {"in flow": False, "in task 0": True, "in task 1": True, "in task 2": True, "last words": False}
 
     def counted() -> dict[str, int]:
         by_run = {"any_resource": {"id": [f"prefect.flow-run.{run['id']}"]}}
-        events = _ask(f"{place.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
+        events = ask(f"{place.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
         names = [event["event"].removeprefix("prefect.") for event in events]
         return {name: names.count(name) for name in ("flow-run.Completed", "task-run.Completed", "artifact.created")}
 
     # The server writes events in batches, every five seconds.
-    _wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
+    wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +239,7 @@ def test_retrain_prints_the_run_its_address_and_how_to_stop_the_server(
     assert (Path(result["run"]) / "manifest.json").is_file()
     address = _address(retrained.stderr)
     assert place.flow_run(address)["state_name"] == "Promoted"
-    (automation,) = _ask(f"{place.api_url}/automations/filter", {})
+    (automation,) = ask(f"{place.api_url}/automations/filter", {})
     assert automation["name"] == "cnnpipe: crash runs without a heartbeat"
     assert f"this run in the Prefect UI: {address}\n" in retrained.stderr
     assert re.search(r"^to stop the server: \S+ -m flows\.server stop --artifacts ", retrained.stderr, re.MULTILINE)
@@ -410,7 +332,7 @@ class Serving:
 
     def next_run(self) -> str:
         """Return what is printed as the next run, as soon as it is."""
-        _wait_for(lambda: "next run:" in self.output() or self.process.poll() is not None)
+        wait_for(lambda: "next run:" in self.output() or self.process.poll() is not None)
         (found,) = re.findall(r"^next run:    (.*)$", self.output(), re.MULTILINE)
         return str(found)
 
@@ -441,7 +363,7 @@ def test_serve_offers_both_deployments_and_prints_the_run_that_is_scheduled(plac
     assert introduction[0].startswith("Prefect UI:  ")
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
     assert f"PREFECT_API_URL={place.api_url}" in serving.output()
-    paused = {each["name"]: each["paused"] for each in _ask(f"{place.api_url}/deployments/filter", {})}
+    paused = {each["name"]: each["paused"] for each in ask(f"{place.api_url}/deployments/filter", {})}
     assert paused == {"nightly": False, "bulk": False}
     status = place.server("status")
     assert status["server"]["healthy"] is True
@@ -465,18 +387,18 @@ def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(place: Place, servi
     due = datetime.fromisoformat(f"{day} {minute}").replace(tzinfo=ZoneInfo(timezone))
 
     def run() -> dict[str, Any]:
-        runs = _ask(f"{place.api_url}/flow_runs/filter", NIGHTLY)
+        runs = ask(f"{place.api_url}/flow_runs/filter", NIGHTLY)
         (found,) = (each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
         return dict(found)
 
     assert run()["auto_scheduled"] is True
-    _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
+    wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
     assert run()["state_name"] == "Promoted", serving.output()
     of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
-    keys = {each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)}
+    keys = {each["key"] for each in ask(f"{place.api_url}/artifacts/filter", of_run)}
     assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
     assert (place.artifacts / "nightly" / "champion").is_file()
-    _wait_for(lambda: "Finished in state Promoted(" in serving.output())
+    wait_for(lambda: "Finished in state Promoted(" in serving.output())
 
 
 def test_stop_ends_serve_and_the_server(place: Place, serving: Serving) -> None:
