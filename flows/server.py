@@ -3,7 +3,8 @@
 1. `PREFECT_API_URL`, wherever Prefect reads it from. If nothing answers there, that is an error.
 2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
    it may be stopped, or started with another database, in the middle of a run.
-3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`.
+3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`:
+   if it is killed, the commands under way, or else the next one, start it again at the same address.
 
 What that server does is set by Prefect's own variables, in the environment or in `.env`:
 `PREFECT_API_AUTH_STRING` (user:password that it demands), `PREFECT_SERVER_API_HOST` (where it listens, 127.0.0.1) and
@@ -15,12 +16,14 @@ This module imports no prefect, because prefect reads its settings from the envi
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -28,13 +31,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 import typer
 from dotenv import dotenv_values
 from filelock import AcquireReturnProxy, FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
-from cnnpipe.errors import ServerError, UsageError, one_line
+from cnnpipe.errors import CnnpipeError, ServerError, UsageError, one_line
 from cnnpipe.nightly import (
     UNAUTHORIZED,
     auth_string,
@@ -63,6 +67,7 @@ _STOP_SECONDS: Final = 15.0
 _SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
 _LOCAL_PROBE_SECONDS: Final = 5.0
 _REMOTE_PROBE_SECONDS: Final = 15.0
+_SECONDS_BETWEEN_LOOKS: Final = 5.0
 _MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
 
@@ -159,6 +164,7 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
             server = running_server(home)
             if server is None or not _wait_until_healthy(server.api_url, home):
                 server = _start_server(home, port)
+        threading.Thread(target=_start_again_if_killed, args=(home, server.api_url), daemon=True).start()
     elif problem := _problem_at(api_url, _REMOTE_PROBE_SECONDS):
         raise ServerError(
             f"no Prefect server at {api_url}, which {origin} names: {problem}; start that server, or unset "
@@ -284,7 +290,7 @@ def _start_server(home: Path, port: int | None) -> Server:
     """Start a server that outlives this process, and wait until it answers.
 
     Args:
-        port: port to listen on; None for 4200, or any free one if that is taken.
+        port: port to listen on; None for that of the server before if it was killed, or 4200, or any free one.
     """
     host = prefect_variables().get("PREFECT_SERVER_API_HOST", _HOST)
     if host not in (_HOST, "localhost") and auth_string() is None:
@@ -293,7 +299,8 @@ def _start_server(home: Path, port: int | None) -> Server:
             "also set PREFECT_API_AUTH_STRING=user:password, which it then demands"
         )
     for _ in range(_START_ATTEMPTS):
-        chosen = _free_port(host, port or _DEFAULT_PORT) or (None if port else _free_port(host, 0))
+        wanted = [port] if port else [_port_of_killed_server(home) or _DEFAULT_PORT, _DEFAULT_PORT, 0]
+        chosen = next(filter(None, (_free_port(host, each) for each in wanted)), None)
         if chosen is None:
             raise ServerError(f"port {port} on {host} is taken by another program; free it or choose another")
         logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
@@ -313,6 +320,32 @@ def _start_server(home: Path, port: int | None) -> Server:
         f"the Prefect server did not come up: it ended with status {process.returncode}; "
         f"its log {log} ends with: {' / '.join([*lines][-4:]) or '(nothing)'}"
     )
+
+
+def _port_of_killed_server(home: Path) -> int | None:
+    """Return the port of a server that has ended without being stopped, or None; only a stop deletes its record."""
+    pidfile = server_pidfile(home)
+    with suppress(OSError, ValueError, KeyError):
+        if not pidfile.is_running():
+            record = json.loads(pidfile.record_path.read_text(encoding="utf-8"))
+            return urlsplit(str(record["api_url"])).port
+    return None
+
+
+def _start_again_if_killed(home: Path, api_url: str) -> None:
+    """Start the server again whenever it is killed: runs under way, and the schedule, wait a minute for it."""
+    port, warned = urlsplit(api_url).port, False
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        try:
+            if _port_of_killed_server(home) == port:
+                with _one_at_a_time(home):
+                    if _port_of_killed_server(home) == port:
+                        _start_server(home, port)
+        except CnnpipeError as error:
+            if not warned:
+                logger.warning("the Prefect server was killed and cannot be started again: %s", one_line(error))
+            warned = True
 
 
 def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:

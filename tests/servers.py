@@ -112,6 +112,9 @@ class Place:
         assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
         return answer
 
+    def server_pid(self) -> int:
+        return int(json.loads((self.home / "server.json").read_text())["pid"])
+
     def flow_run(self, address: str) -> dict[str, Any]:
         """Return what the API tells of the run whose address in the UI a command has printed."""
         return dict(ask(f"{self.api_url}/flow_runs/{address.removeprefix(f'{self.url}/runs/flow-run/')}"))
