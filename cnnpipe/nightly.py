@@ -144,24 +144,27 @@ class Nightly:
     Attributes:
         server: its address in a browser; None if it does not run.
         server_pid: its process; None if it does not run, or was not started by this project.
-        answer: "answers", or why the server is of no use to this process.
+        healthy: whether the server answers.
         scheduler_pid: process of `flows.serve`; None if it does not run.
         next_run: time of the next run that the server has scheduled, such as 2026-11-27 02:00 Europe/Berlin.
         last_error: last error in the server's log, with its time where the log has one.
+        problem: what the server does if it is not healthy.
     """
 
     server: str | None
     server_pid: int | None
-    answer: str
+    healthy: bool
     scheduler_pid: int | None
     next_run: str | None
     last_error: str | None
+    problem: str = "does not answer"
 
     def shown(self) -> dict[str, str]:
         """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
+        state = "answers" if self.healthy else self.problem
         return {
-            "server": "not running" if self.server is None else f"{self.server}, {process}{self.answer}",
+            "server": "not running" if self.server is None else f"{self.server}, {process}{state}",
             "scheduler": "not running" if self.scheduler_pid is None else f"process {self.scheduler_pid}",
             "next run": self.next_run or "none",
             "last error": self.last_error or "none",
@@ -218,22 +221,23 @@ def look_at_nightly(home: Path) -> Nightly:
 
     scheduler, server = serve_pidfile(home).read(), server_pidfile(home).read()
     api_url = (scheduler or server or {}).get("api_url")
-    answer, upcoming = "does not answer", None
+    healthy, upcoming, problem = False, None, Nightly.problem
     if api_url is not None:
         try:
             with http_client(api_url, _TIMEOUT_SECONDS) as client:
-                answer, upcoming = "answers", next_run(client.request)
+                healthy, upcoming = True, next_run(client.request)
         except httpx.HTTPStatusError as error:
-            answer = UNAUTHORIZED if error.response.status_code == 401 else one_line(error)
+            problem = UNAUTHORIZED if error.response.status_code == 401 else one_line(error)
         except (httpx.HTTPError, ValueError):  # no answer, or not that of a Prefect API
             pass
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
         server_pid=server["pid"] if server is not None and server["api_url"] == api_url else None,
-        answer=answer,
+        healthy=healthy,
         scheduler_pid=None if scheduler is None else scheduler["pid"],
         next_run=upcoming,
         last_error=next(reversed(logged_errors(server_log(home))), None),
+        problem=problem,
     )
 
 

@@ -74,6 +74,8 @@ def _lost_server(server: Server) -> Iterator[None]:
             raise
         unknown = isinstance(lost, ObjectNotFound)
         problem = "does not know this run any more" if unknown else f"has stopped answering ({one_line(lost)})"
+        if isinstance(lost, httpx.HTTPStatusError) and not unknown:
+            problem = f"answers {lost.response.status_code} {lost.response.reason_phrase}; its log says why"
         raise ServerError(
             f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
             "finished work is kept; run the command again, which finds or starts a server"

@@ -439,7 +439,7 @@ def status(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     home = prefect_home(artifacts)
     server, nightly = running_server(home), look_at_nightly(home)
     values: dict[str, Any] = {name: getattr(nightly, name) for name in ("scheduler_pid", "next_run", "last_error")}
-    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.answer == "answers"}
+    values["server"] = None if server is None else {**asdict(server), "healthy": nightly.healthy}
     show_result(values, [f"{name}: {text}" for name, text in nightly.shown().items()], as_json=as_json)
 
 

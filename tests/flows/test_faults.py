@@ -38,8 +38,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
 class Training:
     """A retraining of digits by the command a user types, in its first epoch."""
 
-    def __init__(self, place: Place, epochs: int = 10) -> None:
-        self.process = place.start("-m", "flows.retrain", "digits", "--epochs", str(epochs), "--json")
+    def __init__(self, place: Place, epochs: int = 10, **variables: str) -> None:
+        self.process = place.start("-m", "flows.retrain", "digits", "--epochs", str(epochs), "--json", **variables)
         self.heard = ""
         assert self.process.stderr is not None
         while f"epoch 1/{epochs}" not in self.heard:
@@ -112,7 +112,7 @@ def test_database_that_is_locked_for_a_minute_delays_a_run_at_most(place: Place)
 def test_server_that_cannot_come_back_ends_the_run_with_one_line_and_the_next_run_works(place: Place) -> None:
     place.run("-m", "flows.retrain", "digits", "--epochs", "1")
     champion = (place.artifacts / "digits" / "champion").read_text()
-    training = Training(place, epochs=3)
+    training = Training(place, epochs=3, PREFECT_CLIENT_MAX_RETRIES="1")
     place.server("stop")  # on purpose: nobody starts it again
     result = training.end()
     assert re.search(r"has stopped answering .*; finished work is kept; run the command again", str(result["error"]))
