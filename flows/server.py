@@ -266,18 +266,13 @@ def _read_toml(path: str) -> dict[str, Any]:
 def _problem_at(api_url: str, timeout_seconds: float) -> str | None:
     """Return why an address is not that of a Prefect API that answers, or None.
 
-    Whether Prefect Cloud lets this client in is left to prefect, which has the keys and the certificates.
-
-    Raises:
-        ServerError: the server wants another user and password.
+    Whether the API lets this client in is left to prefect, which has the keys and the certificates.
     """
     import httpx
 
     try:
         with http_client(api_url, timeout_seconds) as client:
             answer = client.get("/health", follow_redirects=True)
-            if answer.text == "true" and client.get("/admin/version").status_code == 401:  # the first is open to all
-                raise ServerError(f"the Prefect server at {api_url} {UNAUTHORIZED}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return None if "CERTIFICATE" in str(error) else f"no answer ({one_line(error)})"
     # Prefect Cloud asks for the key first.
@@ -301,6 +296,8 @@ def _start_server(home: Path, port: int | None) -> Server:
     for _ in range(_START_ATTEMPTS):
         wanted = [port] if port else [_port_of_killed_server(home) or _DEFAULT_PORT, _DEFAULT_PORT, 0]
         chosen = next(filter(None, (_free_port(host, each) for each in wanted)), None)
+        if chosen is None and port is None:
+            raise UsageError(f"PREFECT_SERVER_API_HOST must be an IPv4 address of this machine, received {host}")
         if chosen is None:
             raise ServerError(f"port {port} on {host} is taken by another program; free it or choose another")
         logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
@@ -381,7 +378,11 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
 
     Args:
         process: its process if this process started it.
+    Raises:
+        ServerError: it does not answer in time, or wants another user and password.
     """
+    import httpx
+
     deadline = time.monotonic() + _START_SECONDS
     while _problem_at(api_url, _LOCAL_PROBE_SECONDS):
         if (process.poll() is not None) if process else not server_pidfile(home).is_running():
@@ -392,6 +393,9 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
                 f"{server_log(home)}; run `make stop` and try again"
             )
         time.sleep(0.1)
+    with suppress(httpx.HTTPError), http_client(api_url, _LOCAL_PROBE_SECONDS) as client:
+        if client.get("/admin/version").status_code == 401:  # `/health` is open to all
+            raise ServerError(f"the Prefect server at {api_url} {UNAUTHORIZED}")
     return True
 
 

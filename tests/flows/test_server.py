@@ -159,6 +159,10 @@ def test_server_takes_no_requests_from_pages_of_other_origins(place: Place) -> N
     ("settings", "message"),
     [
         ({"PREFECT_SERVER_API_HOST": "0.0.0.0"}, r"=0\.0\.0\.0 opens the server .*; also set PREFECT_API_AUTH_STRING="),
+        (
+            {"PREFECT_SERVER_API_HOST": "192.0.2.1", "PREFECT_API_AUTH_STRING": "me:secret"},
+            r"must be an IPv4 address of this machine, received 192\.0\.2\.1",
+        ),
         ({"PREFECT_SERVER_API_AUTH_STRING": "secret"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
         ({"PREFECT_API_AUTH_STRING": "me:gehëim"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
     ],
