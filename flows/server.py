@@ -347,7 +347,8 @@ def _start_again_if_killed(home: Path, api_url: str) -> None:
 
 def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
-    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING")
+    client = {"PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING"}
+    client |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"}  # see flows.commands
     variables = os.environ | prefect_variables()
     user = {name: each for name, each in variables.items() if name not in client and not name.startswith("PREFECT__")}
     own = {"PREFECT_HOME": str(home)}
