@@ -18,19 +18,23 @@ from zoneinfo import ZoneInfo
 
 from filelock import FileLock, Timeout
 
-from cnnpipe.errors import ServerError
+from cnnpipe.errors import ServerError, UsageError, one_line
 from cnnpipe.paths import expand_path
 from cnnpipe.storage import make_folder, storage_errors, write_json
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Nightly", "PidFile", "http_client", "logged_errors", "look_at_nightly", "next_runs", "prefect_home",
-           "serve_pidfile", "serve_pidfiles", "server_log", "server_pidfile"]  # fmt: skip
+__all__ = ["UNAUTHORIZED", "Nightly", "PidFile", "auth_string", "http_client", "logged_errors", "look_at_nightly",
+           "make_private_folder", "next_runs", "prefect_home", "prefect_variables", "serve_pidfile", "serve_pidfiles",
+           "server_log", "server_pidfile"]  # fmt: skip
 
 _TIMEOUT_SECONDS: Final = 5.0
 _LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant
 _KILL_SECONDS: Final = 5.0
+UNAUTHORIZED: Final = (
+    "wants the user and password that it was started with; set PREFECT_API_AUTH_STRING=user:password, also in .env"
+)
 _RECORD: Final = re.compile(r"([-\d]* ?\d\d:\d\d:\d\d)\.\d+ \| ([A-Z]+) *\| (.*)")
 
 
@@ -65,9 +69,14 @@ class PidFile:
         write_json(self.record_path, {"pid": pid, "api_url": api_url})
 
     def is_running(self) -> bool:
-        """Return whether the process lives."""
-        if not self.lock_path.exists():
-            return False
+        """Return whether the process lives.
+
+        Raises:
+            StorageError: the folder is another user's.
+        """
+        with storage_errors(self.lock_path):
+            if not self.lock_path.exists():
+                return False
         if free := self._lock_within(0):
             self._lock.release()
         return not free
@@ -139,6 +148,7 @@ class Nightly:
         schedulers: process of `flows.serve` for each model that this artifacts folder retrains, by the model's name.
         next_runs: time of the next run that the server has scheduled, by name, such as 2026-11-27 02:00 Europe/Berlin.
         last_error: last error in the server's log, with its time where the log has one.
+        problem: what the server does if it is not healthy.
     """
 
     server: str | None
@@ -147,11 +157,12 @@ class Nightly:
     schedulers: dict[str, int]
     next_runs: dict[str, str]
     last_error: str | None
+    problem: str = "does not answer"
 
     def shown(self) -> dict[str, str]:
         """Return the state as text for a person, by name."""
         process = "" if self.server_pid is None else f"process {self.server_pid}, "
-        state = "answers" if self.healthy else "does not answer"
+        state = "answers" if self.healthy else self.problem
         running = (f"{name}, process {pid}" for name, pid in self.schedulers.items())
         due = (
             f"{name}, {start}" + ("" if name in self.schedulers else " (its scheduler does not run here)")
@@ -169,6 +180,23 @@ def prefect_home(artifacts: Path) -> Path:
     """Return the folder of the server's database, its log and results: `PREFECT_HOME`, or one in the artifacts."""
     configured = os.environ.get("PREFECT_HOME")
     return (expand_path(configured) if configured else artifacts / ".prefect").resolve()
+
+
+def make_private_folder(home: Path) -> None:
+    """Create the folder of a server if it is missing, and let only this user look into it.
+
+    Raises:
+        ServerError: another user owns it, who could have put another server there.
+        StorageError: it cannot be created.
+    """
+    make_folder(home)
+    with storage_errors(home):
+        if (owner := home.stat().st_uid) != os.geteuid():
+            raise ServerError(
+                f"{home} belongs to user {owner}, and a server is used only by its own user; run as that user, choose "
+                "other --artifacts, or set PREFECT_API_URL to use a server of somebody else"
+            )
+        home.chmod(0o700)
 
 
 def server_pidfile(home: Path) -> PidFile:
@@ -206,11 +234,15 @@ def look_at_nightly(home: Path) -> Nightly:
     schedulers = {name: record for name, record in read.items() if record is not None}
     server = server_pidfile(home).read()
     api_url = next(iter(schedulers.values()), server or {}).get("api_url")
-    healthy, upcoming = False, {}
+    healthy, upcoming, problem = False, {}, Nightly.problem
     if api_url is not None:
-        # No answer, or not the answer of a Prefect API, is what `healthy` tells.
-        with suppress(httpx.HTTPError, ValueError), http_client(api_url, _TIMEOUT_SECONDS) as client:
-            healthy, upcoming = True, next_runs(client.request)
+        try:
+            with http_client(api_url, _TIMEOUT_SECONDS) as client:
+                healthy, upcoming = True, next_runs(client.request)
+        except httpx.HTTPStatusError as error:
+            problem = UNAUTHORIZED if error.response.status_code == 401 else one_line(error)
+        except (httpx.HTTPError, ValueError):  # no answer, or not that of a Prefect API
+            pass
     return Nightly(
         server=None if api_url is None else api_url.removesuffix("/api"),
         server_pid=server["pid"] if server is not None and server["api_url"] == api_url else None,
@@ -218,19 +250,44 @@ def look_at_nightly(home: Path) -> Nightly:
         schedulers={name: record["pid"] for name, record in schedulers.items()},
         next_runs=upcoming,
         last_error=next(reversed(logged_errors(server_log(home))), None),
+        problem=problem,
     )
 
 
+def prefect_variables() -> dict[str, str]:
+    """Return Prefect's variables that are set in the environment or else in `.env` in the working folder."""
+    from dotenv import dotenv_values
+
+    values = {**dotenv_values(".env"), **os.environ}
+    return {name: value for name, value in values.items() if name.startswith("PREFECT_") and value}
+
+
+def auth_string() -> str | None:
+    """Return the user and the password for the Prefect server, `user:password`, or None if it needs none.
+
+    Raises:
+        UsageError: it is not user:password, or has characters that the server cannot compare.
+    """
+    variables = prefect_variables()
+    found = variables.get("PREFECT_API_AUTH_STRING") or variables.get("PREFECT_SERVER_API_AUTH_STRING")
+    if found and not (":" in found and found.isascii()):
+        raise UsageError("PREFECT_API_AUTH_STRING must be user:password, in ASCII; received something else")
+    return found
+
+
 def http_client(api_url: str, timeout_seconds: float) -> httpx.Client:
-    """Return a client for a Prefect API that asks no proxy about this machine.
+    """Return a client for a Prefect API that logs in, and asks no proxy about this machine.
 
     Raises:
         httpx.InvalidURL: it is not an address.
+        UsageError: the user and the password are not valid, see `auth_string`.
     """
     import httpx
 
     local = httpx.URL(api_url).host in ("127.0.0.1", "localhost")
-    return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local)
+    user, colon, password = (auth_string() or "").partition(":")
+    auth = (user, password) if colon else None
+    return httpx.Client(base_url=api_url, timeout=timeout_seconds, trust_env=not local, auth=auth)
 
 
 def next_runs(request: Callable[..., Any]) -> dict[str, str]:
@@ -272,7 +329,7 @@ def logged_errors(log: Path) -> list[str]:
             is_error, in_traceback = match[2] in ("ERROR", "CRITICAL"), False
             found += [[record]] if is_error else []
             continue
-        if line.startswith("Traceback (most recent call last)"):
+        if line.removeprefix("ERROR:    ").startswith("Traceback (most recent call last)"):  # uvicorn's have the prefix
             found += [] if is_error else [[record or "Traceback"]]
             is_error = in_traceback = True
         elif in_traceback and line[:1].strip():  # the exception; the last of a chain replaces the others

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnnpipe.console import DEBUG_VARIABLE, field_lines, make_app, print_note, run_app, show_result
 from cnnpipe.errors import CnnpipeError, FailureBudgetError, ServerError, one_line
-from cnnpipe.nightly import prefect_home
+from cnnpipe.nightly import UNAUTHORIZED, prefect_home
 from flows.server import Server, ensure_server
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def _lost_server(server: Server) -> Iterator[None]:
             raise
         unknown = isinstance(lost, ObjectNotFound)
         problem = "does not know this run any more" if unknown else f"has stopped answering ({one_line(lost)})"
+        if isinstance(lost, httpx.HTTPStatusError) and not unknown:
+            status = f"answers {lost.response.status_code} {lost.response.reason_phrase}; its log says why"
+            problem = UNAUTHORIZED if lost.response.status_code == 401 else status
         raise ServerError(
             f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
             "finished work is kept; run the command again, which finds or starts a server"

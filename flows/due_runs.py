@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from prefect.states import Cancelled, Crashed
 from cnnpipe.errors import CnnpipeError, one_line
 from cnnpipe.nightly import server_pidfile
 from flows import flow_runs
-from flows.server import Server, ensure_server
+from flows.server import Server
 
 __all__ = ["run_what_is_due"]
 
@@ -31,17 +32,15 @@ logger = logging.getLogger("cnnpipe.serve")
 _SECONDS_BETWEEN_CHECKS: Final = 60.0
 """Seconds until it is looked again for runs that were missed or never started; a clock may be set back by as many."""
 
-_STOP_SECONDS: Final = 15.0
-
 
 async def run_what_is_due(
     runner: Runner, deployments: Mapping[UUID, RunnerDeployment], server: Server, home: Path
 ) -> None:
     """Start the runs that are due, until this task is cancelled.
 
-    A server that does not answer is waited for. One that this project started and that is gone is started again; so it
-    is after the clock was set back, because its services, the scheduler among them, would wait until the clock is
-    where it was. Of the missed runs of a schedule only the newest is started.
+    A server that does not answer is waited for. This project's own is started again after the clock was set back,
+    because its services, the scheduler among them, would wait until the clock is where it was. Of the missed runs of a
+    schedule only the newest is started.
 
     Args:
         deployments: what the runner executes, by the id on the server.
@@ -52,9 +51,9 @@ async def run_what_is_due(
     while True:
         try:
             set_back = time.time() < checked - _SECONDS_BETWEEN_CHECKS
-            if server.pid is not None and (set_back or not server_pidfile(home).is_running()):
-                await asyncio.to_thread(_restart, server, home, stop=set_back)
             if set_back:
+                if server.pid is not None:
+                    _restart(home)
                 checked, outdated = 0.0, True
             if time.time() > checked + _SECONDS_BETWEEN_CHECKS:
                 async with get_client() as client:
@@ -75,13 +74,11 @@ async def run_what_is_due(
         await asyncio.sleep(runner.query_seconds)
 
 
-def _restart(server: Server, home: Path, *, stop: bool) -> None:
-    """Start this project's server where it was, unless it runs; stop it first if `stop`."""
-    logger.warning("%s; the server is started again", "the clock was set back" if stop else "the server has ended")
-    if stop:
-        server_pidfile(home).stop(_STOP_SECONDS)
-    os.environ.pop("PREFECT_API_URL", None)  # else a server at that address would have to answer
-    ensure_server(home, port=int(server.api_url.removesuffix("/api").rpartition(":")[2]))
+def _restart(home: Path) -> None:
+    """End this project's server; as its record stays, `ensure_server` has a thread that starts it again."""
+    logger.warning("the clock was set back; the server is started again")
+    if record := server_pidfile(home).read():
+        os.kill(record["pid"], signal.SIGTERM)
 
 
 async def _find_runs(client: PrefectClient, deployment: UUID, **wanted: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,12 @@
 1. `PREFECT_API_URL`, wherever Prefect reads it from. If nothing answers there, that is an error.
 2. Else the server that was started for this artifacts folder before. A server of another project is left alone, because
    it may be stopped, or started with another database, in the middle of a run.
-3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`.
+3. Else one is started on 127.0.0.1, with its database and its log in `<artifacts>/.prefect`. It runs until `make stop`:
+   if it is killed, the commands under way, or else the next one, start it again at the same address.
+
+What that server does is set by Prefect's own variables, in the environment or in `.env`:
+`PREFECT_API_AUTH_STRING` (user:password that it demands), `PREFECT_SERVER_API_HOST` (where it listens, 127.0.0.1) and
+`PREFECT_SERVER_DATABASE_CONNECTION_URL`.
 
 This module imports no prefect, because prefect reads its settings from the environment when it is imported.
 """
@@ -11,35 +16,50 @@ This module imports no prefect, because prefect reads its settings from the envi
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 import typer
 from dotenv import dotenv_values
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
-from cnnpipe.errors import ServerError, UsageError, one_line
-from cnnpipe.nightly import http_client, look_at_nightly, prefect_home, serve_pidfiles, server_log, server_pidfile
+from cnnpipe.errors import CnnpipeError, ServerError, UsageError, one_line
+from cnnpipe.nightly import (
+    UNAUTHORIZED,
+    auth_string,
+    http_client,
+    look_at_nightly,
+    make_private_folder,
+    prefect_home,
+    prefect_variables,
+    serve_pidfiles,
+    server_log,
+    server_pidfile,
+)  # fmt: skip
 from cnnpipe.paths import escape_path
-from cnnpipe.storage import make_folder, storage_errors
+from cnnpipe.storage import storage_errors
 
 __all__ = ["Server", "configured_api_url", "ensure_server", "prepare_environment", "running_server", "stop_server"]
 
 logger = logging.getLogger("cnnpipe.server")
 
 _HOST: Final = "127.0.0.1"
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 (compared with)
 _DEFAULT_PORT: Final = 4200  # Prefect's own
 _START_SECONDS: Final = 120.0  # 20 s with an empty database and 5 s after, on 2 idle cores
 _START_ATTEMPTS: Final = 2  # `prefect server start` was seen to die without a word, and to come up the next time
@@ -47,6 +67,7 @@ _STOP_SECONDS: Final = 15.0
 _SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
 _LOCAL_PROBE_SECONDS: Final = 5.0
 _REMOTE_PROBE_SECONDS: Final = 15.0
+_SECONDS_BETWEEN_LOOKS: Final = 5.0
 _MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
 
@@ -67,6 +88,9 @@ _SERVER_ENVIRONMENT: Final = {
     "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",  # the log is kept for longer than a day
     # Logs and artifacts of flow runs that were deleted, by the stage `clean` or in the UI, go too.
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",
+    # The page in the browser asks the server that it came from, by whatever name, tunnel or proxy; no other page may.
+    "PREFECT_UI_API_URL": "/api",
+    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "none",
     # How far ahead a run is scheduled: Prefect's own 100 days would leave a yearly schedule without a next run.
     "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_SCHEDULED_TIME": "P1500D",
     # In memory, the default, leases are lost with the server, and with them the slot of every run then under way:
@@ -137,7 +161,7 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
     prepare_environment(home)
     api_url, origin = configured_api_url() or (None, "")
     if api_url is None:
-        make_folder(home)
+        make_private_folder(home)
         with _one_at_a_time(home):
             server = running_server(home)
             if server is None or not _wait_until_healthy(server.api_url, home):
@@ -152,6 +176,8 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
         if server is None or server.api_url != api_url:
             ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
             server = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
+    if server.pid is not None:
+        threading.Thread(target=_start_again_if_killed, args=(home, server.api_url), daemon=True).start()
     os.environ["PREFECT_API_URL"] = server.api_url
     for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
         hosts = [each for each in os.environ.get(name, "").split(",") if each]
@@ -172,6 +198,8 @@ def prepare_environment(home: Path) -> None:
         os.environ.setdefault(name, value)
     if configured_api_url() is None:  # a configured server may need the keys in the user's own profile
         os.environ["PREFECT_HOME"] = str(home)
+    if auth := auth_string():
+        os.environ["PREFECT_API_AUTH_STRING"] = auth  # also for the processes of scheduled runs
     # Kept from run to run, so that a finished stage is not done again when a failed run is retried.
     os.environ.setdefault("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home / "results"))
 
@@ -260,15 +288,24 @@ def _start_server(home: Path, port: int | None) -> Server:
     """Start a server that outlives this process, and wait until it answers.
 
     Args:
-        port: port to listen on; None for 4200, or any free one if that is taken.
+        port: port to listen on; None for that of the server before if it was killed, or 4200, or any free one.
     """
+    host = prefect_variables().get("PREFECT_SERVER_API_HOST", _HOST)
+    if host not in (_HOST, "localhost") and auth_string() is None:
+        raise UsageError(
+            f"PREFECT_SERVER_API_HOST={host} opens the server to other machines, which may start runs as this user; "
+            "also set PREFECT_API_AUTH_STRING=user:password, which it then demands"
+        )
     for _ in range(_START_ATTEMPTS):
-        chosen = _free_port(port or _DEFAULT_PORT) or (None if port else _free_port(0))
+        wanted = [port] if port else [_port_of_killed_server(home) or _DEFAULT_PORT, _DEFAULT_PORT, 0]
+        chosen = next(filter(None, (_free_port(host, each) for each in wanted)), None)
+        if chosen is None and port is None:
+            raise UsageError(f"PREFECT_SERVER_API_HOST must be an IPv4 address of this machine, received {host}")
         if chosen is None:
-            raise ServerError(f"port {port} on {_HOST} is taken by another program; free it or choose another")
+            raise ServerError(f"port {port} on {host} is taken by another program; free it or choose another")
         logger.info("starting a Prefect server on port %d; 5 s, the first time 20 s", chosen)
-        api_url = f"http://{_HOST}:{chosen}/api"
-        process = _spawn(home, chosen)
+        api_url = f"http://{_HOST if host == _EVERYWHERE else host}:{chosen}/api"
+        process = _spawn(home, host, chosen)
         try:
             server_pidfile(home).write(process.pid, api_url)
             if _wait_until_healthy(api_url, home, process):
@@ -285,17 +322,46 @@ def _start_server(home: Path, port: int | None) -> Server:
     )
 
 
-def _spawn(home: Path, port: int) -> subprocess.Popen[bytes]:
+def _port_of_killed_server(home: Path) -> int | None:
+    """Return the port of a server that has ended without being stopped, or None; only a stop deletes its record."""
+    pidfile = server_pidfile(home)
+    with suppress(OSError, ValueError, KeyError):
+        if not pidfile.is_running():
+            record = json.loads(pidfile.record_path.read_text(encoding="utf-8"))
+            return urlsplit(str(record["api_url"])).port
+    return None
+
+
+def _start_again_if_killed(home: Path, api_url: str) -> None:
+    """Start the server again whenever it is killed: runs under way, and the schedule, wait a minute for it."""
+    port, warned = urlsplit(api_url).port, False
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        try:
+            if _port_of_killed_server(home) == port:
+                with _one_at_a_time(home):
+                    if _port_of_killed_server(home) == port:
+                        _start_server(home, port)
+        except CnnpipeError as error:
+            if not warned:
+                logger.warning("the Prefect server was killed and cannot be started again: %s", one_line(error))
+            warned = True
+
+
+def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server's process, detached from this terminal, without the variables of clients and of runs."""
-    client = ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE")
-    user = {name: each for name, each in os.environ.items() if name not in client and not name.startswith("PREFECT__")}
-    # The page in the browser learns from the host and the port, not from the command line, where the API is.
-    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_HOST": _HOST, "PREFECT_SERVER_API_PORT": str(port)}
+    client = {"PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING"}
+    client |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"}  # see flows.commands
+    variables = os.environ | prefect_variables()
+    user = {name: each for name, each in variables.items() if name not in client and not name.startswith("PREFECT__")}
+    own = {"PREFECT_HOME": str(home)}
+    if auth := auth_string():
+        own["PREFECT_SERVER_API_AUTH_STRING"] = auth  # not as an argument, which every user can read
     if not any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in user):
         # Relative to the working directory, because no URL of SQLAlchemy can quote every path.
         own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:///prefect.db"
     log, lock = server_log(home), server_pidfile(home).lock_path
-    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", _HOST, "--port", str(port)]
+    arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", host, "--port", str(port)]
     with storage_errors(log):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
@@ -316,7 +382,11 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
 
     Args:
         process: its process if this process started it.
+    Raises:
+        ServerError: it does not answer in time, or wants another user and password.
     """
+    import httpx
+
     deadline = time.monotonic() + _START_SECONDS
     while _problem_at(api_url, _LOCAL_PROBE_SECONDS):
         if (process.poll() is not None) if process else not server_pidfile(home).is_running():
@@ -327,28 +397,25 @@ def _wait_until_healthy(api_url: str, home: Path, process: subprocess.Popen[byte
                 f"{server_log(home)}; run `make stop` and try again"
             )
         time.sleep(0.1)
+    with suppress(httpx.HTTPError), http_client(api_url, _LOCAL_PROBE_SECONDS) as client:
+        if client.get("/admin/version").status_code == 401:  # `/health` is open to all
+            raise ServerError(f"the Prefect server at {api_url} {UNAUTHORIZED}")
     return True
 
 
-def _free_port(port: int) -> int | None:
+def _free_port(host: str, port: int) -> int | None:
     """Return the port, or any free one for 0; None if another program listens on it."""
     with socket.socket() as listener, suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left counts as free
-        listener.bind((_HOST, port))
+        listener.bind((host, port))
         return int(listener.getsockname()[1])
     return None
 
 
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
+def _one_at_a_time(home: Path) -> AcquireReturnProxy:
     """Let one process at a time start or stop a server; the others wait, and then find it."""
-    lock = FileLock(home / "server.lock")
     with storage_errors(home):
-        lock.acquire(timeout=2 * _START_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+        return FileLock(home / "server.lock").acquire(timeout=2 * _START_SECONDS)
 
 
 app = make_app("The Prefect server of this project: started where none runs, on 127.0.0.1.")

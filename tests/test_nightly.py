@@ -61,6 +61,7 @@ ModuleNotFoundError: No module named 'nothing'
                 "sqlalchemy.exc.InvalidRequestError: bulk statements"
             ],
         ),
+        (f"ERROR:    {BARE}", ["Traceback: ModuleNotFoundError: No module named 'nothing'"]),
         (QUIET + "\n" + BARE, ["Traceback: ModuleNotFoundError: No module named 'nothing'"]),
         (
             QUIET + BARE,
@@ -68,7 +69,7 @@ ModuleNotFoundError: No module named 'nothing'
         ),
         ("07:07:44.115 | CRITICAL | prefect - the end", ["07:07:44 prefect - the end"]),
     ],
-    ids=["quiet", "logged", "bare", "logged as a warning", "without a date"],
+    ids=["quiet", "logged", "of uvicorn", "bare", "logged as a warning", "without a date"],
 )
 def test_errors_in_a_log_are_one_line_each(text: str, errors: list[str], tmp_path: Path) -> None:
     log = tmp_path / "server.log"

@@ -1,4 +1,7 @@
-"""The server, the commands that run a flow on it, and the schedule: real processes, with one server for all of them."""
+"""The server, the commands that run a flow on it, and the schedule: real processes, with one server for all of them.
+
+It demands a password, so that every test shows that what it uses knows it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,14 +28,12 @@ import httpx
 import psutil
 import pytest
 from prefect.exceptions import ObjectNotFound
-from servers import assert_quiet, clean_environment, free_port
+from servers import AUTH, LOGIN, ROOT, Place, ask, assert_quiet, clean_environment, free_port, wait_for
 
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.nightly import logged_errors, look_at_nightly, server_log, server_pidfile
 from flows.commands import _lost_server
 from flows.server import Server, configured_api_url, ensure_server, stop_server
-
-ROOT: Final = Path(__file__).parents[2]
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -80,75 +81,6 @@ print(json.dumps([asdict(each) for each in (found, ensure_server(home), ensure_s
 """
 
 
-def _restore_sigint() -> None:
-    """Undo what a shell does to the processes it starts in the background: they would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where commands run: their artifacts, and the port of their server."""
-
-    artifacts: Path
-    port: int
-
-    @property
-    def home(self) -> Path:
-        return self.artifacts / ".prefect"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def api_url(self) -> str:
-        return f"{self.url}/api"
-
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        """Start Python in a process group of its own, with SIGINT as in the foreground of a terminal."""
-        folders = {"CNNPIPE_ARTIFACTS": str(self.artifacts), "CNNPIPE_DATA": str(self.artifacts.parent / "data")}
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=clean_environment(**folders, **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_restore_sigint,
-        )
-
-    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*arguments, **variables) as process:
-            stdout, stderr = process.communicate(timeout=200)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def server(self, *arguments: str, **variables: str) -> dict[str, Any]:
-        """Return the JSON answer of a command of `flows.server`."""
-        result = self.run("-m", "flows.server", *arguments, "--json", **variables)
-        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-        assert (result.returncode == 0) == (answer["status"] == "ok"), result.stderr
-        return answer
-
-    def flow_run(self, address: str) -> dict[str, Any]:
-        """Return what the API tells of the run whose address in the UI a command has printed."""
-        return dict(_ask(f"{self.api_url}/flow_runs/{address.removeprefix(f'{self.url}/runs/flow-run/')}"))
-
-
 @pytest.fixture(scope="module")
 def starts() -> list[dict[str, Any]]:
     """Answers of the two commands that started the server of `place`."""
@@ -158,7 +90,7 @@ def starts() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """One server for the module, started by two processes at once."""
-    place = Place(tmp_path_factory.mktemp("server") / "My%20 a?b#c é", free_port())  # all that a URL quotes
+    place = Place(tmp_path_factory.mktemp("server") / "My%20 a?b#c é", free_port(), AUTH)  # all that a URL quotes
     processes = [place.start("-m", "flows.server", "start", "--json", "--port", str(place.port)) for _ in range(2)]
     try:
         starts += [json.loads(process.communicate(timeout=200)[0]) for process in processes]
@@ -166,6 +98,7 @@ def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     finally:
         place.run("-m", "flows.server", "stop")
     assert_quiet(server_log(place.home), NO_DATE)
+    assert [each for each in place.artifacts.rglob("*") if each.is_file() and LOGIN.encode() in each.read_bytes()] == []
 
 
 @pytest.fixture
@@ -191,11 +124,62 @@ def test_later_start_uses_the_running_server_configured_or_not(
 
 
 def test_server_keeps_everything_in_its_folder_and_sends_no_telemetry(place: Place) -> None:
-    settings = _ask(f"{place.api_url}/admin/settings")
+    settings = ask(f"{place.api_url}/admin/settings")
     assert settings["home"] == str(place.home)
     assert settings["server"]["analytics_enabled"] is False
     assert (place.home / "prefect.db").is_file()
-    assert _ask(f"{place.url}/ui-settings")["api_url"] == place.api_url, "the page asks its own server"
+    assert ask(f"{place.url}/ui-settings")["api_url"] == "/api", "the page asks its own server"
+
+
+def test_server_lets_in_only_who_knows_its_password_and_keeps_it_secret(
+    place: Place, starts: list[dict[str, Any]]
+) -> None:
+    wrong = {"PREFECT_API_AUTH_STRING": "cnnpipe:guessed"}
+    assert httpx.get(f"{place.api_url}/admin/settings", trust_env=False).status_code == 401
+    assert "wants the user and password" in place.run("-m", "flows.server", "status", **wrong).stdout
+    assert "wants the user and password" in place.run("-m", "cnnpipe.cli", "doctor", **wrong).stdout
+    refused = place.run("-m", "flows.retrain", **wrong)
+    (error,) = _errors(refused.stderr)
+    assert re.search(r"at http://\S+/api wants the user and password .*; set PREFECT_API_AUTH_STRING=", error)
+    assert refused.returncode == 1
+
+    process = psutil.Process(starts[0]["pid"])
+    assert LOGIN not in " ".join(process.cmdline())
+    assert [each.laddr.ip for each in process.net_connections() if each.status == "LISTEN"] == ["127.0.0.1"]
+    assert stat.S_IMODE(place.home.stat().st_mode) == 0o700
+
+
+def test_server_takes_no_requests_from_pages_of_other_origins(place: Place) -> None:
+    asked = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(f"{place.api_url}/flows/", headers=asked, trust_env=False).status_code == 400
+
+
+@pytest.mark.usefixtures("_clean_environment")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PREFECT_SERVER_API_HOST": "0.0.0.0"}, r"=0\.0\.0\.0 opens the server .*; also set PREFECT_API_AUTH_STRING="),
+        (
+            {"PREFECT_SERVER_API_HOST": "192.0.2.1", "PREFECT_API_AUTH_STRING": "me:secret"},
+            r"must be an IPv4 address of this machine, received 192\.0\.2\.1",
+        ),
+        ({"PREFECT_SERVER_API_AUTH_STRING": "secret"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
+        ({"PREFECT_API_AUTH_STRING": "me:gehëim"}, r"PREFECT_API_AUTH_STRING must be user:password, in ASCII; "),
+    ],
+)
+def test_settings_that_make_no_safe_server_are_an_error(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+    os.environ.update(settings)
+    with pytest.raises(UsageError, match=message):
+        ensure_server(tmp_path)
+    assert not server_log(tmp_path).exists()
+
+
+@pytest.mark.usefixtures("_clean_environment")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_server_in_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    with pytest.raises(ServerError, match="belongs to user 65534, and a server is used only by its own user; run as"):
+        ensure_server(tmp_path)
 
 
 @pytest.mark.usefixtures("_clean_environment")
@@ -203,7 +187,7 @@ def test_server_of_another_project_is_left_alone(place: Place, tmp_path: Path) -
     with pytest.raises(ServerError, match=rf"port {place.port} on 127\.0\.0\.1 is taken by another program"):
         ensure_server(tmp_path, port=place.port)
     assert stop_server(tmp_path) == []
-    assert _ask(f"{place.api_url}/health") is True
+    assert ask(f"{place.api_url}/health") is True
 
 
 def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(place: Place, tmp_path: Path) -> None:
@@ -214,23 +198,23 @@ def test_flow_run_has_its_logs_events_and_artifacts_and_ends_quietly(place: Plac
     assert "Traceback" not in result.stderr
     assert "Error" not in result.stderr
 
-    (run,) = _ask(f"{place.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
+    (run,) = ask(f"{place.api_url}/flow_runs/filter", {"flows": {"name": {"any_": ["toy"]}}})
     assert run["state_type"] == "COMPLETED"
     of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-    assert [each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)] == ["toy-report"]
+    assert [each["key"] for each in ask(f"{place.api_url}/artifacts/filter", of_run)] == ["toy-report"]
 
-    logs = _ask(f"{place.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    logs = ask(f"{place.api_url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
     library = {each["message"]: each["task_run_id"] is not None for each in logs if each["name"].startswith("cnnpipe")}
     assert library == {"in flow": False, "in task 0": True, "in task 1": True, "in task 2": True, "last words": False}
 
     def counted() -> dict[str, int]:
         by_run = {"any_resource": {"id": [f"prefect.flow-run.{run['id']}"]}}
-        events = _ask(f"{place.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
+        events = ask(f"{place.api_url}/events/filter", {"filter": by_run, "limit": 50})["events"]
         names = [event["event"].removeprefix("prefect.") for event in events]
         return {name: names.count(name) for name in ("flow-run.Completed", "task-run.Completed", "artifact.created")}
 
     # The server writes events in batches, every five seconds.
-    _wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
+    wait_for(lambda: counted() == {"flow-run.Completed": 1, "task-run.Completed": 3, "artifact.created": 1})
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +243,7 @@ def test_retrain_prints_the_run_its_address_and_how_to_stop_the_server(
     assert (Path(result["run"]) / "manifest.json").is_file()
     address = _address(retrained.stderr)
     assert place.flow_run(address)["state_name"] == "Promoted"
-    (automation,) = _ask(f"{place.api_url}/automations/filter", {})
+    (automation,) = ask(f"{place.api_url}/automations/filter", {})
     assert automation["name"] == "cnnpipe: crash runs without a heartbeat"
     assert f"this run in the Prefect UI: {address}\n" in retrained.stderr
     assert re.search(r"^to stop the server: \S+ -m flows\.server stop --artifacts ", retrained.stderr, re.MULTILINE)
@@ -305,16 +289,15 @@ def _hear(process: subprocess.Popen[str], text: str) -> str:
 
 
 @pytest.mark.usefixtures("retrained")
-def test_a_training_goes_on_without_its_server_until_ctrl_c_which_is_one_line_and_leaves_no_process(
+def test_a_killed_server_comes_back_during_a_training_which_ctrl_c_ends_with_one_line_and_no_process(
     place: Place,
 ) -> None:
-    impatient = {"PREFECT_CLIENT_MAX_RETRIES": "1"}  # else Prefect would wait for the server for a minute
-    with place.start("-m", "flows.retrain", "digits", "--epochs", "100000", **impatient) as process:
+    with place.start("-m", "flows.retrain", "digits", "--epochs", "100000") as process:
         heard = _hear(process, "epoch 1/")
-        os.kill(json.loads((place.home / "server.json").read_text())["pid"], signal.SIGKILL)
-        heard += _hear(process, "the server does not take the progress of this run: ")
-        assert place.server("start", "--port", str(place.port))["started"]
+        os.kill(place.server_pid(), signal.SIGKILL)
+        heard += _hear(process, f"starting a Prefect server on port {place.port}")
         (address,) = re.findall(r"this run in the Prefect UI: (\S+)", heard)
+        wait_for(lambda: place.server("status")["server"]["healthy"])
         _hear(process, "epoch ")
         assert place.flow_run(address)["state_name"] == "Running"
 
@@ -354,7 +337,7 @@ class Serving:
 
     def next_run(self) -> str:
         """Return what is printed as the next run, as soon as it is."""
-        _wait_for(lambda: "next run:" in self.output() or self.process.poll() is not None)
+        wait_for(lambda: "next run:" in self.output() or self.process.poll() is not None)
         (found,) = re.findall(r"^next run:    (.*)$", self.output(), re.MULTILINE)
         return str(found)
 
@@ -370,7 +353,7 @@ def _serving(place: Place, name: str, cron: str, *, program: str = "", **variabl
         process = subprocess.Popen(
             [*command, *settings, *folders],
             cwd=ROOT,
-            env=clean_environment(**variables),
+            env=clean_environment(**AUTH, **variables),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -384,14 +367,14 @@ def _serving(place: Place, name: str, cron: str, *, program: str = "", **variabl
 def _runs(place: Place, name: str) -> list[dict[str, Any]]:
     """Return all runs of a schedule, the earliest first."""
     own = {"deployments": {"name": {"any_": [f"{name}-nightly"]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    return list(_ask(f"{place.api_url}/flow_runs/filter", own))
+    return list(ask(f"{place.api_url}/flow_runs/filter", own))
 
 
 def _order(place: Place, deployment: str, **body: Any) -> dict[str, Any]:
     """Make a deployment of an empty flow on the server, or find it, and return what the server tells of it."""
     flow, name = deployment.split("/")
-    flow_id = _ask(f"{place.api_url}/flows/", {"name": flow})["id"]
-    return dict(_ask(f"{place.api_url}/deployments/", {"name": name, "flow_id": flow_id, **body}))
+    flow_id = ask(f"{place.api_url}/flows/", {"name": flow})["id"]
+    return dict(ask(f"{place.api_url}/deployments/", {"name": name, "flow_id": flow_id, **body}))
 
 
 SHORT_SILENCE: Final = """
@@ -413,19 +396,19 @@ def test_a_scheduler_killed_with_its_run_wedges_no_schedule(place: Place, state:
         return {run["id"]: run["state_type"] for run in _runs(place, name)}
 
     with _serving(place, name, "* * * * *", program=SHORT_SILENCE, **patient) as serving:
-        _wait_for(lambda: state in states().values(), 120)
+        wait_for(lambda: state in states().values(), 120)
         processes = psutil.Process(serving.process.pid).children(recursive=True)
         serving.process.kill()
         for process in processes:
             process.kill()
     (killed,) = (run for run, each in states().items() if each in ("PENDING", "RUNNING"))
     with _serving(place, name, "* * * * *", program=SHORT_SILENCE, **patient):
-        _wait_for(lambda: states()[killed] == "CRASHED", 150)
-        _wait_for(lambda: "COMPLETED" in states().values(), 240)
+        wait_for(lambda: states()[killed] == "CRASHED", 150)
+        wait_for(lambda: "COMPLETED" in states().values(), 240)
         (crashed,) = (run for run in _runs(place, name) if run["id"] == killed)
         assert re.search("has never started|has sent no heartbeat", crashed["state"]["message"])
     deployment = _runs(place, name)[0]["deployment_id"]
-    limits = _ask(f"{place.api_url}/v2/concurrency_limits/filter", {"offset": 0})
+    limits = ask(f"{place.api_url}/v2/concurrency_limits/filter", {"offset": 0})
     (slots,) = (each["active_slots"] for each in limits if each["name"] == f"deployment:{deployment}")
     assert slots == 0
 
@@ -440,10 +423,10 @@ def test_only_the_newest_missed_run_is_made_up_for_with_the_settings_of_today(pl
     for hours in (24, 72, 48):
         state = {"type": "SCHEDULED", "state_details": {"scheduled_time": f"{now - timedelta(hours=hours)}"}}
         body = {"state": state, "tags": ["auto-scheduled"], "parameters": {"artifacts": "/gone"}}
-        _ask(f"{place.api_url}/deployments/{deployment}/create_flow_run", body)
+        ask(f"{place.api_url}/deployments/{deployment}/create_flow_run", body)
 
     with _serving(place, name, "0 0 1 1 *"):
-        _wait_for(lambda: _runs(place, name)[2]["state_type"] == "COMPLETED", 240)
+        wait_for(lambda: _runs(place, name)[2]["state_type"] == "COMPLETED", 240)
         *older, newest = _runs(place, name)[:3]
         assert [each["state_name"] for each in older] == ["Cancelled"] * 2
         assert {each["state"]["message"].partition(";")[0] for each in older} == {
@@ -468,7 +451,7 @@ def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set
 ) -> None:
     def new_server() -> int:
         """Wait for another process of the server, and return its id."""
-        _wait_for(lambda: (_server_pid(place) not in (None, server)) and look_at_nightly(place.home).healthy, 120)
+        wait_for(lambda: (_server_pid(place) not in (None, server)) and look_at_nightly(place.home).healthy, 120)
         return int(_server_pid(place) or 0)
 
     set_back = tmp_path / "set back"
@@ -480,7 +463,7 @@ def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set
         server = new_server()
         os.kill(server, signal.SIGKILL)
         server = new_server()
-        _wait_for(lambda: f"clock, {look_at_nightly(place.home).next_runs.get('clock')}" == announced)
+        wait_for(lambda: f"clock, {look_at_nightly(place.home).next_runs.get('clock')}" == announced)
         assert "the server has ended; the server is started again" in serving.output()
         assert "the clock was set back; the server is started again" in serving.output()
         time.sleep(15)  # longer than between two looks for runs
@@ -508,7 +491,7 @@ def test_serve_offers_its_deployments_and_prints_the_run_that_is_scheduled(place
     assert introduction[0].startswith("Prefect UI:  ")
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
     assert f"PREFECT_API_URL={place.api_url}" in serving.output()
-    deployments = {each["name"]: each for each in _ask(f"{place.api_url}/deployments/filter", {})}
+    deployments = {each["name"]: each for each in ask(f"{place.api_url}/deployments/filter", {})}
     assert set(deployments) == {"often-nightly", "bulk"}
     assert {each["parameters"]["artifacts"] for each in deployments.values()} == {str(place.artifacts)}
     status = place.server("status")
@@ -535,7 +518,7 @@ def test_a_name_is_served_once_and_from_one_folder(place: Place, serving: Servin
     (error,) = _errors(other.stderr)
     assert f"retrain/often-nightly on the server {place.url} is that of the artifacts folder {place.artifacts}" in error
     assert re.search(rf"PREFECT_API_URL={place.api_url} \S+/prefect deployment delete retrain/often-nightly$", error)
-    (deployment,) = _ask(f"{place.api_url}/deployments/filter", {"deployments": {"name": {"any_": ["often-nightly"]}}})
+    (deployment,) = ask(f"{place.api_url}/deployments/filter", {"deployments": {"name": {"any_": ["often-nightly"]}}})
     assert deployment["parameters"]["artifacts"] == str(place.artifacts)
 
 
@@ -548,7 +531,7 @@ def test_a_second_dataset_shares_the_server_and_stopping_it_leaves_the_first_alo
         assert place.server("status")["schedulers"] == {"often": serving.process.pid, "yearly": yearly.process.pid}
     assert yearly.process.returncode == 0
     assert "Traceback" not in yearly.output()
-    deployments = _ask(f"{place.api_url}/deployments/filter", {})
+    deployments = ask(f"{place.api_url}/deployments/filter", {})
     assert {each["name"]: each["paused"] for each in deployments} == dict.fromkeys(
         ("often-nightly", "yearly-nightly", "bulk"), False
     )
@@ -567,13 +550,13 @@ def test_run_comes_due_by_the_clock_and_leaves_its_artifacts(place: Place, servi
         return next(each for each in runs if datetime.fromisoformat(each["expected_start_time"]) == due)
 
     assert run()["auto_scheduled"] is True
-    _wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
+    wait_for(lambda: run()["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"), 180)
     assert run()["state_name"] == "Promoted", serving.output()
     of_run = {"flow_runs": {"id": {"any_": [run()["id"]]}}}
-    keys = {each["key"] for each in _ask(f"{place.api_url}/artifacts/filter", of_run)}
+    keys = {each["key"] for each in ask(f"{place.api_url}/artifacts/filter", of_run)}
     assert {"training-report", "confusion-matrix", "metrics", "promotion-decision"} <= keys
     assert (place.artifacts / "often" / "champion").is_file()
-    _wait_for(lambda: "Finished in state Promoted(" in serving.output())
+    wait_for(lambda: "Finished in state Promoted(" in serving.output())
 
 
 def test_stop_ends_serve_and_the_server(place: Place, serving: Serving) -> None:
