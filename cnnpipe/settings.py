@@ -204,6 +204,10 @@ class PromoteSettings(Settings):
 
     min_accuracy: Fraction = 0.5
     """Lowest test accuracy of a champion. A model below it is never promoted, not even the first one."""
+    promotion: Literal["auto", "manual"] = "auto"
+    """`auto`: a model that passes becomes the champion. `manual`: it waits until a person approves it."""
+    approval_hours: float = Field(72.0, gt=0.0)
+    """Hours that a model waits for approval in the Prefect UI before it is refused."""
 
 
 class RetrainSettings(Settings):

@@ -59,6 +59,12 @@ class Decision:
     num_images: int
     dataset_fingerprint: str
     time: str  # UTC, ISO 8601
+    state: str = "NotPromoted"
+
+
+def approve_run(run: Path, reason: str) -> Decision:
+    """Make a run that awaits approval the champion."""
+    return conclude_run(run, forced=reason)
 
 
 def conclude_run(run: Path, forced: str | None = None) -> Decision:
@@ -84,8 +90,14 @@ def conclude_run(run: Path, forced: str | None = None) -> Decision:
             info = open_session(run / MODEL_FILES["fp32"], "cpu").info
             if forced is None:
                 decision = decide_promotion(info, champion_run(artifacts, name), loaded)
+                manual = loaded.settings.promote.promotion == "manual"
+                if decision.promoted:
+                    decision = replace(
+                        decision, promoted=not manual, state="AwaitingApproval" if manual else "Promoted"
+                    )
             else:
-                decision = replace(decide_promotion(info, None, loaded), promoted=True, reason=forced)
+                decision = decide_promotion(info, None, loaded)
+                decision = replace(decision, promoted=True, reason=forced, state="Promoted")
             write_json(run / PROMOTION_FILE, asdict(decision))
             _complete_run(run, info, decision, loaded)
         if decision.promoted:
