@@ -1,4 +1,6 @@
-"""A flow run while it is under way: its address in the UI, its log, its progress, its end if its process is killed."""
+"""A flow run while it is under way: its address in the UI, its log, its progress, what it waits for, its end if its
+process is killed.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,46 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import Final, cast
+from pathlib import Path
+from typing import Any, Final, Literal, cast
 from uuid import UUID
 
+from filelock import FileLock, Timeout
+from prefect import runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
+from prefect.concurrency.sync import concurrency
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, Pause, PrefectHTTPStatusError
+from prefect.input import RunInput, keyset_from_paused_state
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_UI_URL
+from prefect.states import Paused
+from prefect.utilities.engine import propose_state_sync
+from pydantic import Field
 
 from cnnpipe.errors import one_line
+from cnnpipe.machine import ask_driver
 from cnnpipe.progress import ProgressCallback, StageProgress
+from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["crash_silent_runs", "progress_artifact", "run_url", "send_library_logs"]
+__all__ = [
+    "crash_silent_runs",
+    "ensure_training_limit",
+    "progress_artifact",
+    "run_url",
+    "send_library_logs",
+    "training_slot",
+    "wait_for_approval",
+    "wait_for_turn",
+]
 
 logger = logging.getLogger("cnnpipe.runs")
 
@@ -34,7 +57,8 @@ SILENCE: Final = timedelta(minutes=6)
 
 _AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
 # After these a run sends no heartbeat.
-_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "TimedOut", "Suspended")
+_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "Unchanged",
+                       "AwaitingApproval", "TimedOut", "Suspended")  # fmt: skip
 
 _SECONDS_BETWEEN_UPDATES = 3.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -148,3 +172,101 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
     finally:
         finished.set()
         sender.join(_SECONDS_FOR_LAST_UPDATE)
+
+
+@contextmanager
+def wait_for_turn(artifacts: Path, name: str) -> Iterator[None]:
+    """Let one retraining of a name go on at a time, whoever started it; the others wait.
+
+    Args:
+        artifacts: folder of runs and champions.
+    Raises:
+        StorageError: the lock cannot be made.
+    """
+    lock = FileLock(make_folder(artifacts / name) / ".retraining")
+    with storage_errors(artifacts / name):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.info("another retraining of %s is under way; this one waits until it ends", name)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def ensure_training_limit(device: str = "auto") -> str:
+    """Return the name of the server's concurrency limit for trainings, made if it is missing, for one at a time.
+
+    Args:
+        device: the setting `train.device`.
+    """
+    name = "gpu" if device != "cpu" and ask_driver().gpus else "training"
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name)
+            if limit.active_slots >= limit.limit:
+                logger.info("other trainings have the machine; waiting for a slot of the concurrency limit %s", name)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # by another run, meanwhile
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    return name
+
+
+@contextmanager
+def training_slot(device: str) -> Iterator[None]:
+    """Hold a slot of the machine's concurrency limit; a server that is away neither ends the work nor fails it.
+
+    The server frees the slot of a process that was killed after five minutes.
+
+    Args:
+        device: the setting `train.device`.
+    """
+    stack = ExitStack()
+    limit = ensure_training_limit(device)
+    stack.enter_context(concurrency(limit, strict=True, raise_on_lease_renewal_failure=False))
+    try:
+        yield
+    finally:
+        try:
+            stack.close()
+        except Exception as error:  # noqa: BLE001 (whatever the client raises: the work is done)
+            logger.warning("the slot of the limit %s was not given back: %s; it expires", limit, one_line(error))
+
+
+class Approval(RunInput):
+    """Form in the UI of a run that awaits approval."""
+
+    approve: Literal["yes", "no"] = Field(description="Make this model the champion?")
+    reason: str = Field("", description="Goes into the history of promotions.")
+
+
+def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
+    """Suspend the current flow run until a person answers in the UI; return the answer when it is resumed.
+
+    As `prefect.flow_runs.suspend_flow_run`, but the state has the name AwaitingApproval. No process waits: the flow
+    starts again from its top, and takes the results of its finished tasks from the storage.
+
+    Args:
+        run: folder of the run to approve.
+        verdict: sentence of the gate about it.
+        hours: after which the server gives up waiting; see `end_expired_approvals`.
+    Raises:
+        Pause: which ends this process's part of the flow run.
+    """
+    state: State[Any] = Paused(
+        name="AwaitingApproval",
+        message=f"{verdict}; resume this run within {hours:g} hours to approve or refuse it",
+        reschedule=True,
+        timeout_seconds=round(3600 * hours),
+        pause_key="approval",
+    )
+    keys = keyset_from_paused_state(state)
+    state.state_details.run_input_keyset = {**keys}
+    with get_client(sync_client=True) as client:
+        answer = propose_state_sync(client, state, flow_run_id=UUID(runtime.flow_run.id))
+    if answer.is_running():  # a key pauses a run only once: it was resumed
+        return cast("Approval", Approval.load(keys))  # typed as awaitable too
+    Approval.with_initial_data(description=f"`{run}`: {verdict}.").save(keys)
+    raise Pause(state=answer)

@@ -1,7 +1,8 @@
 """The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote, one task for each stage.
 
-A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, its
-finished stages are not repeated. Every task calls one function of cnnpipe and publishes artifacts.
+A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, or a
+suspended one resumed, its finished stages are not repeated. Every task calls one function of cnnpipe and publishes
+artifacts.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from prefect import flow, runtime, task
+from prefect import Task, flow, runtime, task
 from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
-from prefect.client.schemas import State
+from prefect.client.schemas import State, TaskRun
 from prefect.states import Completed
 
+from cnnpipe.errors import CnnpipeError
 from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import (
     EvaluateSettings,
@@ -26,14 +28,36 @@ from cnnpipe.settings import (
     TrainSettings,
 )
 from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
-from flows.flow_runs import progress_artifact, run_url, send_library_logs
+from flows.flow_runs import (
+    progress_artifact,
+    run_url,
+    send_library_logs,
+    training_slot,
+    wait_for_approval,
+    wait_for_turn,
+)
 
 __all__ = ["retrain"]
 
 logger = logging.getLogger(f"cnnpipe.{__name__}")
 
 DEFAULTS = RetrainSettings()
-_ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
+
+_LASTING_ERRORS: Final = (CnnpipeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors that a repetition would meet again; others, such as a lost server or too little memory, may pass."""
+
+
+def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    return not isinstance(state.result(raise_on_failure=False), _LASTING_ERRORS)
+
+
+_STAGE: Final[dict[str, Any]] = {
+    "cache_policy": INPUTS + TASK_SOURCE + RUN_ID,
+    "persist_result": True,
+    "retries": 3,
+    "retry_delay_seconds": [10, 60, 600],  # so that a server may be away for ten minutes
+    "retry_condition_fn": _may_pass,
+}
 
 
 def _run_name() -> str:
@@ -49,30 +73,47 @@ def retrain(
     evaluate: EvaluateSettings = DEFAULTS.evaluate,
     export: ExportSettings = DEFAULTS.export,
     promote: PromoteSettings = DEFAULTS.promote,
+    force: bool = False,
     data: str = "data",
     artifacts: str = "artifacts",
 ) -> State[dict[str, Any]]:
     """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
 
     Args:
+        force: train even if neither the images nor the settings have changed since the newest run.
         data: folder of raw and prepared datasets.
         artifacts: folder of runs and champions.
     Returns:
-        A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
+        A Completed state named `Promoted`, `NotPromoted`, `Unchanged` or, without a deployment, `AwaitingApproval`,
+        with the decision as its data. A deployment's run is suspended while it awaits approval.
     """
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote)
-    run = train_model(settings, prepare_dataset(prepare, data), artifacts)
-    evaluate_model(run)
-    plot_training(run)
-    export_model(run)
-    decision = promote_model(run)
-    name = "Promoted" if decision["promoted"] else "NotPromoted"
-    return Completed(name=name, message=decision["reason"], data={"run": escape_path(run), **decision})
+    prepared = prepare_dataset(prepare, data)
+    with wait_for_turn(expand_path(artifacts), prepare.resolved_name):
+        repeated = None if force else find_repeated_run(settings, prepared, artifacts)
+        if (run := repeated) is None:
+            run = train_model(settings, prepared, artifacts)
+            evaluate_model(run)
+            plot_training(run)
+            export_model(run)
+        decision = promote_model(run)
+    if repeated is not None:
+        past = {"Promoted": "was promoted", "AwaitingApproval": "awaits approval"}.get(decision["state"], "was refused")
+        reason = f"nothing changed since {decision['run_id']}, which {past}: {decision['reason']}"
+        decision |= {"state": "Unchanged", "reason": f"{reason}; --force trains all the same"}
+        logger.info(decision["reason"])
+    elif decision["state"] == "AwaitingApproval" and runtime.deployment.id is not None:
+        answer = wait_for_approval(run, decision["reason"], promote.approval_hours)
+        if answer.approve == "yes":
+            decision = approve_model(run, answer.reason or "approved by a person")
+        else:
+            decision |= {"state": "NotPromoted", "reason": answer.reason or "refused by a person"}
+    return Completed(name=decision["state"], message=decision["reason"], data={"run": escape_path(run), **decision})
 
 
-@task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="prepare", **_STAGE)
 def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     """Decode the dataset, or find it decoded before; return its folder."""
     from cnnpipe.prepare import dataset
@@ -82,17 +123,26 @@ def prepare_dataset(prepare: PrepareSettings, data: str) -> str:
     return str(prepared.path)
 
 
-@task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="compare", **_STAGE)
+def find_repeated_run(settings: RetrainSettings, prepared: str, artifacts: str) -> str | None:
+    """Return the run that training would only repeat, or None; a task, because a retried run must not find itself."""
+    from cnnpipe.train import stage
+
+    run = stage.find_repeated_run(settings, Path(prepared), expand_path(artifacts))
+    return None if run is None else str(run)
+
+
+@task(name="train", **_STAGE)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
-    """Train a network; return the run folder."""
+    """Train a network when the machine is free for it; return the run folder."""
     from cnnpipe.train.stage import train_run
 
-    with progress_artifact("training-progress") as progress:
+    with progress_artifact("training-progress") as progress, training_slot(settings.train.device):
         result = train_run(settings, Path(prepared), expand_path(artifacts), progress)
     return str(result.run)
 
 
-@task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="evaluate", **_STAGE)
 def evaluate_model(run: str) -> float:
     """Score the best weights on the test split; return the accuracy."""
     from cnnpipe.evaluate.evaluation import evaluate_run
@@ -102,7 +152,7 @@ def evaluate_model(run: str) -> float:
     return evaluation.accuracy
 
 
-@task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="plot", **_STAGE)
 def plot_training(run: str) -> list[str]:
     """Draw the plots and show them in the UI; return their paths."""
     from cnnpipe.plot.plots import plot_run
@@ -112,7 +162,7 @@ def plot_training(run: str) -> list[str]:
     return [str(path) for path in plots]
 
 
-@task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="export", **_STAGE)
 def export_model(run: str) -> float:
     """Write the ONNX model and compare it with the trained one; return the fraction of equal classes."""
     from cnnpipe.export.onnx import export_run
@@ -120,11 +170,21 @@ def export_model(run: str) -> float:
     return export_run(Path(run)).agreement
 
 
-@task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="promote", **_STAGE)
 def promote_model(run: str) -> dict[str, Any]:
     """Complete the run, and make it the champion if it passes the gate; return the decision."""
     from cnnpipe.promote.gate import conclude_run
 
     decision = conclude_run(Path(run))
+    publish_decision(Path(run), decision)
+    return asdict(decision)
+
+
+@task(name="approve", **_STAGE)
+def approve_model(run: str, reason: str) -> dict[str, Any]:
+    """Make a run that a person has approved the champion; return the decision."""
+    from cnnpipe.promote.gate import approve_run
+
+    decision = approve_run(Path(run), reason)
     publish_decision(Path(run), decision)
     return asdict(decision)
