@@ -263,7 +263,7 @@ def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
         pause_key="approval",
     )
     keys = keyset_from_paused_state(state)
-    state.state_details.run_input_keyset = {**keys}
+    state.state_details.run_input_keyset = {str(key): value for key, value in keys.items()}
     with get_client(sync_client=True) as client:
         answer = propose_state_sync(client, state, flow_run_id=UUID(runtime.flow_run.id))
     if answer.is_running():  # a key pauses a run only once: it was resumed

@@ -104,9 +104,11 @@ def retrain(
         reason = f"nothing changed since {decision['run_id']}, which {past}: {decision['reason']}"
         decision |= {"state": "Unchanged", "reason": f"{reason}; --force trains all the same"}
         logger.info(decision["reason"])
-    elif decision["state"] == "AwaitingApproval" and runtime.deployment.id is not None:
-        answer = wait_for_approval(run, decision["reason"], promote.approval_hours)
-        if answer.approve == "yes":
+    elif decision["state"] == "AwaitingApproval":
+        if runtime.deployment.id is None:  # nobody could start this run again
+            command = f"cnnpipe models promote {prepare.resolved_name}/{decision['run_id']}"
+            decision["reason"] += f"; to approve it: {command}"
+        elif (answer := wait_for_approval(run, decision["reason"], promote.approval_hours)).approve == "yes":
             decision = approve_model(run, answer.reason or "approved by a person")
         else:
             decision |= {"state": "NotPromoted", "reason": answer.reason or "refused by a person"}
