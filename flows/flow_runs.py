@@ -56,6 +56,9 @@ SILENCE: Final = timedelta(minutes=6)
 """How long a run may send no heartbeat until it counts as crashed: twice Prefect's default interval."""
 
 _AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
+_EXPIRY_AUTOMATION: Final = "cnnpipe: end runs that nobody approved in time"
+_EXPIRED_MESSAGE: Final = "The flow was paused and never resumed."
+"""Message of the state that the server gives to such a run. Source: prefect.server.services.pause_expirations"""
 # After these a run sends no heartbeat.
 _LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "Unchanged",
                        "AwaitingApproval", "TimedOut", "Suspended")  # fmt: skip
@@ -82,12 +85,11 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
     heartbeat = "prefect.flow-run.heartbeat"
-    flows = {"prefect.resource.role": "flow", "prefect.resource.name": ["retrain", "classify"]}
     trigger = EventTrigger(
         after={"prefect.flow-run.Pending", heartbeat},
         expect={heartbeat, *(f"prefect.flow-run.{name}" for name in _LAST_STATES)},
         match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        match_related=ResourceSpecification(flows),
+        match_related=_of_flows("retrain", "classify"),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -97,16 +99,45 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
     crash = ChangeFlowRunState(state=StateType.CRASHED, message=message)
     about = "Marks a run of cnnpipe whose process is gone as Crashed."
-    automation = AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash])
+    _install(AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash]))
+
+
+def end_expired_approvals() -> None:
+    """Let the server end a run that nobody approved in time as NotPromoted, by an automation in its database.
+
+    Without it such a run ends as Failed, though its model and the champion are whole.
+    """
+    trigger = EventTrigger(
+        expect={"prefect.flow-run.Failed"},
+        match=ResourceSpecification(
+            {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": _EXPIRED_MESSAGE}
+        ),
+        match_related=_of_flows("retrain"),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+    end = ChangeFlowRunState(state=StateType.COMPLETED, name="NotPromoted", message="nobody approved the model in time")
+    about = "Ends a run of cnnpipe that nobody approved in time as NotPromoted."
+    _install(AutomationCore(name=_EXPIRY_AUTOMATION, description=about, trigger=trigger, actions=[end]))
+
+
+def _of_flows(*names: str) -> ResourceSpecification:
+    return ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": [*names]})
+
+
+def _install(automation: AutomationCore) -> None:
+    """Create an automation on the server, or update that of an earlier version."""
     try:
         with get_client(sync_client=True) as client:
-            found = client.read_automations_by_name(_AUTOMATION)
+            found = client.read_automations_by_name(automation.name)
             if not found:
                 client.create_automation(automation)
-            elif found[0].trigger != trigger:  # an earlier version's
+            elif found[0].trigger != automation.trigger:
                 client.update_automation(found[0].id, automation)
     except PrefectHTTPStatusError as error:
-        logger.warning("the server takes no automation (%s); a run that is killed stays Running", one_line(error))
+        logger.warning("the server does not take the automation %r: %s", automation.name, one_line(error))
 
 
 def send_library_logs() -> None:
@@ -264,6 +295,7 @@ def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
     )
     keys = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = {str(key): value for key, value in keys.items()}
+    end_expired_approvals()
     with get_client(sync_client=True) as client:
         answer = propose_state_sync(client, state, flow_run_id=UUID(runtime.flow_run.id))
     if answer.is_running():  # a key pauses a run only once: it was resumed
