@@ -12,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import prefect.flow_engine
 from prefect import Task, flow, runtime, task
 from prefect.cache_policies import INPUTS, RUN_ID, TASK_SOURCE
 from prefect.client.schemas import State, TaskRun
+from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.states import Completed
 
 from cnnpipe.errors import CnnpipeError
@@ -42,6 +44,11 @@ __all__ = ["retrain"]
 logger = logging.getLogger(f"cnnpipe.{__name__}")
 
 DEFAULTS = RetrainSettings()
+
+# Prefect's engine would end a run of a deployment when a server that was away has taken its slot back.
+vars(prefect.flow_engine)["maintain_concurrency_lease"] = lambda lease, seconds, **_: maintain_concurrency_lease(
+    lease, seconds
+)
 
 _LASTING_ERRORS: Final = (CnnpipeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """Errors that a repetition would meet again; others, such as a lost server or too little memory, may pass."""
