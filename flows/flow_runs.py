@@ -29,7 +29,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, Pause, PrefectHTTPStatusError
 from prefect.input import RunInput, keyset_from_paused_state
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_UI_URL
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 from prefect.states import Paused
 from prefect.utilities.engine import propose_state_sync
 from pydantic import Field
@@ -39,16 +39,8 @@ from cnnpipe.machine import ask_driver
 from cnnpipe.progress import ProgressCallback, StageProgress
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = [
-    "crash_silent_runs",
-    "ensure_training_limit",
-    "progress_artifact",
-    "run_url",
-    "send_library_logs",
-    "training_slot",
-    "wait_for_approval",
-    "wait_for_turn",
-]
+__all__ = ["crash_silent_runs", "ensure_training_limit", "progress_artifact", "run_url", "send_library_logs",
+           "training_slot", "wait_for_approval", "wait_for_turn"]  # fmt: skip
 
 logger = logging.getLogger("cnnpipe.runs")
 
@@ -194,8 +186,9 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
                 warned = True
             finished.wait(_SECONDS_BETWEEN_UPDATES)
 
-    # With the context of the run, which has the address of the server.
-    sender = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
+    # With the context of the run, which has the address of the server; the next update is sent soon enough.
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        sender = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
     sender.start()
     try:
         yield update

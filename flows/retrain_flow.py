@@ -36,7 +36,7 @@ from flows.flow_runs import (
     send_library_logs,
     training_slot,
     wait_for_approval,
-    wait_for_turn,
+    wait_for_turn,  # fmt: skip
 )
 
 __all__ = ["retrain"]

@@ -239,7 +239,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
 
 
 def _has_job(run: Path, job: TrainingJob) -> bool:
-    """Return whether a run is incomplete and has this job, complete or not."""
+    """Return whether a run is incomplete, and its training, finished or not, is that of the job."""
     found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / _RECORD_FILE) or {}).get("job")
     return bool(found == asdict(job)) and not (run / MANIFEST_FILE).exists()
 
