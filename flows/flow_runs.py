@@ -212,7 +212,7 @@ def wait_for_turn(artifacts: Path, name: str) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            logger.info("another retraining of %s is under way; this one waits until it ends", name)
+            logger.info("another retraining of %s is under way; waiting until it ends", name)
             lock.acquire()
     try:
         yield
@@ -231,7 +231,7 @@ def ensure_training_limit(device: str = "auto") -> str:
         try:
             limit = client.read_global_concurrency_limit_by_name(name)
             if limit.active_slots >= limit.limit:
-                logger.info("other trainings have the machine; waiting for a slot of the concurrency limit %s", name)
+                logger.info("other trainings have the machine; waiting for a slot of the limit %s", name)
         except ObjectNotFound:
             with suppress(ObjectAlreadyExists):  # by another run, meanwhile
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))

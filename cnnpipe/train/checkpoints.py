@@ -45,8 +45,8 @@ _JOB_FILE: Final = "job.json"
 _LOCK_FILE: Final = "lock"
 _CHECKPOINT_FILE: Final = "checkpoint.npz"
 
-_HALF_WRITTEN: Final = re.compile(r"\.(model|history|config|environment|job|checkpoint)\.[0-9a-f]{16}\.[a-z]+")
-"""Temporary names that `cnnpipe.storage` gives to the files of a training."""
+_HALF_WRITTEN: Final = re.compile(r"\.[\w.]+\.[0-9a-f]{16}\.[a-z]+")
+"""Temporary names that `cnnpipe.storage` gives to files."""
 
 _PACKAGES: Final = ("tensorflow", "keras", "numpy")
 """Distributions whose versions change the weights."""

@@ -5,7 +5,9 @@ crashes if its process is killed, and goes on if its progress cannot be sent.
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -14,8 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +41,8 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import ParameterTypeError, Pause
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_API_URL
+from prefect.server.services import pause_expirations
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Completed, Failed, Pending, Running
 from tiny_models import write_digits, write_model
 
@@ -258,7 +260,7 @@ MANIFEST_AND_ALIAS: Final = {"manifest.json", "promotion.json", "champion", "pro
 @pytest.mark.parametrize(
     ("stage", "renames"),
     [
-        ("cnnpipe.export.onnx.export_run", 2),
+        ("cnnpipe.promote.gate.conclude_run", 3),  # the run is complete, and not yet the champion
         *(
             pytest.param(*stage, marks=pytest.mark.slow)
             for stage in (
@@ -266,9 +268,9 @@ MANIFEST_AND_ALIAS: Final = {"manifest.json", "promotion.json", "champion", "pro
                 ("cnnpipe.train.stage.train_run", 4),
                 ("cnnpipe.evaluate.evaluation.evaluate_run", 2),
                 ("cnnpipe.plot.plots.plot_run", 2),
+                ("cnnpipe.export.onnx.export_run", 2),
                 ("cnnpipe.promote.gate.conclude_run", 1),
                 ("cnnpipe.promote.gate.conclude_run", 2),
-                ("cnnpipe.promote.gate.conclude_run", 3),
                 ("cnnpipe.promote.gate.conclude_run", 4),
             )
         ),
@@ -528,21 +530,25 @@ def test_a_run_whose_process_is_killed_crashes_and_no_other_one_does() -> None:
 def test_trainings_of_several_names_take_turns_and_retrainings_of_one_name_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    times: list[tuple[str, float]] = []
+    caplog.set_level(logging.INFO, "cnnpipe")
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "other trainings have the machine; waiting for a slot of the limit training": lambda: training_slot("cpu"),
+        "another retraining of digits is under way; waiting until it ends": lambda: wait_for_turn(tmp_path, "digits"),
+    }
+    for message, slot in ways.items():
+        entered = threading.Event()
 
-    @flow
-    def work(name: str, slot: Callable[[], AbstractContextManager[None]]) -> None:
+        def enter(slot: Callable[[], AbstractContextManager[None]] = slot, entered: threading.Event = entered) -> None:
+            with slot():
+                entered.set()
+
+        second = threading.Thread(target=enter)
         with slot():
-            times.append((name, time.monotonic()))
-            time.sleep(1)
-            times.append((name, time.monotonic()))
-
-    for slot in (lambda: training_slot("cpu"), lambda: wait_for_turn(tmp_path, "digits")):
-        times.clear()
-        with ThreadPoolExecutor() as pool:
-            assert list(pool.map(work, ("a", "b"), (slot, slot))) == [None, None]
-        assert [name for name, _ in sorted(times, key=lambda each: each[1])] in (list("aabb"), list("bbaa"))
-    assert "another retraining of digits is under way; this one waits until it ends" in caplog.text
+            second.start()
+            _wait_for(lambda message=message: message in caplog.text)  # type: ignore[misc]
+            assert not entered.is_set()
+        second.join(timeout=60)
+        assert entered.is_set()
     with get_client(sync_client=True) as client:
         limit = client.read_global_concurrency_limit_by_name("training")
         assert (limit.limit, limit.active_slots) == (1, 0)
@@ -563,8 +569,10 @@ def test_a_run_of_a_deployment_goes_on_when_the_server_has_given_its_slot_away(
 def test_a_slot_that_cannot_be_given_back_ends_no_work_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     @flow
     def work() -> str:
-        with training_slot("cpu"), get_client(sync_client=True) as client:
-            client.delete_global_concurrency_limit_by_name("training")
+        slot = ExitStack()
+        slot.enter_context(training_slot("cpu"))
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+            slot.close()
         return "done"
 
     assert work() == "done"
@@ -599,13 +607,17 @@ def test_a_run_of_a_deployment_waits_for_a_persons_answer(client: SyncPrefectCli
 def test_a_run_that_nobody_approves_in_time_ends_as_not_promoted(client: SyncPrefectClient) -> None:
     @flow(name="retrain")
     def ask() -> None:
-        wait_for_approval("artifacts/digits/runs/1", "better", hours=1 / 3600)
+        wait_for_approval("artifacts/digits/runs/1", "better", hours=1.0)
 
     deployment = client.create_deployment(client.create_flow(ask), "nightly")
     run = client.create_flow_run_from_deployment(deployment, state=Pending())
     with pytest.raises(Pause):
         run_flow(ask, flow_run=run)
 
+    # As the server's service does, which the harness does not start.
+    message = "The flow was paused and never resumed."
+    assert f'states.Failed(message="{message}")' in inspect.getsource(pause_expirations)
+    client.set_flow_run_state(run.id, Failed(message=message), force=True)
     _wait_for(lambda: client.read_flow_run(run.id).state_name == "NotPromoted")
     ended = client.read_flow_run(run.id).state
     assert ended is not None

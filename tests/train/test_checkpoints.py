@@ -302,8 +302,9 @@ def test_two_processes_never_train_one_run(tmp_path: Path, job: TrainingJob) -> 
 
 def test_half_written_files_are_removed_and_nothing_else(tmp_path: Path, job: TrainingJob) -> None:
     run = start_and_interrupt(tmp_path, job)
-    kept = {".notes", "model.keras", ".metrics.0123456789abcdef.json"}
-    for name in (*kept, ".model.0123456789abcdef.keras", "training/.checkpoint.0123456789abcdef.npz"):
+    kept = {".notes", "model.keras", ".metrics.json"}
+    half_written = ("model.0123456789abcdef.keras", "model.int8.0123456789abcdef.onnx")  # a later stage's too
+    for name in (*kept, *(f".{each}" for each in half_written), "training/.checkpoint.0123456789abcdef.npz"):
         (run / name).touch()
     start_and_interrupt(tmp_path, job)
 
