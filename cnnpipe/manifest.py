@@ -1,6 +1,6 @@
 """A run folder: its files, what a model says about itself, and which model file fits a device.
 
-    config.toml  environment.json  history.csv  model.keras        written by train
+    config.toml  environment.json  history.csv  model.keras        written by train, and training.json at its end
     metrics.json  predictions_test.csv  and more                   evaluate
     accuracy.png  and more                                         plot
     model.onnx                                                     export: fp32, the reference, always present

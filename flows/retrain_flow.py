@@ -19,7 +19,7 @@ from prefect.client.schemas import State, TaskRun
 from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.states import Completed
 
-from cnnpipe.errors import CnnpipeError
+from cnnpipe.errors import CnnpipeError, one_line
 from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.settings import (
     EvaluateSettings,
@@ -54,8 +54,12 @@ _LASTING_ERRORS: Final = (CnnpipeError, ArithmeticError, AttributeError, LookupE
 """Errors that a repetition would meet again; others, such as a lost server or too little memory, may pass."""
 
 
-def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    return not isinstance(state.result(raise_on_failure=False), _LASTING_ERRORS)
+def _may_pass(stage: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, _LASTING_ERRORS):
+        return False
+    logger.warning("%s failed with an error that may pass, and is tried again: %s", stage.name, one_line(repr(error)))
+    return True
 
 
 _STAGE: Final[dict[str, Any]] = {
