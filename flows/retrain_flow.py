@@ -36,7 +36,7 @@ from flows.flow_runs import (
     send_library_logs,
     training_slot,
     wait_for_approval,
-    wait_for_turn,  # fmt: skip
+    wait_for_turn,
 )
 
 __all__ = ["retrain"]
@@ -68,6 +68,14 @@ _STAGE: Final[dict[str, Any]] = {
     "retries": 3,
     "retry_delay_seconds": [10, 60, 600],  # so that a server may be away for ten minutes
     "retry_condition_fn": _may_pass,
+}
+
+
+_PAST: Final = {
+    "Promoted": "was promoted",
+    "NotPromoted": "was refused",
+    "Unchanged": "equals the champion",
+    "AwaitingApproval": "awaits approval",
 }
 
 
@@ -111,8 +119,7 @@ def retrain(
             export_model(run)
         decision = promote_model(run)
     if repeated is not None:
-        past = {"Promoted": "was promoted", "AwaitingApproval": "awaits approval"}.get(decision["state"], "was refused")
-        reason = f"nothing changed since {decision['run_id']}, which {past}: {decision['reason']}"
+        reason = f"nothing changed since {decision['run_id']}, which {_PAST[decision['state']]}: {decision['reason']}"
         decision |= {"state": "Unchanged", "reason": f"{reason}; --force trains all the same"}
         logger.info(decision["reason"])
     elif decision["state"] == "AwaitingApproval":
