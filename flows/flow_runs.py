@@ -242,14 +242,14 @@ def ensure_training_limit(device: str = "auto") -> str:
 def training_slot(device: str) -> Iterator[None]:
     """Hold a slot of the machine's concurrency limit; a server that is away neither ends the work nor fails it.
 
-    The server frees the slot of a process that was killed after five minutes.
+    The server frees the slot of a process that was killed after two minutes.
 
     Args:
         device: the setting `train.device`.
     """
     stack = ExitStack()
     limit = ensure_training_limit(device)
-    stack.enter_context(concurrency(limit, strict=True, raise_on_lease_renewal_failure=False))
+    stack.enter_context(concurrency(limit, strict=True, lease_duration=120, raise_on_lease_renewal_failure=False))
     try:
         yield
     finally:

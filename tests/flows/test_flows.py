@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import TaskRun
-from prefect.exceptions import ParameterTypeError, Pause
+from prefect.exceptions import ObjectNotFound, ParameterTypeError, Pause
 from prefect.flow_engine import run_flow
 from prefect.server.services import pause_expirations
 from prefect.settings import PREFECT_API_URL, temporary_settings
