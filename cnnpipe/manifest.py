@@ -1,7 +1,7 @@
 """A run folder: its files, what a model says about itself, and which model file fits a device.
 
     config.toml  environment.json  digests.npz                     written by train, before it begins
-    history.csv  model.keras                                       train
+    history.csv  model.keras  training.json                        train
     metrics.json  predictions_test.csv  and more                   evaluate
     accuracy.png  and more                                         plot
     model.onnx                                                     export: fp32, the reference, always present

@@ -1,4 +1,6 @@
-"""A flow run while it is under way: its address in the UI, its log, its progress, its end if its process is killed."""
+"""A flow run while it is under way: its address in the UI, its log, its progress, what it waits for, its end if its
+process is killed.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,40 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Final, cast
+from pathlib import Path
+from typing import Any, Final, Literal, cast
 from uuid import UUID
 
+from filelock import FileLock, Timeout
+from prefect import runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterEndTime
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.concurrency.sync import concurrency
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, Pause, PrefectHTTPStatusError
+from prefect.input import RunInput, keyset_from_paused_state
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_UI_URL
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
+from prefect.states import Paused
+from prefect.utilities.engine import propose_state_sync
+from pydantic import Field
 
 from cnnpipe.errors import one_line
+from cnnpipe.machine import ask_driver
 from cnnpipe.progress import ProgressCallback, StageProgress
+from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["crash_silent_runs", "delete_old_runs", "progress_artifact", "run_url", "send_library_logs"]
+__all__ = ["crash_silent_runs", "delete_old_runs", "ensure_training_limit", "progress_artifact", "run_url",
+           "send_library_logs", "training_slot", "wait_for_approval", "wait_for_turn"]  # fmt: skip
 
 logger = logging.getLogger("cnnpipe.runs")
 
@@ -35,8 +50,12 @@ SILENCE: Final = timedelta(minutes=6)
 """How long a run may send no heartbeat until it counts as crashed: twice Prefect's default interval."""
 
 _AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
+_EXPIRY_AUTOMATION: Final = "cnnpipe: end runs that nobody approved in time"
+_EXPIRED_MESSAGE: Final = "The flow was paused and never resumed."
+"""Message of the state that the server gives to such a run. Source: prefect.server.services.pause_expirations"""
 # After these a run sends no heartbeat.
-_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "TimedOut", "Suspended")
+_LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "Unchanged",
+                       "AwaitingApproval", "TimedOut", "Suspended")  # fmt: skip
 
 _SECONDS_BETWEEN_UPDATES = 3.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -60,12 +79,11 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
     heartbeat = "prefect.flow-run.heartbeat"
-    flows = {"prefect.resource.role": "flow", "prefect.resource.name": ["retrain", "classify"]}
     trigger = EventTrigger(
         after={"prefect.flow-run.Pending", heartbeat},
         expect={heartbeat, *(f"prefect.flow-run.{name}" for name in _LAST_STATES)},
         match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        match_related=ResourceSpecification(flows),
+        match_related=_of_flows("retrain", "classify"),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -75,16 +93,45 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
     message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
     crash = ChangeFlowRunState(state=StateType.CRASHED, message=message)
     about = "Marks a run of cnnpipe whose process is gone as Crashed."
-    automation = AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash])
+    _install(AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash]))
+
+
+def end_expired_approvals() -> None:
+    """Let the server end a run that nobody approved in time as NotPromoted, by an automation in its database.
+
+    Without it such a run ends as Failed, though its model and the champion are whole.
+    """
+    trigger = EventTrigger(
+        expect={"prefect.flow-run.Failed"},
+        match=ResourceSpecification(
+            {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": _EXPIRED_MESSAGE}
+        ),
+        match_related=_of_flows("retrain"),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+    end = ChangeFlowRunState(state=StateType.COMPLETED, name="NotPromoted", message="nobody approved the model in time")
+    about = "Ends a run of cnnpipe that nobody approved in time as NotPromoted."
+    _install(AutomationCore(name=_EXPIRY_AUTOMATION, description=about, trigger=trigger, actions=[end]))
+
+
+def _of_flows(*names: str) -> ResourceSpecification:
+    return ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": [*names]})
+
+
+def _install(automation: AutomationCore) -> None:
+    """Create an automation on the server, or update that of an earlier version."""
     try:
         with get_client(sync_client=True) as client:
-            found = client.read_automations_by_name(_AUTOMATION)
+            found = client.read_automations_by_name(automation.name)
             if not found:
                 client.create_automation(automation)
-            elif found[0].trigger != trigger:  # an earlier version's
+            elif found[0].trigger != automation.trigger:
                 client.update_automation(found[0].id, automation)
     except PrefectHTTPStatusError as error:
-        logger.warning("the server takes no automation (%s); a run that is killed stays Running", one_line(error))
+        logger.warning("the server does not take the automation %r: %s", automation.name, one_line(error))
 
 
 def delete_old_runs(artifacts: str, keep_days: int) -> int:
@@ -160,8 +207,9 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
                 warned = True
             finished.wait(_SECONDS_BETWEEN_UPDATES)
 
-    # With the context of the run, which has the address of the server.
-    sender = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
+    # With the context of the run, which has the address of the server; the next update is sent soon enough.
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        sender = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
     sender.start()
     try:
         yield update
@@ -169,3 +217,102 @@ def progress_artifact(key: str) -> Iterator[ProgressCallback]:
     finally:
         finished.set()
         sender.join(_SECONDS_FOR_LAST_UPDATE)
+
+
+@contextmanager
+def wait_for_turn(artifacts: Path, name: str) -> Iterator[None]:
+    """Let one retraining of a name go on at a time, whoever started it; the others wait.
+
+    Args:
+        artifacts: folder of runs and champions.
+    Raises:
+        StorageError: the lock cannot be made.
+    """
+    lock = FileLock(make_folder(artifacts / name) / ".retraining")
+    with storage_errors(artifacts / name):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.info("another retraining of %s is under way; waiting until it ends", name)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def ensure_training_limit(device: str = "auto") -> str:
+    """Return the name of the server's concurrency limit for trainings, made if it is missing, for one at a time.
+
+    Args:
+        device: the setting `train.device`.
+    """
+    name = "gpu" if device != "cpu" and ask_driver().gpus else "training"
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name)
+            if limit.active_slots >= limit.limit:
+                logger.info("other trainings have the machine; waiting for a slot of the limit %s", name)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # by another run, meanwhile
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    return name
+
+
+@contextmanager
+def training_slot(device: str) -> Iterator[None]:
+    """Hold a slot of the machine's concurrency limit; a server that is away neither ends the work nor fails it.
+
+    The server frees the slot of a process that was killed after two minutes.
+
+    Args:
+        device: the setting `train.device`.
+    """
+    stack = ExitStack()
+    limit = ensure_training_limit(device)
+    stack.enter_context(concurrency(limit, strict=True, lease_duration=120, raise_on_lease_renewal_failure=False))
+    try:
+        yield
+    finally:
+        try:
+            stack.close()
+        except Exception as error:  # noqa: BLE001 (whatever the client raises: the work is done)
+            logger.warning("the slot of the limit %s was not given back: %s; it expires", limit, one_line(error))
+
+
+class Approval(RunInput):
+    """Form in the UI of a run that awaits approval."""
+
+    approve: Literal["yes", "no"] = Field(description="Make this model the champion?")
+    reason: str = Field("", description="Goes into the history of promotions.")
+
+
+def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
+    """Suspend the current flow run until a person answers in the UI; return the answer when it is resumed.
+
+    As `prefect.flow_runs.suspend_flow_run`, but the state has the name AwaitingApproval. No process waits: the flow
+    starts again from its top, and takes the results of its finished tasks from the storage.
+
+    Args:
+        run: folder of the run to approve.
+        verdict: sentence of the gate about it.
+        hours: after which the server gives up waiting; see `end_expired_approvals`.
+    Raises:
+        Pause: which ends this process's part of the flow run.
+    """
+    state: State[Any] = Paused(
+        name="AwaitingApproval",
+        message=f"{verdict}; resume this run within {hours:g} hours to approve or refuse it",
+        reschedule=True,
+        timeout_seconds=round(3600 * hours),
+        pause_key="approval",
+    )
+    keys = keyset_from_paused_state(state)
+    state.state_details.run_input_keyset = {str(key): value for key, value in keys.items()}
+    end_expired_approvals()
+    with get_client(sync_client=True) as client:
+        answer = propose_state_sync(client, state, flow_run_id=UUID(runtime.flow_run.id))
+    if answer.is_running():  # a key pauses a run only once: it was resumed
+        return cast("Approval", Approval.load(keys))  # typed as awaitable too
+    Approval.with_initial_data(description=f"`{run}`: {verdict}.").save(keys)
+    raise Pause(state=answer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cnnpipe.console import ArtifactsOption, DataOption, JsonOption, command
 from cnnpipe.paths import escape_path
@@ -14,10 +16,16 @@ if TYPE_CHECKING:
     from prefect.client.schemas import State
 
 
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Train even if neither images nor settings have changed since the newest run.")
+]
+
+
 @command
 @takes_settings(RetrainSettings, "dataset", tuple(RetrainSettings.model_fields))
 def _retrain(
     settings: RetrainSettings,
+    force: ForceOption = False,
     data: DataOption = Path("data"),
     artifacts: ArtifactsOption = Path("artifacts"),
     as_json: JsonOption = False,
@@ -31,10 +39,10 @@ def _retrain(
 
         folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts.resolve()))}
         with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(**dict(settings), **folders, return_state=True)
+            state: State[Any] = retrain(**dict(settings), force=force, **folders, return_state=True)
         return state
 
-    run_flow(run, artifacts, ("run", "accuracy", "promoted", "reason"), as_json=as_json)
+    run_flow(run, artifacts, ("state", "run", "accuracy", "promoted", "reason"), as_json=as_json)
 
 
 if __name__ == "__main__":

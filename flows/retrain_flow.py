@@ -1,7 +1,8 @@
 """The flow `retrain`: prepare -> train -> evaluate -> plot -> export -> promote -> clean, one task for each stage.
 
-A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, its
-finished stages are not repeated. Every task calls one function of cnnpipe and publishes artifacts.
+A task's result is a path, stored under a key made of its inputs and the flow run: when a failed run is retried, or a
+suspended one resumed, its finished stages are not repeated. Every task calls one function of cnnpipe and publishes
+artifacts.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from prefect import flow, runtime, task
+import prefect.flow_engine
+from prefect import Task, flow, runtime, task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, TASK_SOURCE
-from prefect.client.schemas import State
+from prefect.client.schemas import State, TaskRun
+from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.states import Completed
 
+from cnnpipe.errors import CnnpipeError, one_line
 from cnnpipe.paths import escape_path, expand_path
 from cnnpipe.registry import champion_run
 from cnnpipe.settings import (
@@ -28,14 +32,54 @@ from cnnpipe.settings import (
     TrainSettings,
 )
 from flows.artifacts import publish_dataset, publish_decision, publish_metrics, publish_plots
-from flows.flow_runs import delete_old_runs, progress_artifact, run_url, send_library_logs
+from flows.flow_runs import (
+    delete_old_runs,
+    progress_artifact,
+    run_url,
+    send_library_logs,
+    training_slot,
+    wait_for_approval,
+    wait_for_turn,
+)
 
 __all__ = ["retrain"]
 
 logger = logging.getLogger(f"cnnpipe.{__name__}")
 
 DEFAULTS = RetrainSettings()
-_ONCE_A_RUN = INPUTS + TASK_SOURCE + RUN_ID
+
+# Prefect's engine would end a run of a deployment when a server that was away has taken its slot back.
+vars(prefect.flow_engine)["maintain_concurrency_lease"] = lambda lease, seconds, **_: maintain_concurrency_lease(
+    lease, seconds
+)
+
+_LASTING_ERRORS: Final = (CnnpipeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors that a repetition would meet again; others, such as a lost server or too little memory, may pass."""
+
+
+def _may_pass(stage: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, _LASTING_ERRORS):
+        return False
+    logger.warning("%s failed with an error that may pass, and is tried again: %s", stage.name, one_line(repr(error)))
+    return True
+
+
+_STAGE: Final[dict[str, Any]] = {
+    "cache_policy": INPUTS + TASK_SOURCE + RUN_ID,
+    "persist_result": True,
+    "retries": 3,
+    "retry_delay_seconds": [10, 60, 600],  # so that a server may be away for ten minutes
+    "retry_condition_fn": _may_pass,
+}
+
+
+_PAST: Final = {
+    "Promoted": "was promoted",
+    "NotPromoted": "was refused",
+    "Unchanged": "equals the champion",
+    "AwaitingApproval": "awaits approval",
+}
 
 
 def _run_name() -> str:
@@ -52,42 +96,64 @@ def retrain(
     export: ExportSettings = DEFAULTS.export,
     promote: PromoteSettings = DEFAULTS.promote,
     clean: CleanSettings = DEFAULTS.clean,
+    force: bool = False,
     data: str = "data",
     artifacts: str = "artifacts",
 ) -> State[dict[str, Any]]:
     """Train a CNN, check it, export it to ONNX, and make it the champion if it passes the gate.
 
     Args:
+        force: train even if neither the images nor the settings have changed since the newest run.
         data: folder of raw and prepared datasets.
         artifacts: folder of runs and champions.
     Returns:
-        A Completed state named `Promoted` or `NotPromoted`, with the decision as its data.
+        A Completed state named `Promoted`, `NotPromoted`, `Unchanged` or, without a deployment, `AwaitingApproval`,
+        with the decision as its data. A deployment's run is suspended while it awaits approval.
     """
     send_library_logs()
     logger.info("this run in the Prefect UI: %s", run_url(runtime.flow_run.id))
     settings = RetrainSettings(
         prepare=prepare, train=train, evaluate=evaluate, export=export, promote=promote, clean=clean
     )
-    run = None
+    run: str | None = None
     try:
-        run = train_model(settings, prepare_dataset(prepare, data, artifacts), artifacts)
-        evaluate_model(run)
-        plot_training(run)
-        export_model(run)
-        decision = promote_model(run)
+        prepared = prepare_dataset(prepare, data, artifacts)
+        with wait_for_turn(expand_path(artifacts), prepare.resolved_name):
+            repeated = None if force else find_repeated_run(settings, prepared, artifacts)
+            if (run := repeated) is None:
+                run = train_model(settings, prepared, artifacts)
+                evaluate_model(run)
+                plot_training(run)
+                export_model(run)
+            decision = promote_model(run)
     except Exception:  # nights that fail must not fill the disk either
         clean_folders(clean, prepare.resolved_name, run, data, artifacts, return_state=True)
         raise
     cleaned = clean_folders(clean, prepare.resolved_name, run, data, artifacts, return_state=True)
-    name = "Promoted" if decision["promoted"] else "NotPromoted"
+    if repeated is not None:
+        reason = f"nothing changed since {decision['run_id']}, which {_PAST[decision['state']]}: {decision['reason']}"
+        decision |= {"state": "Unchanged", "reason": f"{reason}; --force trains all the same"}
+        logger.info(decision["reason"])
+    elif decision["state"] == "AwaitingApproval":
+        decision |= _await_approval(run, decision, promote.approval_hours)
     message = decision["reason"]
     if not cleaned.is_completed():  # it is red in the UI, and the night ends as it was decided
         message += f"; the stage clean failed: {cleaned.message}"
         logger.warning(message)
-    return Completed(name=name, message=message, data={"run": escape_path(run), **decision})
+    return Completed(name=decision["state"], message=message, data={"run": escape_path(run), **decision})
 
 
-@task(name="prepare", cache_policy=_ONCE_A_RUN, persist_result=True)
+def _await_approval(run: str, decision: dict[str, Any], hours: float) -> dict[str, Any]:
+    """Return the decision after a person's answer; a run without a deployment says how to answer instead."""
+    if runtime.deployment.id is None:  # nobody could start this run again
+        folder = Path(run)
+        command = f"cnnpipe models promote {folder.parent.parent.name}/{folder.name}"
+        return {"reason": f"{decision['reason']}; to approve it: {command}"}
+    answer = wait_for_approval(run, decision["reason"], hours)
+    return answer_approval(run, answer.approve == "yes", answer.reason)
+
+
+@task(name="prepare", **_STAGE)
 def prepare_dataset(prepare: PrepareSettings, data: str, artifacts: str) -> str:
     """Decode the dataset, or find it decoded before; return its folder."""
     from cnnpipe.prepare import dataset
@@ -100,17 +166,26 @@ def prepare_dataset(prepare: PrepareSettings, data: str, artifacts: str) -> str:
     return str(prepared.path)
 
 
-@task(name="train", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="compare", **_STAGE)
+def find_repeated_run(settings: RetrainSettings, prepared: str, artifacts: str) -> str | None:
+    """Return the run that training would only repeat, or None; a task, because a retried run must not find itself."""
+    from cnnpipe.train import stage
+
+    run = stage.find_repeated_run(settings, Path(prepared), expand_path(artifacts))
+    return None if run is None else str(run)
+
+
+@task(name="train", **_STAGE)
 def train_model(settings: RetrainSettings, prepared: str, artifacts: str) -> str:
-    """Train a network; return the run folder."""
+    """Train a network when the machine is free for it; return the run folder."""
     from cnnpipe.train.stage import train_run
 
-    with progress_artifact("training-progress") as progress:
+    with progress_artifact("training-progress") as progress, training_slot(settings.train.device):
         result = train_run(settings, Path(prepared), expand_path(artifacts), progress)
     return str(result.run)
 
 
-@task(name="evaluate", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="evaluate", **_STAGE)
 def evaluate_model(run: str) -> float:
     """Score the best weights on the test split; return the accuracy."""
     from cnnpipe.evaluate.evaluation import evaluate_run
@@ -120,7 +195,7 @@ def evaluate_model(run: str) -> float:
     return evaluation.accuracy
 
 
-@task(name="plot", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="plot", **_STAGE)
 def plot_training(run: str) -> list[str]:
     """Draw the plots and show them in the UI; return their paths."""
     from cnnpipe.plot.plots import plot_run
@@ -130,7 +205,7 @@ def plot_training(run: str) -> list[str]:
     return [str(path) for path in plots]
 
 
-@task(name="export", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="export", **_STAGE)
 def export_model(run: str) -> float:
     """Write the ONNX model and compare it with the trained one; return the fraction of equal classes."""
     from cnnpipe.export.onnx import export_run
@@ -138,7 +213,7 @@ def export_model(run: str) -> float:
     return export_run(Path(run)).agreement
 
 
-@task(name="promote", cache_policy=_ONCE_A_RUN, persist_result=True)
+@task(name="promote", **_STAGE)
 def promote_model(run: str) -> dict[str, Any]:
     """Complete the run, and make it the champion if it passes the gate; return the decision."""
     from cnnpipe.promote.gate import conclude_run
@@ -159,3 +234,14 @@ def clean_folders(clean: CleanSettings, name: str, run: str | None, data: str, a
         logger.info("deleted %d flow runs that ended more than %d days ago", deleted, clean.keep_days)
     logger.info(line)
     return line
+
+
+@task(name="approve", **_STAGE)
+def answer_approval(run: str, approved: bool, reason: str) -> dict[str, Any]:
+    """Make a run the champion, or refuse it, as a person has answered; return the decision."""
+    from cnnpipe.promote.gate import approve_run, refuse_run
+
+    answer = approve_run if approved else refuse_run
+    decision = answer(Path(run), reason or f"{'approved' if approved else 'refused'} by a person")
+    publish_decision(Path(run), decision)
+    return asdict(decision)

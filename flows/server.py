@@ -78,6 +78,7 @@ _PREFECT_ENVIRONMENT: Final = {
     # The library logs outside of runs too, for example from threads that decode images.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # see flows.flow_runs.crash_silent_runs
+    "PREFECT_CLIENT_MAX_RETRIES": "9",  # with pauses of 2 to 512 s: a server may be away for ten minutes
 }
 """Environment of every Prefect process of this project: no telemetry, no advertising. The user's own values win."""
 

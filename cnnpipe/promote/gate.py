@@ -98,7 +98,9 @@ class Decision:
         return replace(self, promoted=state == "Promoted", state=state, reason=reason)
 
 
-def conclude_run(run: Path, forced: str | None = None, approved: str | None = None) -> Decision:
+def conclude_run(
+    run: Path, forced: str | None = None, approved: str | None = None, refused: str | None = None
+) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
     Writes `promotion.json` and, last, `manifest.json`. A complete run keeps its decision. Only if it has passed, was
@@ -107,6 +109,7 @@ def conclude_run(run: Path, forced: str | None = None, approved: str | None = No
     Args:
         forced: a reason to promote the run whatever the rules say; decided and recorded again.
         approved: a person's reason to promote the run if it waits for approval, or would.
+        refused: a person's reason not to promote it.
     Returns:
         The decision; `promoted` is whether the run is the champion now.
     Raises:
@@ -120,6 +123,8 @@ def conclude_run(run: Path, forced: str | None = None, approved: str | None = No
         decision = found or _decide(run, artifacts, name, forced)
         if approved is not None and decision.state == "AwaitingApproval":
             decision = decision.end_as("Promoted", f"{decision.reason}; approved: {approved}")
+        elif refused is not None and decision.state == "AwaitingApproval":
+            decision = decision.end_as("NotPromoted", f"refused: {refused}")
         if decision != found:
             write_json(run / PROMOTION_FILE, asdict(decision))
         _complete_run(run, decision)
@@ -135,6 +140,11 @@ def approve_run(run: Path, reason: str) -> Decision:
     If there has been another champion since the run was decided on, the rules are applied again, and may refuse it.
     """
     return conclude_run(run, approved=reason)
+
+
+def refuse_run(run: Path, reason: str) -> Decision:
+    """Refuse a run that waits for approval; otherwise do as `conclude_run`, whose exceptions it raises."""
+    return conclude_run(run, refused=reason)
 
 
 def read_decision(run: Path) -> Decision:

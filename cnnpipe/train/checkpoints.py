@@ -4,8 +4,10 @@
         job.json                settings and versions of the training; written first
         lock                    held by the process that trains
         checkpoint.npz          all state after the last epoch; one file, so that it never mixes two epochs
+    <run folder>/training.json  job and result of a complete training: a run that was interrupted in a later stage is
+                                not trained again
 
-The manifest of a run does not list this folder.
+The manifest of a run does not list the folder.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ __all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_st
 
 logger = logging.getLogger(__name__)
 
+_RECORD_FILE: Final = "training.json"
 _FOLDER: Final = "training"
 _JOB_FILE: Final = "job.json"
 _LOCK_FILE: Final = "lock"
@@ -50,7 +53,7 @@ class TrainingJob:
     """Everything that determines the weights; a training is resumed only by an equal job."""
 
     settings: dict[str, Any]
-    """Settings of the whole retraining, because later stages read them; without `train.resume`."""
+    """Settings of training, without `resume`."""
     dataset: str
     """Fingerprint of the prepared dataset."""
     device: str
@@ -68,8 +71,7 @@ class TrainingJob:
             device: result of `backend.select_device`.
             precision: result of `backend.select_precision`.
         """
-        values = settings.model_dump(mode="json")
-        del values["train"]["resume"]
+        values = settings.train.model_dump(mode="json", exclude={"resume"})
         return cls(values, dataset.fingerprint, device, precision, package_versions(_PACKAGES))
 
 
@@ -109,6 +111,16 @@ class Checkpoints:
     def __init__(self, run: Path, job: TrainingJob) -> None:
         self.run, self.job = run, job
         self._path = run / _FOLDER / _CHECKPOINT_FILE
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Result that `finish` has kept, or None while the training is not complete."""
+        record = _read_json(self.run / _RECORD_FILE)
+        return None if record is None else dict(record["result"])
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Keep the result of the complete training, values for JSON; raises StorageError if it cannot be written."""
+        write_json(self.run / _RECORD_FILE, {"job": asdict(self.job), "result": result})
 
     def save(self, state: Sequence[keras.Variable], epochs: Epochs) -> None:
         """Write all state after an epoch, whole or not at all.
@@ -169,7 +181,7 @@ def training_state(model: keras.Model, saved: keras.Model) -> list[keras.Variabl
 
 @contextmanager
 def open_training(artifacts: Path, name: str, job: TrainingJob, *, resume: bool) -> Iterator[Checkpoints]:
-    """Resume the newest interrupted run of a job, or create a run; its lock ends with the process.
+    """Resume the newest incomplete run of a job, or create a run; its lock ends with the process.
 
     The state is removed when the block ends, or fails with a TrainingError, which a resumed training would repeat.
 
@@ -206,6 +218,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
     for run in reversed(list_runs(artifacts, name)):
         if not _has_job(run, job):
             continue
+        make_folder(run / _FOLDER)  # that of a finished training is gone
         lock = FileLock(run / TRAINING_LOCK)
         with storage_errors(run):
             try:
@@ -218,16 +231,22 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
             logger.info("resuming %s, which was interrupted; use --no-resume to start over", run)
             return run, lock
         lock.release()  # completed meanwhile
+        _remove_training(run)
     return None
 
 
 def _has_job(run: Path, job: TrainingJob) -> bool:
-    """Return whether a run is incomplete and has this job."""
-    try:
-        found = json.loads((run / _FOLDER / _JOB_FILE).read_bytes())
-    except (OSError, ValueError):  # missing, or not JSON
-        return False
+    """Return whether a run is incomplete, and its training, finished or not, is that of the job."""
+    found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / _RECORD_FILE) or {}).get("job")
     return bool(found == asdict(job)) and not (run / MANIFEST_FILE).exists()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a file, or None if the file is missing or does not hold one."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _remove_half_written(run: Path) -> None:

@@ -152,7 +152,10 @@ def train_model(
     device = checkpoints.job.device if checkpoints else select_device(train.device)
     precision = checkpoints.job.precision if checkpoints else select_precision(train.precision, device)
     recipe = resolve_recipe(train, dataset.num_images["train"], device)
-    _write_settings(run, settings, dataset, device, precision)
+    _write_settings(run, settings, dataset, device, precision)  # resumed too: later stages read the new ones
+    if checkpoints and (values := checkpoints.result) is not None:
+        logger.info("its training is complete")
+        return TrainingResult(**{**values, "run": run, "resumed_after": values["epochs"]})
     make_repeatable(train.seed, device)
     models = build_models(recipe, dataset, train.seed, device, precision)
     models.trained.summary(print_fn=lambda text, **_: logger.info("\n%s", text), line_length=78)
@@ -176,7 +179,7 @@ def train_model(
         logger.info("stopped after epoch %d: %s", len(epochs.rows), stopped)
     if recipe.calibrate:
         _calibrate(models, run, dataset)
-    return TrainingResult(
+    result = TrainingResult(
         run=run,
         epochs=len(epochs.rows),
         resumed_after=len(done.rows),
@@ -187,6 +190,9 @@ def train_model(
         seconds=epochs.seconds,
         images_per_second=epochs.images / epochs.seconds,
     )
+    if checkpoints:
+        checkpoints.finish({**asdict(result), "run": run.name})
+    return result
 
 
 def _write_settings(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from cnnpipe.errors import CnnpipeError
 from cnnpipe.machine import ask_driver, package_versions
+from cnnpipe.manifest import MANIFEST_FILE, read_manifest
 from cnnpipe.prepare.dataset import DIGESTS_FILE, load_prepared, read_digests
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.settings import RetrainSettings, dataset_location
+from cnnpipe.registry import list_runs
+from cnnpipe.settings import RetrainSettings, dataset_location, load_toml
 from cnnpipe.storage import make_folder, storage_errors, write_file
 
 if TYPE_CHECKING:
@@ -55,6 +60,33 @@ def train_run(
         with write_file(path) as temporary, storage_errors(path):
             np.savez(temporary, allow_pickle=False, **read_digests(prepared))
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
+
+
+def find_repeated_run(settings: RetrainSettings, prepared: Path, artifacts: Path) -> Path | None:
+    """Return the newest decided run if this training would only repeat it, else None; loads no TensorFlow.
+
+    It would if images, settings and package versions are equal.
+
+    Args:
+        prepared: folder of the prepared dataset.
+        artifacts: folder of all runs.
+    """
+
+    def deciding(each: RetrainSettings) -> dict[str, Any]:  # the fingerprint stands for the dataset's path
+        return each.model_dump(exclude={"clean": True, "train": {"resume"}, "prepare": {"dataset"}})
+
+    runs = reversed(list_runs(artifacts, settings.prepare.resolved_name))
+    run = next((each for each in runs if (each / MANIFEST_FILE).is_file()), None)
+    fingerprint = load_prepared(prepared).fingerprint
+    with suppress(CnnpipeError, OSError, ValueError, LookupError):  # a damaged or much older run is not repeated
+        if (
+            run is not None
+            and read_manifest(run).model.dataset_fingerprint == fingerprint
+            and json.loads((run / "environment.json").read_bytes())["versions"] == package_versions()
+            and deciding(load_toml(RetrainSettings, run / "config.toml")) == deciding(settings)
+        ):
+            return run
+    return None
 
 
 def set_xla_flags(folder: Path, *machine: str) -> None:

@@ -71,7 +71,7 @@ def pictures(browser: Chrome) -> list[tuple[str, int]]:
 def test_a_finished_run_shows_its_state_its_tasks_and_the_librarys_log(run: dict[str, Any], browser: Chrome) -> None:
     browser.get(run["ui"])
 
-    wait_for_text(browser, "Promoted", "7 Task runs", "epoch 2/2", "319,178")
+    wait_for_text(browser, "Promoted", "8 Task runs", "epoch 2/2", "319,178")
 
 
 def test_the_report_shows_its_pictures(run: dict[str, Any], browser: Chrome) -> None:

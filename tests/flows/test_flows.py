@@ -5,7 +5,9 @@ crashes if its process is killed, and goes on if its progress cannot be sent.
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -14,15 +16,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
 import numpy as np
+import prefect.flow_engine
 import pytest
 from PIL import Image
 from prefect import Flow, State, flow
@@ -35,9 +39,11 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.exceptions import ParameterTypeError
+from prefect.client.schemas.objects import TaskRun
+from prefect.exceptions import ObjectNotFound, ParameterTypeError, Pause
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_API_URL
+from prefect.server.services import pause_expirations
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Completed, Failed, Late, Pending, Running, Scheduled
 from tiny_models import write_digits, write_model
 
@@ -49,13 +55,20 @@ from cnnpipe.errors import DatasetError, FailureBudgetError, StorageError
 from cnnpipe.nightly import server_pidfile
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.progress import ProgressCallback
-from cnnpipe.registry import champion_run, list_runs
+from cnnpipe.registry import champion_run, list_runs, summarize_runs
 from cnnpipe.settings import ClassifySettings, PrepareSettings, PromoteSettings, TrainSettings
 from flows import flow_runs
 from flows.artifacts import _code, _text
 from flows.classify_flow import classify
-from flows.flow_runs import crash_silent_runs, progress_artifact
-from flows.retrain_flow import retrain
+from flows.flow_runs import (
+    crash_silent_runs,
+    ensure_training_limit,
+    progress_artifact,
+    training_slot,
+    wait_for_approval,
+    wait_for_turn,
+)
+from flows.retrain_flow import retrain, train_model
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -166,7 +179,8 @@ def test_a_failed_run_that_is_retried_repeats_no_finished_stage_and_may_end_unpr
 
 def test_retrain_chains_every_stage_and_shows_it_in_the_ui(client: SyncPrefectClient, retrained: Retried) -> None:
     state = retrained.retried
-    assert set(task_states(client, state)) == {"prepare", "train", "evaluate", "plot", "export", "promote", "clean"}
+    stages = {"prepare", "compare", "train", "evaluate", "plot", "export", "promote", "clean"}
+    assert set(task_states(client, state)) == stages
     flow_run = client.read_flow_run(flow_run_id(state))
     assert flow_run.name == f"digits-{flow_run.expected_start_time:%Y-%m-%d-%H%M}"
 
@@ -205,6 +219,113 @@ def test_library_logs_are_in_the_runs_log(client: SyncPrefectClient, retrained: 
     assert "319,178" in text
     assert "epoch 1/1" in text
     assert "test: accuracy" in text
+
+
+def test_a_night_on_which_nothing_changed_is_skipped_without_tensorflow_and_says_which_run_it_would_repeat(
+    retrained: Retried, data: Path
+) -> None:
+    places = ["--data", str(data), "--artifacts", str(retrained.artifacts), "--json"]
+    command = ["-m", "flows.retrain", "--epochs", "1", "--min-accuracy", "1", *places]
+    result = call(["-X", "importtime", *command])
+
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout.splitlines()[-1])
+    reason = f"nothing changed since {retrained.run.name}, which was refused: test accuracy 0.* --force trains all"
+    assert re.match(reason, values["reason"])
+    assert (values["state"], values["run"], values["promoted"]) == ("Unchanged", str(retrained.run), False)
+    assert values["accuracy"] == retrained.retried.result()["accuracy"]
+    assert not re.search(r"\| +(tensorflow|keras)$", result.stderr, re.MULTILINE)
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(values["ui"].rpartition("/")[2]))
+        assert (run.state_name, run.state.message if run.state else None) == ("Unchanged", values["reason"])
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python with the server of these tests."""
+    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+KILLED_IN_A_STAGE: Final = """
+import importlib, json, os, signal, sys
+from cnnpipe.settings import RetrainSettings
+from flows.retrain_flow import retrain
+
+stage, renames, parameters = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+module, _, function = stage.rpartition(".")
+module = importlib.import_module(module)
+work, rename = getattr(module, function), os.replace
+
+def die(source, target):
+    global renames
+    renames -= 1
+    if not renames:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+def work_until_killed(*arguments, **keywords):
+    os.replace = die
+    return work(*arguments, **keywords)
+
+setattr(module, function, work_until_killed)
+retrain(**parameters)
+"""
+
+MANIFEST_AND_ALIAS: Final = {"manifest.json", "promotion.json", "champion", "promotions.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "renames"),
+    [
+        ("cnnpipe.promote.gate.conclude_run", 3),  # the run is complete, and not yet the champion
+        *(
+            pytest.param(*stage, marks=pytest.mark.slow)
+            for stage in (
+                ("cnnpipe.prepare.dataset.prepare_dataset", 1),
+                ("cnnpipe.train.stage.train_run", 4),
+                ("cnnpipe.evaluate.evaluation.evaluate_run", 2),
+                ("cnnpipe.plot.plots.plot_run", 2),
+                ("cnnpipe.export.onnx.export_run", 2),
+                ("cnnpipe.promote.gate.conclude_run", 1),
+                ("cnnpipe.promote.gate.conclude_run", 2),
+                ("cnnpipe.promote.gate.conclude_run", 4),
+            )
+        ),
+    ],
+)
+def test_killed_in_a_stage_it_goes_on_from_the_last_finished_one_when_the_command_is_repeated(
+    stage: str, renames: int, artifacts: Path, data: Path, tmp_path: Path
+) -> None:
+    (run,) = list_runs(artifacts, "digits")
+    options = ["--epochs", "3", "--seed", "1", "--artifacts", str(artifacts)]
+    parameters: dict[str, Any] = {"train": {"epochs": 3, "seed": 1}, "artifacts": str(artifacts), "data": str(data)}
+    if stage.startswith(("cnnpipe.prepare", "cnnpipe.train")):
+        parameters |= {"force": True, "data": str(tmp_path / "data")}
+        options.append("--force")
+    else:  # its training is finished
+        for name in MANIFEST_AND_ALIAS:
+            next(iter((*run.glob(name), *run.parents[1].glob(name)))).unlink()
+    champion = champion_run(artifacts, "digits")
+    weights = (run / "model.keras").stat().st_mtime_ns
+    options += ["--data", parameters["data"]]
+
+    killed = call(["-c", KILLED_IN_A_STAGE, stage, str(renames), json.dumps(parameters)])
+    assert killed.returncode == -9, killed.stderr
+    assert champion_run(artifacts, "digits") == champion
+    others = [each.state for each in summarize_runs(artifacts, "digits") if each.run_id != run.name]
+    assert others in ([], ["incomplete"])
+
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):
+        # A server takes the slot of a killed training back after two minutes; the harness does not.
+        client.delete_global_concurrency_limit_by_name("training")
+    repeated = call(["-m", "flows.retrain", *options, "--json"])
+    assert repeated.returncode == 0, repeated.stderr
+    values = json.loads(repeated.stdout.splitlines()[-1])
+    assert values["state"] in ("Promoted", "Unchanged")
+    assert champion_run(artifacts, "digits") == list_runs(artifacts, "digits")[-1] == Path(values["run"])
+    assert (run / "model.keras").stat().st_mtime_ns == weights
+    assert "resuming" in repeated.stderr or stage.startswith(("cnnpipe.prepare", "cnnpipe.promote"))
+    assert not list(run.glob(".*.????????????????.*"))
 
 
 def write_photos(root: Path, digits: PreparedDataset, names: list[str], per_class: int) -> None:
@@ -274,16 +395,8 @@ def test_a_wrong_parameter_is_refused_before_anything_runs(name: str, value: dic
 
 def test_the_form_offers_every_setting_with_its_description() -> None:
     schema = retrain.parameters
-    assert list(schema.properties) == [
-        "prepare",
-        "train",
-        "evaluate",
-        "export",
-        "promote",
-        "clean",
-        "data",
-        "artifacts",
-    ]
+    names = ["prepare", "train", "evaluate", "export", "promote", "clean", "force", "data", "artifacts"]
+    assert list(schema.properties) == names
     assert not schema.required
     fields = schema.definitions["TrainSettings"]["properties"]
     assert set(fields) == set(TrainSettings.model_fields)
@@ -430,6 +543,114 @@ def test_a_run_whose_process_is_killed_crashes_and_no_other_one_does() -> None:
         client.set_flow_run_state(pending, Completed(name="Promoted"))
         assert client.read_flow_run(pending).state_name == "Promoted"
     assert states == ["Pending", "Promoted"]
+
+
+def test_trainings_of_several_names_take_turns_and_retrainings_of_one_name_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cnnpipe")
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "other trainings have the machine; waiting for a slot of the limit training": lambda: training_slot("cpu"),
+        "another retraining of digits is under way; waiting until it ends": lambda: wait_for_turn(tmp_path, "digits"),
+    }
+    for message, slot in ways.items():
+        entered = threading.Event()
+
+        def enter(slot: Callable[[], AbstractContextManager[None]] = slot, entered: threading.Event = entered) -> None:
+            with slot():
+                entered.set()
+
+        second = threading.Thread(target=enter)
+        with slot():
+            second.start()
+            _wait_for(lambda message=message: message in caplog.text)  # type: ignore[misc]
+            assert not entered.is_set()
+        second.join(timeout=60)
+        assert entered.is_set()
+    with get_client(sync_client=True) as client:
+        limit = client.read_global_concurrency_limit_by_name("training")
+        assert (limit.limit, limit.active_slots) == (1, 0)
+        client.upsert_global_concurrency_limit_by_name("training", 2)  # a person's choice
+        assert ensure_training_limit("cpu") == "training"
+        assert client.read_global_concurrency_limit_by_name("training").limit == 2
+
+
+def test_a_run_of_a_deployment_goes_on_when_the_server_has_given_its_slot_away(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keep = vars(prefect.flow_engine)["maintain_concurrency_lease"]  # as the engine calls it; it would raise otherwise
+    with keep(uuid4(), 300, raise_on_lease_renewal_failure=True):
+        _wait_for(lambda: "Execution will continue" in caplog.text)
+        time.sleep(0.1)
+
+
+def test_a_slot_that_cannot_be_given_back_ends_no_work_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    @flow
+    def work() -> str:
+        slot = ExitStack()
+        slot.enter_context(training_slot("cpu"))
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+            slot.close()
+        return "done"
+
+    assert work() == "done"
+    assert "the slot of the limit training was not given back: " in caplog.text
+
+
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_a_run_of_a_deployment_waits_for_a_persons_answer(client: SyncPrefectClient, answer: str) -> None:
+    @flow(persist_result=True)
+    def ask() -> State[str]:
+        given = wait_for_approval("artifacts/digits/runs/1", "better", hours=1.0)
+        return Completed(name="Promoted" if given.approve == "yes" else "NotPromoted", message=given.reason)
+
+    deployment = client.create_deployment(client.create_flow(ask), "nightly")
+    run = client.create_flow_run_from_deployment(deployment, state=Pending())
+    with pytest.raises(Pause):
+        run_flow(ask, flow_run=run)
+    waiting = client.read_flow_run(run.id).state
+    assert waiting is not None
+    assert (waiting.type.value, waiting.name) == ("PAUSED", "AwaitingApproval")
+    assert waiting.message == "better; resume this run within 1 hours to approve or refuse it"
+    assert client.resume_flow_run(run.id, {"approve": "maybe"}).status.value == "REJECT"
+
+    client.resume_flow_run(run.id, {"approve": answer, "reason": "seen"})
+    client.set_flow_run_state(run.id, Pending())
+    run_flow(ask, flow_run=client.read_flow_run(run.id))
+    ended = client.read_flow_run(run.id).state
+    assert ended is not None
+    assert (ended.name, ended.message) == ("Promoted" if answer == "yes" else "NotPromoted", "seen")
+
+
+def test_a_run_that_nobody_approves_in_time_ends_as_not_promoted(client: SyncPrefectClient) -> None:
+    @flow(name="retrain")
+    def ask() -> None:
+        wait_for_approval("artifacts/digits/runs/1", "better", hours=1.0)
+
+    deployment = client.create_deployment(client.create_flow(ask), "nightly")
+    run = client.create_flow_run_from_deployment(deployment, state=Pending())
+    with pytest.raises(Pause):
+        run_flow(ask, flow_run=run)
+
+    # As the server's service does, which the harness does not start.
+    message = "The flow was paused and never resumed."
+    assert f'states.Failed(message="{message}")' in inspect.getsource(pause_expirations)
+    client.set_flow_run_state(run.id, Failed(message=message), force=True)
+    _wait_for(lambda: client.read_flow_run(run.id).state_name == "NotPromoted")
+    ended = client.read_flow_run(run.id).state
+    assert ended is not None
+    assert ended.message == "nobody approved the model in time"
+
+
+def test_only_an_error_that_may_pass_is_retried() -> None:
+    def is_retried(error: Exception) -> bool:
+        condition = train_model.retry_condition_fn
+        assert condition is not None
+        run = TaskRun(task_key="train", dynamic_key="0")
+        return bool(condition(train_model, run, Failed(data=error, message=str(error))))
+
+    assert all(map(is_retried, (httpx.ConnectError("lost"), MemoryError(), OSError("stale file handle"))))
+    assert not any(map(is_retried, (DatasetError("too few"), StorageError("full"), ValueError("shape"))))
 
 
 def test_progress_that_cannot_be_sent_ends_no_work_and_is_logged_once(

@@ -101,6 +101,12 @@ def place(starts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     assert [each for each in place.artifacts.rglob("*") if each.is_file() and LOGIN.encode() in each.read_bytes()] == []
 
 
+@pytest.fixture(autouse=True)
+def _login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process into the server, too."""
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", LOGIN)
+
+
 @pytest.fixture
 def _clean_environment() -> Iterator[None]:
     with mock.patch.dict(os.environ, clean_environment(), clear=True):

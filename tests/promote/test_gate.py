@@ -20,7 +20,7 @@ from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_his
 from cnnpipe.storage import sha256_file
 
 RUN_FILES = {
-    "config.toml", "environment.json", "digests.npz", "history.csv", "model.keras", "model.onnx",
+    "config.toml", "environment.json", "digests.npz", "history.csv", "model.keras", "training.json", "model.onnx",
     "model.int8.onnx",
     "model.fp16.onnx", "metrics.json", "parity.json",
     "classification_report.csv", "predictions_test.csv", "probabilities_test.npy", "confusion_matrix.csv",

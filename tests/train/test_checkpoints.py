@@ -21,7 +21,7 @@ from cnnpipe.evaluate.evaluation import predict_keras
 from cnnpipe.manifest import digest_files
 from cnnpipe.prepare.dataset import PreparedDataset, read_digests
 from cnnpipe.registry import list_runs
-from cnnpipe.settings import PromoteSettings, RetrainSettings, TrainSettings
+from cnnpipe.settings import PromoteSettings, RetrainSettings, TrainSettings, load_toml
 from cnnpipe.train.backend import keras
 from cnnpipe.train.checkpoints import Epochs, TrainingJob, open_training
 from cnnpipe.train.fit import TrainingResult
@@ -202,10 +202,37 @@ def test_it_is_resumed_in_the_interrupted_run_and_logs_that(
 
     assert (result.run, result.epochs, result.resumed_after) == (run, 2, 1)
     assert f"resuming {run}, which was interrupted; use --no-resume to start over" in caplog.text
+    assert set(digest_files(run)) == {"config.toml", "environment.json", "history.csv", "model.keras", "training.json"}
     assert [row["epoch"] for row in history_of(run)] == ["1", "2"]
     for split, digests in read_digests(run).items():
         assert np.array_equal(digests, digits.digests(split))
     assert result.seconds >= sum(float(line.split(",")[-1]) for line in (run / "history.csv").read_text().split()[1:])
+
+
+def test_other_settings_of_later_stages_are_those_of_the_resumed_run(digits: PreparedDataset, tmp_path: Path) -> None:
+    run = interrupt(SHORT, digits, tmp_path)
+    settings = SHORT.model_copy(update={"promote": PromoteSettings(min_accuracy=0.9)})
+    result = train(settings, digits, tmp_path)
+
+    assert (result.run, result.resumed_after) == (run, 1)
+    assert load_toml(RetrainSettings, run / "config.toml") == settings
+
+
+def test_a_finished_training_whose_run_was_interrupted_later_is_not_repeated(
+    digits: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = RetrainSettings(train=SHORT.train.model_copy(update={"epochs": 1}))
+    first = train(settings, digits, tmp_path)
+    before = {file.name: file.stat().st_mtime_ns for file in first.run.iterdir()}
+    caplog.set_level(logging.INFO, "cnnpipe")
+    settings = settings.model_copy(update={"promote": PromoteSettings(min_accuracy=0.9)})
+    again = train(settings, digits, tmp_path)
+
+    assert again == replace(first, resumed_after=1)
+    assert "its training is complete" in caplog.text
+    after = {file.name: file.stat().st_mtime_ns for file in first.run.iterdir()}
+    assert {name for name in after if before[name] != after[name]} == {"config.toml", "environment.json"}
+    assert load_toml(RetrainSettings, first.run / "config.toml") == settings
 
 
 def test_a_training_with_a_time_budget_is_resumed(digits: PreparedDataset, tmp_path: Path) -> None:
@@ -230,7 +257,7 @@ def job(digits: PreparedDataset) -> TrainingJob:
 
 def test_only_the_same_training_is_resumed(digits: PreparedDataset, tmp_path: Path, job: TrainingJob) -> None:
     run = start_and_interrupt(tmp_path, job)
-    settings = SHORT.model_copy(update={"promote": PromoteSettings(min_accuracy=0.9)})
+    settings = SHORT.model_copy(update={"train": SHORT.train.model_copy(update={"seed": 4})})
     others = [
         TrainingJob.describe(settings, digits, "cpu", "float32"),
         TrainingJob.describe(SHORT, digits, "cpu", "bfloat16"),
@@ -278,8 +305,9 @@ def test_two_processes_never_train_one_run(tmp_path: Path, job: TrainingJob) -> 
 
 def test_half_written_files_are_removed_and_nothing_else(tmp_path: Path, job: TrainingJob) -> None:
     run = start_and_interrupt(tmp_path, job)
-    kept = {".notes", "model.keras", ".metrics.0123456789abcdef.json"}
-    for name in (*kept, ".model.0123456789abcdef.keras", "training/.checkpoint.0123456789abcdef.npz"):
+    kept = {".notes", "model.keras", ".metrics.json"}
+    half_written = ("model.0123456789abcdef.keras", "model.int8.0123456789abcdef.onnx")  # a later stage's too
+    for name in (*kept, *(f".{each}" for each in half_written), "training/.checkpoint.0123456789abcdef.npz"):
         (run / name).touch()
     start_and_interrupt(tmp_path, job)
 
