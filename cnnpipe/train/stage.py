@@ -56,9 +56,9 @@ def train_run(
     precision = select_precision(settings.train.precision, device)
     job = TrainingJob.describe(settings, dataset, device, precision)
     with open_training(artifacts, settings.prepare.resolved_name, job, resume=settings.train.resume) as checkpoints:
-        path = checkpoints.run / DIGESTS_FILE
-        with write_file(path) as temporary, storage_errors(path):
-            np.savez(temporary, allow_pickle=False, **read_digests(prepared))
+        if not (path := checkpoints.run / DIGESTS_FILE).is_file():
+            with write_file(path) as temporary, storage_errors(path):
+                np.savez(temporary, allow_pickle=False, **read_digests(prepared))
         return train_model(settings, dataset, checkpoints.run, progress, checkpoints)
 
 

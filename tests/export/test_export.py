@@ -164,6 +164,7 @@ def _blank_training_images(run: Path, digits: PreparedDataset) -> None:
     folder = Path(shutil.copytree(digits.path, run.parent / "blank" / digits.path.name))
     np.save(folder / "train_images.npy", np.zeros((4, 32, 32, 3), np.uint8))
     np.save(folder / "train_labels.npy", np.zeros(4, np.int64))
+    (folder / "train_digests.npy").unlink()
     description = json.loads((folder / DATASET_FILE).read_text())
     description["num_images"]["train"] = 4
     (folder / DATASET_FILE).write_text(json.dumps(description))
