@@ -72,8 +72,9 @@ def find_repeated_run(settings: RetrainSettings, prepared: Path, artifacts: Path
         artifacts: folder of all runs.
     """
 
-    def deciding(each: RetrainSettings) -> dict[str, Any]:  # the fingerprint stands for the dataset's path
-        return each.model_dump(exclude={"clean": True, "train": {"resume"}, "prepare": {"dataset"}})
+    def deciding(each: RetrainSettings) -> dict[str, Any]:
+        # The fingerprint stands for the dataset's path, and the folder of the runs for its name.
+        return each.model_dump(exclude={"clean": True, "train": {"resume"}, "prepare": {"dataset", "name"}})
 
     runs = reversed(list_runs(artifacts, settings.prepare.resolved_name))
     run = next((each for each in runs if (each / MANIFEST_FILE).is_file()), None)
