@@ -20,7 +20,8 @@ ROOT: Final = Path(__file__).parent.parent
 README: Final = ROOT / "README.md"
 DOCS: Final = (README, *sorted((ROOT / "docs").glob("*.md")))
 PAGES: Final = (*DOCS, ROOT / "CHANGELOG.md", ROOT / "data" / "README.md", ROOT / "artifacts" / "README.md")
-FLOWS: Final = ("retrain", "classify", "serve", "server", "server start", "server stop", "server status")
+FLOWS: Final = ("retrain", "classify", "serve", "server", "server start", "server stop", "server status",
+                "boot", "boot systemd", "boot compose")  # fmt: skip
 MAX_README_WORDS: Final = 1_500
 MAX_PARAGRAPH_WORDS: Final = 60
 MAX_PICTURE_BYTES: Final = 400_000
