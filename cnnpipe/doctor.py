@@ -6,8 +6,8 @@ Each check returns what it found. If something is wrong, it raises an error whos
 from __future__ import annotations
 
 import os
+import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +15,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from packaging.requirements import Requirement  # onnxruntime and Prefect require `packaging`
+from packaging.specifiers import SpecifierSet
+
 from cnnpipe import registry
 from cnnpipe.errors import CnnpipeError, ProviderError, RegistryError, ServerError, StorageError, one_line
-from cnnpipe.machine import ask_driver, describe_environment, package_versions, usable_cores, usable_memory
+from cnnpipe.machine import ask_driver, describe_environment, package_versions
 from cnnpipe.manifest import digest_files, read_manifest
 from cnnpipe.nightly import Nightly, http_client, look_at_nightly, prefect_home, server_log
+from cnnpipe.storage import storage_errors
 
 __all__ = ["Check", "examine"]
 
 _MIN_FREE_BYTES: Final = 2_000_000_000
 """Free bytes on the disk of the artifacts below which a night may not end."""
-
-_MIN_MEMORY_BYTES: Final = 2_000_000_000
-"""Bytes of memory below which training may be killed: TensorFlow alone takes about 700 MB."""
 
 _PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 
@@ -70,7 +71,6 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
     devices: dict[str, Any] = {}
     check("onnxruntime", _check_onnxruntime, devices)
     check("cuda", _check_cuda, devices)
-    check("machine", _check_machine)
     folder = next(each for each in (artifacts.resolve(), *artifacts.resolve().parents) if each.exists())
     check("disk", _check_disk, folder)
     for name in registry.list_names(artifacts):
@@ -78,13 +78,14 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
     home, states = prefect_home(artifacts), list[Nightly]()
     check("server", _check_server, home, states)
     nightly = states[0] if states else None
-    if nightly is not None and (nightly.healthy or nightly.server is None):
+    if nightly and (nightly.healthy or not nightly.server):
         check("schedule", _check_schedule, nightly, server_log(home))
-        check("last nights", _check_nights, nightly)
+    if nightly and nightly.healthy:
+        check("last nights", _check_nights, f"{nightly.server}")
     champions, problems = registry.list_champions(artifacts)
     place = {
         "path": str(artifacts.resolve()),
-        "writable": not _write_problem(folder),
+        "writable": os.access(folder, os.W_OK),
         "free_gigabytes": round(shutil.disk_usage(folder).free / 1e9, 1),
         "champions": champions,
         "problems": problems,
@@ -93,16 +94,14 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
 
 
 def _check_python() -> str:
-    bits = 64 if sys.maxsize > 2**32 else 32
-    if bits == 32:
-        raise CnnpipeError("it has 32 bits, and TensorFlow needs 64; name another: make setup PYTHON=python3")
-    return f"{sys.version.split()[0]}, {bits} bits"
+    found, required = platform.python_version(), metadata.metadata("cnnpipe")["Requires-Python"] or ""
+    if found not in SpecifierSet(required):
+        raise CnnpipeError(f"{found} is installed, {required} is required; name another: make setup PYTHON=python3")
+    return found
 
 
 def _check_packages() -> str:
     """Compare the versions that are installed with those that cnnpipe, and TensorFlow on a GPU, require."""
-    from packaging.requirements import Requirement  # onnxruntime and prefect require it
-
     owners = {"cnnpipe": "", "tensorflow": "and-cuda"} if ask_driver().gpus else {"cnnpipe": ""}
     wrong, right = [], 0
     for owner, extra in owners.items():
@@ -152,31 +151,12 @@ def _check_cuda(devices: dict[str, Any]) -> str:
 
 def _is_nvidia_gpu(device: Path) -> bool:
     """Source: Linux' Documentation/ABI/testing/sysfs-bus-pci; 0x10de is NVIDIA, class 3 are displays."""
-    kind, vendor = ((device / name).read_text() for name in ("class", "vendor"))
-    return kind.startswith("0x03") and vendor.startswith("0x10de")
-
-
-def _check_machine() -> str:
-    memory = usable_memory()
-    text = f"{usable_cores()} of {os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory"
-    if memory < _MIN_MEMORY_BYTES:
-        raise CnnpipeError(f"{text}, and training needs {_MIN_MEMORY_BYTES / 1e9:.0f} GB; raise the container's limit")
-    return text
-
-
-def _write_problem(folder: Path) -> str:
-    """Return why no file can be written in a folder; empty if one can."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0" * 4096)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+    return (device / "vendor").read_text().startswith("0x10de") and (device / "class").read_text().startswith("0x03")
 
 
 def _check_disk(folder: Path) -> str:
-    if problem := _write_problem(folder):
-        raise StorageError(f"cannot write in {folder}: {problem}; check the folder, its permissions and the disk")
+    with storage_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\0" * 4096)
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:.1f} GB free in {folder}"
     if free < _MIN_FREE_BYTES:
@@ -210,36 +190,33 @@ def _check_server(home: Path, states: list[Nightly]) -> str:
 
 
 def _check_schedule(nightly: Nightly, log: Path) -> str:
-    shown = nightly.shown()
-    runs, is_due = shown["scheduler"] != "not running", shown["next run"] != "none"
-    text = f"scheduler {shown['scheduler']}, next run {shown['next run']}"
-    if runs and not is_due:
-        raise ServerError(f"{text}; look into {log} and, in the UI, for a paused schedule, then start again")
-    if is_due and not runs:
+    text = "scheduler {scheduler}, next run {next run}".format_map(nightly.shown())
+    if idle := [name for name in nightly.schedulers if name not in nightly.next_runs]:
+        raise ServerError(
+            f"{text}: no run of {', '.join(idle)} is due; look into {log} and, in the UI, for a paused schedule, "
+            "then start again"
+        )
+    if nightly.next_runs and not nightly.schedulers:
         raise ServerError(f"{text}; start the scheduler with `make serve`, or stop the server with `make stop`")
     return text
 
 
-def _check_nights(nightly: Nightly) -> str:
+def _check_nights(server: str) -> str:
     """Tell how the last run of each schedule ended, or that it is late: nothing executes it."""
     import httpx
 
-    if not nightly.healthy:
-        return "not known without a server"
-    types, names = ["COMPLETED", "FAILED", "CRASHED"], ["Late"]
-    ended = {"state": {"operator": "or_", "type": {"any_": types}, "name": {"any_": names}}}
+    ended = {
+        "state": {"operator": "or_", "type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}, "name": {"any_": ["Late"]}}
+    }
     filters = {"flows": {"name": {"any_": ["retrain"]}}, "deployments": {"name": {"like_": "nightly"}}}
     body = {"flow_runs": ended, **filters, "sort": "EXPECTED_START_TIME_DESC", "limit": 100}
     try:
-        with http_client(f"{nightly.server}/api", 5.0) as client:
+        with http_client(f"{server}/api", 5.0) as client:
             runs = client.post("/flow_runs/filter", json=body).raise_for_status().json()
     except (httpx.HTTPError, ValueError) as error:
-        raise ServerError(
-            f"the server does not tell: {one_line(error)}; is its password in the environment?"
-        ) from error
+        raise ServerError(f"the server does not tell: {one_line(error)}; try again, or look into its log") from error
     last = {run["deployment_id"]: run for run in reversed(runs)}.values()
     text = ", ".join(f"{run['name']} {run['state_name']}" for run in last) or "none"
-    if failed := [run["id"] for run in last if run["state_type"] != "COMPLETED"]:
-        links = ", ".join(f"{nightly.server}/runs/flow-run/{each}" for each in failed)
-        raise ServerError(f"{text}; look at {links}")
+    if failed := [f"{server}/runs/flow-run/{run['id']}" for run in last if run["state_type"] != "COMPLETED"]:
+        raise ServerError(f"{text}; look at {', '.join(failed)}")
     return text
