@@ -32,13 +32,11 @@ from cnnpipe.registry import (
     TRAINING_LOCK,
     alias_lock,
     list_names,
-    list_predecessors,
     list_runs,
-    promotion_history,
-    rolled_back_runs,
+    replay_history,
 )
 from cnnpipe.settings import CleanSettings, read_toml
-from cnnpipe.storage import TEMPORARY_NAME, remove_folder, storage_errors, write_file
+from cnnpipe.storage import TEMPORARY_NAME, remove_path, storage_errors, write_file
 
 _KEPT_PREDECESSORS: Final = 5
 """Number of champions before the present one that stay for a rollback, however old they are."""
@@ -55,7 +53,7 @@ class Entry:
     """A file or folder that was removed or is kept."""
 
     kind: str
-    """`run`, `prepared dataset`, `task result`, `interrupted classification` or `server log`."""
+    """`run`, `prepared dataset`, `task result` or `interrupted classification`."""
     path: str
     bytes: int
     """Size of its files."""
@@ -116,7 +114,7 @@ def clean_up(
     def settle(kind: str, path: Path, old: bool) -> None:
         (removed if old else kept).append(Entry(kind, str(path), _size(path)))
         if old and not dry_run:
-            remove_folder(path)
+            remove_path(path)
 
     for name in names:
         if (artifacts / name).is_dir():
@@ -129,14 +127,12 @@ def clean_up(
             settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
     home = prefect_home(artifacts)
     for kind, path in _old_files(artifacts, home, settings.keep_days):
-        removed.append(Entry(kind, str(path), _size(path)))
-        if not dry_run:
-            with storage_errors(path), suppress(FileNotFoundError):  # another night removes it too
-                path.unlink()
-                if path.parent.parent.name == "predictions" and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
-    if not dry_run:
-        _cut_log(server_log(home))
+        settle(kind, path, old=True)
+    log = server_log(home)
+    if not dry_run and log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:  # that of a server that runs on
+        with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
+            shutil.copyfile(log, temporary)
+            os.truncate(log, 0)  # the server appends
     disk = next(folder for folder in (artifacts, *artifacts.resolve().parents) if folder.is_dir())
     database = sum(map(_size, home.glob("prefect.db*")))
     return Cleaning(tuple(removed), tuple(kept), database, shutil.disk_usage(disk).free)
@@ -151,9 +147,15 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
     hidden = (artifacts / name / "runs").glob(".*")
     yield from ((leftover, True) for leftover in hidden if TEMPORARY_NAME.fullmatch(leftover.name))
     runs = [run for run in list_runs(artifacts, name) if RUN_ID.fullmatch(run.name) and not run.is_symlink()]
-    needed = {*list_predecessors(artifacts, name)[-1 - _KEPT_PREDECESSORS :], *([current.name] if current else ())}
-    needed |= rolled_back_runs(promotion_history(artifacts, name))  # the gate refuses a model that equals one of them
-    trained = [run for run in runs if _is_trained(run)]
+    champions, rolled_back = replay_history(artifacts, name)  # the gate refuses a model that equals a rolled-back one
+    needed = {*champions[-1 - _KEPT_PREDECESSORS :], *rolled_back, *([current.name] if current else ())}
+    # A run without a manifest is trained too if it has only the later stages to go: training has removed its folder.
+    trained = [
+        run
+        for run in runs
+        if (run / MANIFEST_FILE).is_file()
+        or ((run / "model.keras").is_file() and not (run / TRAINING_LOCK).parent.is_dir())
+    ]
     newest = {*trained[-keep_runs:], *runs[-1:]}
     for run in runs:
         old, lock = run not in newest and run.name not in needed and not _is_busy(run), FileLock(run / TRAINING_LOCK)
@@ -164,13 +166,6 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
             old = False
         yield run, old
         lock.release()
-
-
-def _is_trained(run: Path) -> bool:
-    """Return whether a run is complete, or has only the later stages to go: training has removed its folder."""
-    return (run / MANIFEST_FILE).is_file() or (
-        (run / "model.keras").is_file() and not (run / TRAINING_LOCK).parent.is_dir()
-    )
 
 
 def _is_busy(run: Path) -> bool:
@@ -200,28 +195,19 @@ def _datasets_in_use(artifacts: Path, current: Path | None) -> set[Path]:
 
 
 def _old_files(artifacts: Path, home: Path, keep_days: int) -> Iterator[tuple[str, Path]]:
-    """Yield the kind and path of old results of tasks, files of interrupted classifications, and the previous log."""
+    """Yield the kind and path of old results of tasks, and of what interrupted classifications have left."""
     oldest = time.time() - keep_days * _DAY_SECONDS
-    files = [("task result", path) for path in home.glob("results/*")]
-    files.append(("server log", server_log(home).with_suffix(".log.1")))
+    yield from (("task result", path) for path in home.glob("results/*") if _changed(path) < oldest)
     for folder in artifacts.glob("predictions/*/"):
         with suppress(FileNotFoundError):  # another night has just removed it
             inside = list(folder.iterdir())
-            if all(_changed(path) < oldest for path in inside):
-                files += [("interrupted classification", path) for path in inside if _is_unfinished(path.name)]
-    yield from ((kind, path) for kind, path in files if path.is_file() and _changed(path) < oldest)
-
-
-def _is_unfinished(name: str) -> bool:
-    return bool(JOB_FILE.fullmatch(os.fsencode(name)) or TEMPORARY_NAME.fullmatch(name))
-
-
-def _cut_log(log: Path) -> None:
-    """Empty the log of a server that runs on, once it is long; its content becomes the previous log."""
-    if log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:
-        with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
-            shutil.copyfile(log, temporary)
-        os.truncate(log, 0)  # the server appends
+            left = [
+                path
+                for path in inside
+                if JOB_FILE.fullmatch(os.fsencode(path.name)) or TEMPORARY_NAME.fullmatch(path.name)
+            ]
+            if left and all(_changed(path) < oldest for path in inside):
+                yield from (("interrupted classification", path) for path in ([folder] if left == inside else left))
 
 
 def _changed(path: Path) -> float:

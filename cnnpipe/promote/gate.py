@@ -50,7 +50,7 @@ from cnnpipe.registry import (
     promote_run,
     promotion_history,
     registry_place,
-    rolled_back_runs,
+    replay_history,
 )
 from cnnpipe.session import open_session
 from cnnpipe.settings import PromoteSettings
@@ -174,43 +174,14 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
 
 
 def _decide(run: Path, artifacts: Path, name: str, forced: str | None) -> Decision:
-    """Decide by the rules that need the history too, and by the way of promotion that the settings ask for."""
-    loaded = load_run(run)
-    if forced is not None:
-        return decide_promotion(run, None, loaded).end_as("Promoted", forced)
-    decision = decide_promotion(run, champion_run(artifacts, name), loaded)
-    if decision.promoted and (twin := _find_twin(run, artifacts, name, loaded)):
-        reason = f"it is the same model as {twin}, which was rolled back from"
-        decision = decision.end_as("NotPromoted", reason)
-    if decision.promoted and loaded.settings.promote.promotion == "manual":
-        decision = decision.end_as("AwaitingApproval", decision.reason)
-    return decision
-
-
-def _find_twin(run: Path, artifacts: Path, name: str, loaded: LoadedRun) -> str | None:
-    """Return the id of a run that was rolled back from and gives the same probabilities, or None."""
-    own = read_probabilities(run, loaded.dataset.num_images["test"])
-    for run_id in sorted(rolled_back_runs(promotion_history(artifacts, name)) - {run.name}):
-        try:
-            if give_same(own, score_run(artifacts / name / "runs" / run_id, loaded), loaded):
-                return run_id
-        except CnnpipeError as error:  # it was removed, is damaged, or takes images of another size
-            logger.info("not compared with %s, which was rolled back from: %s", run_id, error)
-    return None
-
-
-def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Decision:
-    """Apply the rules to an exported run, on the test split of its dataset.
-
-    Args:
-        champion: the champion's run folder, or None before the first promotion.
-        loaded: the run's settings and dataset.
-    """
-    evaluation, limits = read_evaluation(run), loaded.settings.promote
-    checks, comparison = _check_run(run, evaluation, loaded), None
-    problem = next((check.problem for check in checks.values() if check.problem), None)
+    """Apply the rules to an exported run, on the test split of its dataset."""
+    loaded, evaluation, comparison = load_run(run), read_evaluation(run), None
+    limits, champion = loaded.settings.promote, None if forced is not None else champion_run(artifacts, name)
+    checks = _check_run(run, evaluation, loaded)
     state: RunState = "NotPromoted"
-    if problem is not None:
+    if forced is not None:
+        state, reason = "Promoted", forced
+    elif problem := next((check.problem for check in checks.values() if check.problem), ""):
         reason = problem
     elif champion is None or champion.name == run.name:
         rank = "first champion" if champion is None else "already champion"
@@ -226,6 +197,11 @@ def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Dec
                 f"to replace it: cnnpipe models promote {shlex.quote(str(run))} --force; "
                 f"to keep both: cnnpipe train {shlex.quote(loaded.location)} --name NAME"
             )
+    if state == "Promoted" and forced is None:
+        if twin := _find_twin(run, artifacts, name, loaded):
+            state, reason = "NotPromoted", f"it is the same model as {twin}, which was rolled back from"
+        elif limits.promotion == "manual":
+            state = "AwaitingApproval"
     return Decision(
         promoted=state == "Promoted",
         reason=reason,
@@ -243,6 +219,18 @@ def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Dec
     )
 
 
+def _find_twin(run: Path, artifacts: Path, name: str, loaded: LoadedRun) -> str | None:
+    """Return the id of a run that was rolled back from and gives the same probabilities, or None."""
+    own = read_probabilities(run, loaded.dataset.num_images["test"])
+    for run_id in sorted(replay_history(artifacts, name)[1] - {run.name}):
+        try:
+            if give_same(own, score_run(artifacts / name / "runs" / run_id, loaded), loaded):
+                return run_id
+        except CnnpipeError as error:  # it was removed, is damaged, or takes images of another size
+            logger.info("not compared with %s, which was rolled back from: %s", run_id, error)
+    return None
+
+
 def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str, Check]:
     """Return the floors and budgets by name, in the order of the rules."""
     limits, accuracy, recall = loaded.settings.promote, evaluation.accuracy, evaluation.average("recall")
@@ -251,8 +239,10 @@ def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str
     def check(name: str, value: float, limit: float | None, passed: bool, problem: str) -> None:
         checks[name] = Check(value, limit, "" if passed else problem.format(value, limit))
 
-    least = limits.min_accuracy
-    check("accuracy", accuracy, least, accuracy >= least, "test accuracy {:.4f} is below the floor of {:.4f}")
+    def check_floor(name: str, value: float, floor: float) -> None:
+        check(name.removeprefix("test "), value, floor, value >= floor, name + " {:.4f} is below the floor of {:.4f}")
+
+    check_floor("test accuracy", accuracy, limits.min_accuracy)
     largest = max(each.support for each in evaluation.per_class) / evaluation.num_images
     chance = float(binomtest(evaluation.num_correct, evaluation.num_images, largest, "greater").pvalue)
     problem = "test accuracy {:.4f} is not significantly above {:.4f}, that of always giving the largest class "
@@ -262,8 +252,7 @@ def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str
     problem = "macro recall {:.4f} is not above {:.4f}, that of always giving one class"
     check("macro recall of one class", recall, constant, recall > constant, problem)
     if limits.min_macro_recall is not None:
-        least = limits.min_macro_recall
-        check("macro recall", recall, least, recall >= least, "macro recall {:.4f} is below the floor of {:.4f}")
+        check_floor("macro recall", recall, limits.min_macro_recall)
     files = [run / name for name in MODEL_FILES.values() if (run / name).is_file()]
     compared = {MODEL_FILES[each]: record.get("sha256") for each, record in read_parity(run).items()}
     changed = [file.name for file in files if sha256_file(file) != compared.pop(file.name, None)]

@@ -19,7 +19,7 @@ from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.registry import Promotion, list_runs, promotion_history, resolve_run, rollback
 from cnnpipe.settings import CleanSettings
-from cnnpipe.storage import remove_folder
+from cnnpipe.storage import remove_path
 
 DAY = 86_400.0
 
@@ -186,11 +186,13 @@ def test_results_of_tasks_and_interrupted_classifications_go_after_some_days(pla
 
     cleaning = _clean(place)
 
-    assert {entry.path for entry in cleaning.removed} == {str(path) for path in (stale, *dead, half)}
+    assert {entry.path for entry in cleaning.removed} == {str(path) for path in (stale, dead[0].parent, half)}
+    assert not stale.exists()
     assert fresh.is_file()
     assert runs_on.is_file()
     assert all(path.is_file() for path in table)
     assert not dead[0].parent.exists()
+    assert not half.exists()
 
 
 def test_a_long_log_of_a_server_that_runs_on_becomes_the_previous_log(place: Path) -> None:
@@ -219,8 +221,8 @@ def test_a_damaged_history_stops_before_anything_is_removed(place: Path) -> None
     assert _days_left(place) == [1, 2, 3]
 
 
-def test_removing_a_folder_that_another_process_removes_is_no_error(tmp_path: Path) -> None:
-    remove_folder(tmp_path / "gone")
+def test_removing_what_another_process_removes_is_no_error(tmp_path: Path) -> None:
+    remove_path(tmp_path / "gone")
 
 
 def _prune(place: Path, *arguments: str) -> tuple[int, str]:
