@@ -256,14 +256,14 @@ def promote_model(
 
     A complete run keeps the decision that was made for it: one that was refused or rolled back needs --force.
     """
-    from cnnpipe.promote.gate import STATES_IN_WORDS, approve_run, conclude_run
+    from cnnpipe.promote.gate import STATES_IN_WORDS, conclude_run
 
     folder = registry.resolve_run(run, artifacts)
     state: RunState = "Promoted"
     if force and (folder / MANIFEST_FILE).is_file():
         text = registry.promote_run(*registry.registry_place(folder), folder.name, reason).reason
     else:
-        decision = conclude_run(folder, forced=reason) if force else approve_run(folder, reason)
+        decision = conclude_run(folder, **{"forced" if force else "approved": reason})
         state, text = decision.state, decision.reason
     values = {"run": str(folder), "promoted": state == "Promoted", "state": state, "reason": text}
     show_result(values, [f"{folder.name} {STATES_IN_WORDS[state]}: {text}"], as_json=as_json)

@@ -63,8 +63,8 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
             checks.append(Check(name, False, text, fix))
         except OSError as error:
             checks.append(Check(name, False, one_line(error), "check the file, its permissions and the disk"))
-        except metadata.PackageNotFoundError as error:
-            checks.append(Check(name, False, f"{error.name} is not installed", "delete .venv and run `make setup`"))
+        except ImportError as error:  # a package is not installed, or lacks a library
+            checks.append(Check(name, False, one_line(error), "delete .venv and run `make setup`"))
 
     check("python", _check_python)
     check("packages", _check_packages)
@@ -114,19 +114,14 @@ def _check_packages() -> str:
                 else:
                     wrong.append(f"{each.name}{each.specifier} is required, {installed or 'none'} is installed")
     if wrong:
-        raise CnnpipeError(
-            f"{', '.join(wrong)}; delete .venv and run `make setup{' CUDA=1' if len(owners) > 1 else ''}`"
-        )
+        raise CnnpipeError(f"{', '.join(wrong)}; delete .venv and run `make setup{' CUDA=1' * (len(owners) > 1)}`")
     return f"{right} as required"
 
 
 def _check_onnxruntime(devices: dict[str, Any]) -> str:
     """Run a model on the CPU; fill `devices` with what is known of all devices."""
-    try:
-        from cnnpipe.session import device_report, try_provider
-    except ImportError as error:
-        devices["problem"] = f"onnxruntime cannot be loaded: {one_line(error)}"
-        raise ProviderError(f"{devices['problem']}; delete .venv and run `make setup`") from error
+    from cnnpipe.session import device_report, try_provider
+
     devices |= device_report()
     return f"{devices['onnxruntime']}, a model runs on {try_provider(None)}"
 
@@ -137,20 +132,18 @@ def _check_cuda(devices: dict[str, Any]) -> str:
     if not driver.gpus:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         if driver.cuda and not hidden and any(map(_is_nvidia_gpu, _PCI_DEVICES.glob("*"))):
-            raise ProviderError(
-                f"there is a GPU, but {driver.problem}; `nvidia-smi` says more: install the driver again"
-            )
+            raise ProviderError(f"there is a GPU, but {driver.problem}; install the driver again, and see `nvidia-smi`")
         return driver.problem
-    if devices["problem"]:
-        raise ProviderError(devices["problem"])
     from cnnpipe.session import try_provider
 
+    if devices["problem"]:
+        raise ProviderError(devices["problem"])
     versions = f"driver for CUDA {driver.cuda}, onnxruntime for {devices['onnxruntime_cuda']}"
     return f"{', '.join(driver.gpus)}, {versions}, a model runs on {try_provider(0)}"
 
 
 def _is_nvidia_gpu(device: Path) -> bool:
-    """Source: Linux' Documentation/ABI/testing/sysfs-bus-pci; 0x10de is NVIDIA, class 3 are displays."""
+    """Return whether a PCI device is a display of NVIDIA; Source: Linux' Documentation/ABI/testing/sysfs-bus-pci."""
     return (device / "vendor").read_text().startswith("0x10de") and (device / "class").read_text().startswith("0x03")
 
 
@@ -170,12 +163,9 @@ def _check_champion(artifacts: Path, name: str) -> str:
     if run is None:
         return "none yet"
     manifest, found = read_manifest(run), digest_files(run)
-    wrong = [file for file, digest in manifest.files.items() if found.get(file) != digest]
-    if wrong:
-        raise RegistryError(
-            f"{', '.join(wrong)} of {run} {'is' if len(wrong) == 1 else 'are'} missing or not as in manifest.json; "
-            f"restore the files, or go back with `cnnpipe models rollback {name}`"
-        )
+    if wrong := [file for file, digest in manifest.files.items() if found.get(file) != digest]:
+        problem = f"these files of {run} are missing or not as in manifest.json: {', '.join(wrong)}"
+        raise RegistryError(f"{problem}; restore them, or go back with `cnnpipe models rollback {name}`")
     return f"{run.name}, accuracy {manifest.model.test_accuracy:.4f}, {len(found)} files as in its manifest"
 
 

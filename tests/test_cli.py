@@ -479,8 +479,14 @@ def test_doctor_names_the_files_of_a_champion_that_changed_and_the_way_back(arti
     (champion / "model.onnx").write_bytes((champion / "model.onnx").read_bytes()[:-1] + b"x")
     (champion / "loss.png").unlink()
     result = run("doctor", "--artifacts", artifacts)
-    assert_one_line_error(result, 1, "champion of digits: loss.png, model.onnx of ", "cnnpipe models rollback digits")
-    assert "\nproblem: champion of digits: loss.png, model.onnx of " in result.stdout
+    assert_one_line_error(
+        result,
+        1,
+        "champion of digits: these files of ",
+        "in manifest.json: loss.png, model.onnx; ",
+        "cnnpipe models rollback digits",
+    )
+    assert "\nproblem: champion of digits: these files of " in result.stdout
 
 
 def make_classes(root: Path, counts: dict[str, int]) -> Path:

@@ -90,10 +90,7 @@ def test_onnxruntime_that_cannot_be_loaded_is_a_problem_and_not_the_end(tmp_path
     (site / "onnxruntime" / "__init__.py").write_text("raise ImportError('libgone.so.1: cannot open shared object')")
     result = run_with(site, tmp_path)
     assert result.returncode == 1
-    assert (
-        "problem: onnxruntime: onnxruntime cannot be loaded: libgone.so.1: cannot open shared object; " in result.stdout
-    )
-    assert re.search(r"^devices\.problem +onnxruntime cannot be loaded: libgone", result.stdout, re.MULTILINE)
+    assert "problem: onnxruntime: libgone.so.1: cannot open shared object; delete .venv and run" in result.stdout
     assert "\nok: disk: " in result.stdout
 
 

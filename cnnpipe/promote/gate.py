@@ -108,8 +108,9 @@ def conclude_run(
 
     Args:
         forced: a reason to promote the run whatever the rules say; decided and recorded again.
-        approved: a person's reason to promote the run if it waits for approval, or would.
-        refused: a person's reason not to promote it.
+        approved: a person's reason to promote the run if it waits for approval; if there has been another champion
+            since it was decided on, the rules are applied again first, and may refuse it.
+        refused: a person's reason not to promote a run that waits for approval.
     Returns:
         The decision; `promoted` is whether the run is the champion now.
     Raises:
@@ -132,19 +133,6 @@ def conclude_run(
             promote_run(artifacts, name, run.name, decision.reason)
     logger.info("%s %s: %s", name, STATES_IN_WORDS[decision.state], decision.reason)
     return decision
-
-
-def approve_run(run: Path, reason: str) -> Decision:
-    """Promote a run that waits for approval; otherwise do as `conclude_run`, whose exceptions it raises.
-
-    If there has been another champion since the run was decided on, the rules are applied again, and may refuse it.
-    """
-    return conclude_run(run, approved=reason)
-
-
-def refuse_run(run: Path, reason: str) -> Decision:
-    """Refuse a run that waits for approval; otherwise do as `conclude_run`, whose exceptions it raises."""
-    return conclude_run(run, refused=reason)
 
 
 def read_decision(run: Path) -> Decision:
