@@ -122,10 +122,14 @@ def conclude_run(
     with alias_lock(artifacts, name):  # nobody else may move the alias between reading the champion and moving it
         found = None if forced is not None else _standing_decision(run, artifacts, name)
         decision = found or _decide(run, artifacts, name, forced)
-        if approved is not None and decision.state == "AwaitingApproval":
-            decision = decision.end_as("Promoted", f"{decision.reason}; approved: {approved}")
-        elif refused is not None and decision.state == "AwaitingApproval":
-            decision = decision.end_as("NotPromoted", f"refused: {refused}")
+        if decision.state == "AwaitingApproval":
+            last = next(reversed(promotion_history(artifacts, name)), None)
+            if last and last.run_id == run.name:  # promoted by force while it waited
+                approved = last.reason
+            if approved is not None:
+                decision = decision.end_as("Promoted", f"{decision.reason}; approved: {approved}")
+            elif refused is not None:
+                decision = decision.end_as("NotPromoted", f"refused: {refused}")
         if decision != found:
             write_json(run / PROMOTION_FILE, asdict(decision))
         _complete_run(run, decision)

@@ -349,6 +349,20 @@ def test_approval_of_a_run_that_another_champion_has_overtaken_decides_again(
     assert read_manifest(run).state == "Unchanged"
 
 
+def test_a_run_that_was_promoted_by_force_while_it_waited_is_not_refused_any_more(
+    folder: Path, digits: PreparedDataset
+) -> None:
+    run = better(folder, digits, promotion="manual")
+    waiting = conclude_run(run)
+    promote_run(folder, "tiny", run.name, "by hand")
+
+    decision = conclude_run(run, refused="nobody answered")
+
+    assert (decision.state, decision.reason) == ("Promoted", f"{waiting.reason}; approved: by hand")
+    assert champion_run(folder, "tiny") == run
+    assert read_manifest(run).state == "Promoted"
+
+
 def test_a_refused_run_is_not_approved(folder: Path, digits: PreparedDataset) -> None:
     run = better(folder, digits, promotion="manual", min_accuracy=1.0, max_megabytes=0.001)
     assert conclude_run(run, approved="please").state == "NotPromoted"
