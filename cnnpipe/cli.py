@@ -179,8 +179,8 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     from cnnpipe.doctor import examine
 
     report, nightly, checks = examine(artifacts)
-    wrong = [check.line() for check in checks if not check.ok]
-    lines = [f"{'ok' if check.ok else 'problem'}: {check.line()}" for check in checks]
+    wrong = [f"{check.name}: {check.text}" for check in checks if not check.ok]
+    lines = [f"{'ok' if check.ok else 'problem'}: {check.name}: {check.text}" for check in checks]
     shown = field_lines({**report, "nightly": nightly.shown() if nightly else "unknown"})
     values = {**report, "nightly": nightly and asdict(nightly), "checks": [asdict(check) for check in checks]}
     show_result(values, [*shown, *lines], as_json=as_json, status="failed" if wrong else "ok")

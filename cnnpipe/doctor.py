@@ -1,4 +1,4 @@
-"""What `cnnpipe doctor` finds on this machine, without TensorFlow.
+"""The checks of `cnnpipe doctor`; they load no TensorFlow.
 
 Each check returns what it found. If something is wrong, it raises an error whose last clause says how to fix it.
 """
@@ -39,12 +39,7 @@ class Check:
 
     name: str
     ok: bool
-    text: str  # what was found
-    fix: str  # how to fix it; empty if nothing is wrong
-
-    def line(self) -> str:
-        """Return the result as text for a person."""
-        return f"{self.name}: {self.text}; {self.fix}" if self.fix else f"{self.name}: {self.text}"
+    text: str  # what was found and, if it is wrong, how to fix it
 
 
 def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check]]:
@@ -56,15 +51,16 @@ def examine(artifacts: Path) -> tuple[dict[str, Any], Nightly | None, list[Check
     checks: list[Check] = []
 
     def check(name: str, find: Callable[..., str], *arguments: Any) -> None:
+        ok = False
         try:
-            checks.append(Check(name, True, find(*arguments), ""))
+            text, ok = find(*arguments), True
         except CnnpipeError as error:
-            text, _, fix = str(error).rpartition("; ")
-            checks.append(Check(name, False, text, fix))
-        except OSError as error:
-            checks.append(Check(name, False, one_line(error), "check the file, its permissions and the disk"))
+            text = str(error)
         except ImportError as error:  # a package is not installed, or lacks a library
-            checks.append(Check(name, False, one_line(error), "delete .venv and run `make setup`"))
+            text = f"{one_line(error)}; delete .venv and run `make setup`"
+        except OSError as error:
+            text = f"{one_line(error)}; check the file, its permissions and the disk"
+        checks.append(Check(name, ok, text))
 
     check("python", _check_python)
     check("packages", _check_packages)

@@ -25,16 +25,9 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
-from cnnpipe.manifest import MANIFEST_FILE, read_origin
+from cnnpipe.manifest import MANIFEST_FILE, PROMOTION_FILE, TRAINING_FILE, read_origin
 from cnnpipe.nightly import prefect_home, server_log
-from cnnpipe.registry import (
-    RUN_ID,
-    TRAINING_LOCK,
-    alias_lock,
-    list_names,
-    list_runs,
-    replay_history,
-)
+from cnnpipe.registry import RUN_ID, TRAINING_LOCK, alias_lock, list_names, list_runs, replay_history
 from cnnpipe.settings import CleanSettings, read_toml
 from cnnpipe.storage import TEMPORARY_NAME, remove_path, storage_errors, write_file
 
@@ -122,9 +115,9 @@ def clean_up(
                 for each, old in _judge_runs(artifacts, name, settings.keep_runs, run):
                     settle("run", each, old)
     in_use = _datasets_in_use(artifacts, run)
-    for name, folders in list_prepared(data).items():
-        for number, folder in enumerate(folders if name in names else ()):
-            settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
+    prepared = list_prepared(data)
+    for number, folder in (each for name in names for each in enumerate(prepared.get(name, ()))):
+        settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
     home = prefect_home(artifacts)
     for kind, path in _old_files(artifacts, home, settings.keep_days):
         settle(kind, path, old=True)
@@ -132,7 +125,7 @@ def clean_up(
     if not dry_run and log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:  # that of a server that runs on
         with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
             shutil.copyfile(log, temporary)
-            os.truncate(log, 0)  # the server appends
+        os.truncate(log, 0)  # the server appends
     disk = next(folder for folder in (artifacts, *artifacts.resolve().parents) if folder.is_dir())
     database = sum(map(_size, home.glob("prefect.db*")))
     return Cleaning(tuple(removed), tuple(kept), database, shutil.disk_usage(disk).free)
@@ -149,13 +142,7 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
     runs = [run for run in list_runs(artifacts, name) if RUN_ID.fullmatch(run.name) and not run.is_symlink()]
     champions, rolled_back = replay_history(artifacts, name)  # the gate refuses a model that equals a rolled-back one
     needed = {*champions[-1 - _KEPT_PREDECESSORS :], *rolled_back, *([current.name] if current else ())}
-    # A run without a manifest is trained too if it has only the later stages to go: training has removed its folder.
-    trained = [
-        run
-        for run in runs
-        if (run / MANIFEST_FILE).is_file()
-        or ((run / "model.keras").is_file() and not (run / TRAINING_LOCK).parent.is_dir())
-    ]
+    trained = [run for run in runs if any((run / file).is_file() for file in (TRAINING_FILE, MANIFEST_FILE))]
     newest = {*trained[-keep_runs:], *runs[-1:]}
     for run in runs:
         old, lock = run not in newest and run.name not in needed and not _is_busy(run), FileLock(run / TRAINING_LOCK)
@@ -175,7 +162,7 @@ def _is_busy(run: Path) -> bool:
             return max(map(_changed, (run, *run.rglob("*")))) > time.time() - _DAY_SECONDS
         return True  # a folder has just been removed
     with suppress(OSError, ValueError, AttributeError, CnnpipeError):
-        decision = run / "promotion.json"
+        decision = run / PROMOTION_FILE
         hours = float(read_toml(run / "config.toml").get("promote", {}).get("approval_hours", 0))
         waits = json.loads(decision.read_bytes()).get("state") == "AwaitingApproval"
         return waits and _changed(decision) > time.time() - 3600 * hours

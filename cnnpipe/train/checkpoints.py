@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import TrainingError
 from cnnpipe.machine import package_versions
-from cnnpipe.manifest import MANIFEST_FILE, best_epoch
+from cnnpipe.manifest import MANIFEST_FILE, TRAINING_FILE, best_epoch
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import TRAINING_LOCK, create_run, list_runs
 from cnnpipe.settings import RetrainSettings
@@ -38,7 +38,6 @@ __all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_st
 
 logger = logging.getLogger(__name__)
 
-_RECORD_FILE: Final = "training.json"
 _FOLDER: Final = "training"
 _JOB_FILE: Final = "job.json"
 _LOCK_FILE: Final = "lock"
@@ -115,12 +114,12 @@ class Checkpoints:
     @property
     def result(self) -> dict[str, Any] | None:
         """Result that `finish` has kept, or None while the training is not complete."""
-        record = _read_json(self.run / _RECORD_FILE)
+        record = _read_json(self.run / TRAINING_FILE)
         return None if record is None else dict(record["result"])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Keep the result of the complete training, values for JSON; raises StorageError if it cannot be written."""
-        write_json(self.run / _RECORD_FILE, {"job": asdict(self.job), "result": result})
+        write_json(self.run / TRAINING_FILE, {"job": asdict(self.job), "result": result})
 
     def save(self, state: Sequence[keras.Variable], epochs: Epochs) -> None:
         """Write all state after an epoch, whole or not at all.
@@ -237,7 +236,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
 
 def _has_job(run: Path, job: TrainingJob) -> bool:
     """Return whether a run is incomplete, and its training, finished or not, is that of the job."""
-    found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / _RECORD_FILE) or {}).get("job")
+    found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / TRAINING_FILE) or {}).get("job")
     return bool(found == asdict(job)) and not (run / MANIFEST_FILE).exists()
 
 

@@ -117,7 +117,7 @@ def test_a_run_under_way_stays_and_a_dead_one_goes(place: Path) -> None:
 
 def test_failed_trainings_do_not_take_the_place_of_trained_runs(place: Path) -> None:
     _add_runs(place, 1, 2)
-    trained = _add_run(place, 3, "model.keras")  # only the later stages failed
+    trained = _add_run(place, 3, "model.keras", "training.json")  # only the later stages failed
     for day in range(4, 9):
         _add_run(place, day, "config.toml", days=0.1)
     _clean(place, keep_runs=2)
