@@ -303,10 +303,8 @@ def prune_models(
 
     names = {*registry.list_names(artifacts), *list_prepared(data)}
     if not names or (name is not None and name not in names):
-        found = ", ".join(sorted(names)) or "nothing"
-        raise RegistryError(
-            f"nothing of {name or 'any name'} in {artifacts} and {data}, which have {found}; check them"
-        )
+        what, found = name or "any name", ", ".join(sorted(names)) or "none"
+        raise RegistryError(f"nothing of {what} in {artifacts} and {data}, whose names are: {found}; check the folders")
     cleaning = clean_up(settings.clean, {name} if name else names, data, artifacts, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     lines = table_lines([(each.kind, f"{each.bytes / 1e6:,.1f} MB", each.path) for each in cleaning.removed])

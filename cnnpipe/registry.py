@@ -252,8 +252,8 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
     """
     folder = artifacts / name
     if not folder.is_dir():
-        there = ", ".join(list_names(artifacts)) or "nothing"
-        raise RegistryError(f"there is no model {name!r} in {artifacts} (only {there}); check the name")
+        there = ", ".join(list_names(artifacts)) or "none"
+        raise RegistryError(f"there is no model {name!r} in {artifacts}, which has: {there}; check the name")
     from filelock import FileLock, Timeout  # loads asyncio, which `--help` need not wait for
 
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)

@@ -246,7 +246,7 @@ def test_incomplete_run_cannot_be_promoted(artifacts: Path) -> None:
 
 
 def test_name_that_is_not_there_is_an_error_and_stays_so(artifacts: Path) -> None:
-    with pytest.raises(RegistryError, match=r"there is no model 'digit' in .* \(only digits\); check the name"):
+    with pytest.raises(RegistryError, match=r"there is no model 'digit' in .*, which has: digits; check the name"):
         promote_run(artifacts, "digit", "A", "")
     with pytest.raises(RegistryError, match="there is no model 'digit'"):
         rollback(artifacts, "digit", "")

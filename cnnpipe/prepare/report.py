@@ -15,7 +15,7 @@ from PIL import Image
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
 from cnnpipe.manifest import ModelInfo, TrainingStatistics
-from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, TRAIN, SourceImages, Unreadable, first_few
+from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
 
 # What is worth a warning; the limits in the settings, which stop the run, are others.
@@ -130,20 +130,18 @@ def _find_leaks(
     given_split: npt.NDArray[np.int8], splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: list[dict[str, int]] = [{} for _ in SPLITS]  # of each split as given
+    first: dict[tuple[int, str], int] = {}  # of each split as given
+    for index, key in enumerate(zip(given_split.tolist(), digests, strict=True)):
+        first.setdefault(key, index)
     kept: dict[tuple[int, str], int] = {}
-    duplicates = []
-    for index, (given, split, digest) in enumerate(zip(given_split.tolist(), splits.tolist(), digests, strict=True)):
-        first[given].setdefault(digest, index)
-        if split != LEFT_OUT and (original := kept.setdefault((split, digest), index)) != index:
+    leaks, duplicates = [], []
+    for index in np.flatnonzero(splits != LEFT_OUT).tolist():
+        given, split, digest = int(given_split[index]), int(splits[index]), digests[index]
+        if (original := kept.setdefault((split, digest), index)) != index:
             duplicates.append(f"{paths[index]} = {paths[original]}")
-    leaks = []
-    for index in np.flatnonzero((given_split != TRAIN) & (splits != LEFT_OUT)).tolist():
-        split = given_split[index]
-        for other in range(split):  # train comes before val, and val before test
-            if (twin := first[other].get(digests[index])) is not None:
-                leaks.append(Leak(paths[index], SPLITS[split], paths[twin], SPLITS[other]))
-                break
+        twins = [(other, first[other, digest]) for other in range(given) if (other, digest) in first]
+        for other, twin in twins[:1]:  # train comes before val, and val before test
+            leaks.append(Leak(paths[index], SPLITS[given], paths[twin], SPLITS[other]))
     return leaks, duplicates
 
 

@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 _FOLDER: Final = "training"
 _JOB_FILE: Final = "job.json"
-_LOCK_FILE: Final = "lock"
 _CHECKPOINT_FILE: Final = "checkpoint.npz"
 
 _PACKAGES: Final = ("tensorflow", "keras", "numpy")
@@ -259,7 +258,7 @@ def _remove_training(run: Path) -> None:
     """Remove the state of a training; the job goes first, so that the rest is never resumed."""
     folder = run / _FOLDER
     with storage_errors(folder):
-        for name in (_JOB_FILE, _CHECKPOINT_FILE, _LOCK_FILE):
-            (folder / name).unlink(missing_ok=True)
+        for file in (folder / _JOB_FILE, folder / _CHECKPOINT_FILE, run / TRAINING_LOCK):
+            file.unlink(missing_ok=True)
     with suppress(OSError):  # another process has just tried the lock, or somebody put a file there
         folder.rmdir()

@@ -265,7 +265,7 @@ def test_prune_of_an_unknown_name_says_which_there_are(place: Path) -> None:
     status, output = _prune(place, "dogs")
     assert status == 1
     assert "error: nothing of dogs in " in output
-    assert "which have cats" in output
+    assert "whose names are: cats; check the folders" in output
 
 
 def test_a_command_that_meets_a_removed_run_says_so(place: Path) -> None:
