@@ -210,10 +210,11 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
 
 
 def replay_history(artifacts: Path, name: str) -> tuple[list[str], set[str]]:
-    """Return the run ids of the champions that a rollback can return to, and of the runs that one has returned from.
+    """Return the champions that a rollback can return to, and the runs that were rolled back from.
 
     Returns:
-        The champions, oldest first, the present one last; and those that were rolled back from and not promoted since.
+        Run ids of the champions, oldest first, the present one last; run ids of those that were rolled back from and
+            not promoted since.
     Raises:
         RegistryError: the alias or the history is damaged.
     """

@@ -1,8 +1,8 @@
 """The stage `clean`: remove old runs, prepared datasets, results of tasks, and classifications that were interrupted.
 
 It never removes the champion, the five champions before it, a run that was rolled back from, one that may be under way
-or that awaits approval, the dataset of such a run, and complete tables of predictions. What a killed process was
-removing goes the next time.
+or that awaits approval, the dataset of such a run, and complete tables of predictions. It removes what an earlier call
+was removing when it was killed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def clean_up(
     """Remove what is older than the settings allow.
 
     Args:
-        names: names whose runs and prepared datasets are looked at; what belongs to no name is removed anyhow.
+        names: names whose runs and prepared datasets are looked at; old files of no name are removed in any case.
         data: folder of prepared datasets.
         artifacts: folder of runs and champions.
         run: run folder to keep with its dataset, however old they are.
@@ -134,8 +134,8 @@ def clean_up(
 def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None) -> Iterator[tuple[Path, bool]]:
     """Yield each run of a name and whether it can be removed; its training lock is held until the next one is taken.
 
-    The newest `keep_runs` trained runs stay. Another one was interrupted or failed in training; only the next training
-    would continue it, so it can be removed as soon as there is a newer run.
+    The newest `keep_runs` trained runs stay. A run that was interrupted or failed in training can be removed as soon as
+    there is a newer run: only the next training would continue it.
     """
     hidden = (artifacts / name / "runs").glob(".*")
     yield from ((leftover, True) for leftover in hidden if TEMPORARY_NAME.fullmatch(leftover.name))

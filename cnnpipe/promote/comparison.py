@@ -162,8 +162,8 @@ def find_worst_class(
 ) -> ClassChange:
     """Return the class whose recall falls most, of those that fall by more than `max_drop` and by more than chance.
 
-    If no class does, of all that have images. A fall counts at a p value below 0.05, or lower where many classes have
-    enough discordant pairs to reach that.
+    If no class does, return the one whose recall falls most of all that have images. A fall counts at a p value below
+    0.05, or lower where many classes have enough discordant pairs to reach that.
 
     Args:
         right: answers of the run; `champion_right` those of the champion for the same images.

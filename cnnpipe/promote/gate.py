@@ -103,8 +103,8 @@ def conclude_run(
 ) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
-    Writes `promotion.json` and, last, `manifest.json`. A complete run keeps its decision. Only if it has passed, was
-    never made champion, and there has been another champion since, it is decided on again. A rollback is not undone.
+    Writes `promotion.json` and, last, `manifest.json`. A complete run is decided on again only if it passed, was never
+    made champion, and another champion came since. A rollback is not undone.
 
     Args:
         forced: a reason to promote the run whatever the rules say; decided and recorded again.

@@ -225,7 +225,10 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
                 logger.info("another process trains %s; this one trains in a folder of its own", run)
                 continue
         if _has_job(run, job):
-            _remove_half_written(run)
+            with storage_errors(run):
+                for file in (*run.iterdir(), *(run / _FOLDER).iterdir()):  # what was half written
+                    if TEMPORARY_NAME.fullmatch(file.name):
+                        file.unlink(missing_ok=True)
             logger.info("resuming %s, which was interrupted; use --no-resume to start over", run)
             return run, lock
         lock.release()  # completed meanwhile
@@ -245,13 +248,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _remove_half_written(run: Path) -> None:
-    with storage_errors(run):
-        for file in (*run.iterdir(), *(run / _FOLDER).iterdir()):
-            if TEMPORARY_NAME.fullmatch(file.name):
-                file.unlink(missing_ok=True)
 
 
 def _remove_training(run: Path) -> None:
