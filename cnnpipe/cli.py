@@ -305,7 +305,7 @@ def prune_models(
     if not names or (name is not None and name not in names):
         what, found = name or "any name", ", ".join(sorted(names)) or "none"
         raise RegistryError(f"nothing of {what} in {artifacts} and {data}, whose names are: {found}; check the folders")
-    cleaning = clean_up(settings.clean, {name} if name else names, data, artifacts, dry_run=dry_run)
+    cleaning = clean_up(settings.clean, [name] if name else sorted(names), data, artifacts, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     lines = table_lines([(each.kind, f"{each.bytes / 1e6:,.1f} MB", each.path) for each in cleaning.removed])
     values = {"dry_run": dry_run, "freed_bytes": sum(each.bytes for each in cleaning.removed), **asdict(cleaning)}
