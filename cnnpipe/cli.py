@@ -179,8 +179,8 @@ def doctor(artifacts: ArtifactsOption = _ARTIFACTS, as_json: JsonOption = False)
     from cnnpipe.doctor import examine
 
     report, nightly, checks = examine(artifacts)
-    wrong = [check.line() for check in checks if not check.ok]
-    lines = [f"{'ok' if check.ok else 'problem'}: {check.line()}" for check in checks]
+    wrong = [f"{check.name}: {check.text}" for check in checks if not check.ok]
+    lines = [f"{'ok' if check.ok else 'problem'}: {check.name}: {check.text}" for check in checks]
     shown = field_lines({**report, "nightly": nightly.shown() if nightly else "unknown"})
     values = {**report, "nightly": nightly and asdict(nightly), "checks": [asdict(check) for check in checks]}
     show_result(values, [*shown, *lines], as_json=as_json, status="failed" if wrong else "ok")
@@ -256,14 +256,14 @@ def promote_model(
 
     A complete run keeps the decision that was made for it: one that was refused or rolled back needs --force.
     """
-    from cnnpipe.promote.gate import STATES_IN_WORDS, approve_run, conclude_run
+    from cnnpipe.promote.gate import STATES_IN_WORDS, conclude_run
 
     folder = registry.resolve_run(run, artifacts)
     state: RunState = "Promoted"
     if force and (folder / MANIFEST_FILE).is_file():
         text = registry.promote_run(*registry.registry_place(folder), folder.name, reason).reason
     else:
-        decision = conclude_run(folder, forced=reason) if force else approve_run(folder, reason)
+        decision = conclude_run(folder, **{"forced" if force else "approved": reason})
         state, text = decision.state, decision.reason
     values = {"run": str(folder), "promoted": state == "Promoted", "state": state, "reason": text}
     show_result(values, [f"{folder.name} {STATES_IN_WORDS[state]}: {text}"], as_json=as_json)
@@ -303,11 +303,9 @@ def prune_models(
 
     names = {*registry.list_names(artifacts), *list_prepared(data)}
     if not names or (name is not None and name not in names):
-        found = ", ".join(sorted(names)) or "nothing"
-        raise RegistryError(
-            f"nothing of {name or 'any name'} in {artifacts} and {data}, which have {found}; check them"
-        )
-    cleaning = clean_up(settings.clean, {name} if name else names, data, artifacts, dry_run=dry_run)
+        what, found = name or "any name", ", ".join(sorted(names)) or "none"
+        raise RegistryError(f"nothing of {what} in {artifacts} and {data}, whose names are: {found}; check the folders")
+    cleaning = clean_up(settings.clean, [name] if name else sorted(names), data, artifacts, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     lines = table_lines([(each.kind, f"{each.bytes / 1e6:,.1f} MB", each.path) for each in cleaning.removed])
     values = {"dry_run": dry_run, "freed_bytes": sum(each.bytes for each in cleaning.removed), **asdict(cleaning)}

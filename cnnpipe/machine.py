@@ -47,45 +47,25 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits: list[int] = []
     with suppress(OSError, ValueError, ArithmeticError):  # not Linux, or files that are not as documented
-        for text in _read_groups(cgroups, own, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-            quota, period = text.split()
-            if quota not in ("max", "-1"):
-                limits.append(math.ceil(float(quota) / float(period)))
+        for line in own.read_text(errors="replace").splitlines():
+            _, controllers, group = line.split(":", 2)
+            limits += _core_limits(cgroups, controllers, group)
     return max(1, min([cores, *limits]))
 
 
-def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the memory in bytes that this process may use: the machine's, or its container's limit if that is less.
-
-    Args:
-        cgroups, own: as for `usable_cores`.
-    Source: Linux' Documentation/admin-guide/cgroup-v2.rst, "Memory"; for version 1 cgroup-v1/memory.rst.
-    """
-    import psutil
-
-    limits = [int(psutil.virtual_memory().total)]
-    with suppress(OSError, ValueError):
-        for text in _read_groups(cgroups, own, "memory", ["memory.max"], ["memory.limit_in_bytes"]):
-            limits += [int(text)] if text.strip() != "max" else []
-    return min(limits)
-
-
-def _read_groups(cgroups: Path, own: Path, controller: str, files: list[str], old_files: list[str]) -> Iterator[str]:
-    """Yield the text of a controller's files for this process's control group and the groups that contain it.
-
-    Args:
-        files: names in version 2 of control groups.
-        old_files: names in version 1.
-    """
-    for line in own.read_text(errors="replace").splitlines():
-        _, controllers, group = line.split(":", 2)
-        root, names = (cgroups / controller, old_files) if controllers else (cgroups, files)
-        if controllers and controller not in controllers.split(","):
-            continue
-        folder = root / group.lstrip("/")
-        for each in (folder, *folder.parents):
-            if each.is_relative_to(root) and all((each / name).is_file() for name in names):
-                yield " ".join((each / name).read_text() for name in names)
+def _core_limits(cgroups: Path, controllers: str, group: str) -> Iterator[int]:
+    """Yield the limits of a control group and of the groups that contain it, in cores."""
+    root, files = cgroups, ["cpu.max"]
+    if controllers:  # version 1
+        root, files = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        if "cpu" not in controllers.split(","):
+            return
+    folder = root / group.lstrip("/")
+    for each in (folder, *folder.parents):
+        if each.is_relative_to(root) and all((each / name).is_file() for name in files):
+            quota, period = " ".join((each / name).read_text() for name in files).split()
+            if quota not in ("max", "-1"):
+                yield math.ceil(float(quota) / float(period))
 
 
 @dataclass(frozen=True)

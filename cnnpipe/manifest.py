@@ -39,6 +39,7 @@ MANIFEST_FILE: Final = "manifest.json"
 HISTORY_FILE: Final = "history.csv"
 PARITY_FILE: Final = "parity.json"
 PROMOTION_FILE: Final = "promotion.json"
+TRAINING_FILE: Final = "training.json"
 
 Precision = Literal["fp32", "int8", "fp16"]  # numbers that a model file computes with
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)

@@ -202,41 +202,35 @@ def rollback(artifacts: Path, name: str, reason: str, run_id: str | None = None)
     """
     with alias_lock(artifacts, name):
         if run_id is None:
-            champions = list_predecessors(artifacts, name)
+            champions, _ = replay_history(artifacts, name)
             if len(champions) < 2:
                 raise RegistryError(f"{name} has no earlier champion to go back to; see `cnnpipe models list {name}`")
             run_id = champions[-2]
         return promote_run(artifacts, name, run_id, reason, "rollback")
 
 
-def rolled_back_runs(history: list[Promotion]) -> set[str]:
-    """Return the run ids that the alias was rolled back from, and that were not made champion since."""
-    champions: list[str] = []
-    left: set[str] = set()
-    for move in history:
-        if move.action == "rollback":
-            before = champions[::-1].index(move.run_id) if move.run_id in champions else 1
-            left.update(champions[len(champions) - before :])
-        champions.append(move.run_id)
-        left.discard(move.run_id)
-    return left
+def replay_history(artifacts: Path, name: str) -> tuple[list[str], set[str]]:
+    """Return the champions that a rollback can return to, and the runs that were rolled back from.
 
-
-def list_predecessors(artifacts: Path, name: str) -> list[str]:
-    """Return the run ids of the champions that a rollback can return to, oldest first, the present one last.
-
+    Returns:
+        Run ids of the champions, oldest first, the present one last; run ids of those that were rolled back from and
+            not promoted since.
     Raises:
         RegistryError: the alias or the history is damaged.
     """
     champions: list[str] = []
+    left: set[str] = set()
     for move in promotion_history(artifacts, name):
         _return_to(champions, move.previous)  # differs from the last only if a move was written, but not made
         if move.action == "rollback":
+            before = list(champions)
             _return_to(champions, move.run_id)
+            left.update(before[len(champions) :] or before[-1:])
         elif champions[-1:] != [move.run_id]:
             champions.append(move.run_id)
+        left.discard(move.run_id)
     _return_to(champions, _alias_content(artifacts / name / CHAMPION_FILE))
-    return champions
+    return champions, left
 
 
 def _return_to(champions: list[str], run_id: str | None) -> None:
@@ -259,8 +253,8 @@ def alias_lock(artifacts: Path, name: str) -> Iterator[None]:
     """
     folder = artifacts / name
     if not folder.is_dir():
-        there = ", ".join(list_names(artifacts)) or "nothing"
-        raise RegistryError(f"there is no model {name!r} in {artifacts} (only {there}); check the name")
+        there = ", ".join(list_names(artifacts)) or "none"
+        raise RegistryError(f"there is no model {name!r} in {artifacts}, which has: {there}; check the name")
     from filelock import FileLock, Timeout  # loads asyncio, which `--help` need not wait for
 
     lock = FileLock(folder.resolve() / ".lock", is_singleton=True)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
+from onnxruntime.datasets import get_example
 
 from cnnpipe.errors import CnnpipeError, ConfigError, GpuMemoryError, ModelError, ProviderError, one_line
 from cnnpipe.machine import ask_driver, free_gpu_memory, usable_cores
@@ -184,13 +185,9 @@ def try_provider(gpu: int | None) -> str:
     Raises:
         ProviderError: it cannot be run there.
     """
-    identity = (
-        b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
-        b"\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-    )  # y = x, float32 (1,), in the format of onnx.proto
     try:
-        session = _create(identity, 1, gpu)
-        session.run(["y"], {"x": np.ones(1, np.float32)})
+        session = _create(Path(get_example("sigmoid.onnx")).read_bytes(), 1, gpu)
+        session.run(None, {"x": np.zeros((3, 4, 5), np.float32)})
     except _SESSION_ERRORS as error:
         raise ProviderError(f"onnxruntime cannot run a model: {_one_line(error)}; see docs/gpu.md") from error
     if gpu is not None and session.get_providers()[0] != CUDA:

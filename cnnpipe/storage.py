@@ -147,12 +147,12 @@ def write_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder; it gets a hidden name in one step, so that nobody sees half of it; raises StorageError."""
+def remove_path(path: Path) -> None:
+    """Remove a file or folder, which first gets a hidden name, so that nobody sees half of it; raises StorageError."""
     hidden = _temporary_name(path)
     with storage_errors(path), suppress(FileNotFoundError):  # another process removes it too
         os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
 
 def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> None:

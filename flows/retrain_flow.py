@@ -239,9 +239,9 @@ def clean_folders(clean: CleanSettings, name: str, run: str | None, data: str, a
 @task(name="approve", **_STAGE)
 def answer_approval(run: str, approved: bool, reason: str) -> dict[str, Any]:
     """Make a run the champion, or refuse it, as a person has answered; return the decision."""
-    from cnnpipe.promote.gate import approve_run, refuse_run
+    from cnnpipe.promote.gate import conclude_run
 
-    answer = approve_run if approved else refuse_run
-    decision = answer(Path(run), reason or f"{'approved' if approved else 'refused'} by a person")
+    answer = "approved" if approved else "refused"
+    decision = conclude_run(Path(run), **{answer: reason or f"{answer} by a person"})
     publish_decision(Path(run), decision)
     return asdict(decision)

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from cnnpipe import doctor
 from cnnpipe.cli import app
-from cnnpipe.machine import usable_memory
-from cnnpipe.nightly import PidFile
+from cnnpipe.errors import ServerError
+from cnnpipe.nightly import Nightly, PidFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def test_folder_that_cannot_be_written_is_a_problem() -> None:
     if not Path("/proc/self").exists():
         pytest.skip("needs a folder that not even root can write")
     problem = only_problem(Path("/proc/self/artifacts"))
-    assert re.match(r"disk: cannot write in /proc/\d+: .*; check the folder, its permissions", problem)
+    assert re.match(r"disk: cannot write /proc/\d+: .*; check the folder, its permissions", problem)
 
 
 def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +90,7 @@ def test_onnxruntime_that_cannot_be_loaded_is_a_problem_and_not_the_end(tmp_path
     (site / "onnxruntime" / "__init__.py").write_text("raise ImportError('libgone.so.1: cannot open shared object')")
     result = run_with(site, tmp_path)
     assert result.returncode == 1
-    assert (
-        "problem: onnxruntime: onnxruntime cannot be loaded: libgone.so.1: cannot open shared object; " in result.stdout
-    )
-    assert re.search(r"^devices\.problem +onnxruntime cannot be loaded: libgone", result.stdout, re.MULTILINE)
+    assert "problem: onnxruntime: libgone.so.1: cannot open shared object; delete .venv and run" in result.stdout
     assert "\nok: disk: " in result.stdout
 
 
@@ -128,32 +125,6 @@ def test_driver_that_gives_no_gpu_is_a_problem_only_if_there_is_one_to_give(
         assert examine(tmp_path) == (0, [])
 
 
-@pytest.mark.parametrize(
-    ("own", "file", "content", "expected"),
-    [
-        ("0::/a\n", "a/memory.max", "1500000000\n", 1_500_000_000),
-        ("0::/a/b\n", "a/memory.max", "1500000000\n", 1_500_000_000),
-        ("0::/a\n", "a/memory.max", "max\n", None),
-        ("3:memory:/a\n0::/\n", "memory/a/memory.limit_in_bytes", "1500000000\n", 1_500_000_000),
-        ("3:memory:/a\n0::/\n", "memory/a/memory.limit_in_bytes", "9223372036854771712\n", None),
-    ],
-)
-def test_memory_is_what_the_container_grants(
-    own: str, file: str, content: str, expected: int | None, tmp_path: Path
-) -> None:
-    import psutil
-
-    (tmp_path / "fs" / file).parent.mkdir(parents=True)
-    (tmp_path / "fs" / file).write_text(content)
-    (tmp_path / "own").write_text(own)
-    assert usable_memory(tmp_path / "fs", tmp_path / "own") == (expected or psutil.virtual_memory().total)
-
-
-def test_container_with_little_memory_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "usable_memory", lambda: 512_000_000)
-    assert "0.5 GB of memory, and training needs 2 GB; raise the container's limit" in only_problem(tmp_path)
-
-
 @contextmanager
 def running(home: Path, name: str, url: str) -> Iterator[None]:
     """Hold the record of a process of this project, as the process would."""
@@ -180,3 +151,11 @@ def test_process_whose_record_is_lost_is_a_problem(tmp_path: Path) -> None:
     with running(tmp_path / ".prefect", "server", "http://127.0.0.1:1"):
         PidFile(tmp_path / ".prefect", "server").record_path.unlink()
         assert re.match(r"server: a process of cnnpipe holds .*; end the process by hand", only_problem(tmp_path))
+
+
+def test_schedule_that_is_paused_is_a_problem_beside_one_that_runs(tmp_path: Path) -> None:
+    nightly = Nightly("http://127.0.0.1:4200", 1, True, {"cats": 2, "dogs": 3}, {"cats": "2026-11-27 02:00 UTC"}, None)
+    with pytest.raises(
+        ServerError, match=r"no run of dogs is due; look into \S+ and, in the UI, for a paused schedule"
+    ):
+        doctor._check_schedule(nightly, tmp_path / "server.log")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,10 @@ from cnnpipe.registry import (
     list_runs,
     promote_run,
     promotion_history,
+    replay_history,
     resolve_model,
     resolve_run,
     rollback,
-    rolled_back_runs,
 )
 
 STATISTICS = TrainingStatistics(
@@ -210,11 +212,20 @@ def test_rollback_to_a_run_that_never_was_champion_can_be_taken_back(artifacts: 
         ("+A +B -A +B", set()),
         ("+A +B -A +C -A", {"B", "C"}),
         ("+A +B -A -X", {"A", "B"}),
+        ("+A +B +A -B", {"A"}),
     ],
 )
-def test_runs_that_were_rolled_back_from_are_known_until_they_are_champion_again(moves: str, left: set[str]) -> None:
-    history = [Promotion("", "promote" if move[0] == "+" else "rollback", move[1:], None, "") for move in moves.split()]
-    assert rolled_back_runs(history) == left
+def test_runs_that_were_rolled_back_from_are_known_until_they_are_champion_again(
+    artifacts: Path, moves: str, left: set[str]
+) -> None:
+    runs = [move[1:] for move in moves.split()]
+    history = [
+        Promotion("", "promote" if move[0] == "+" else "rollback", run, previous, "")
+        for move, run, previous in zip(moves.split(), runs, [None, *runs], strict=False)
+    ]
+    lines = [json.dumps(asdict(move)) + "\n" for move in history]
+    (artifacts / "digits" / PROMOTIONS_FILE).write_text("".join(lines))
+    assert replay_history(artifacts, "digits")[1] == left
 
 
 @pytest.mark.parametrize("run_id", ["X", "", ".", "..", "../runs/A", "A/"])
@@ -235,7 +246,7 @@ def test_incomplete_run_cannot_be_promoted(artifacts: Path) -> None:
 
 
 def test_name_that_is_not_there_is_an_error_and_stays_so(artifacts: Path) -> None:
-    with pytest.raises(RegistryError, match=r"there is no model 'digit' in .* \(only digits\); check the name"):
+    with pytest.raises(RegistryError, match=r"there is no model 'digit' in .*, which has: digits; check the name"):
         promote_run(artifacts, "digit", "A", "")
     with pytest.raises(RegistryError, match="there is no model 'digit'"):
         rollback(artifacts, "digit", "")

@@ -1,8 +1,8 @@
 """The stage `clean`: remove old runs, prepared datasets, results of tasks, and classifications that were interrupted.
 
 It never removes the champion, the five champions before it, a run that was rolled back from, one that may be under way
-or that awaits approval, the dataset of such a run, and complete tables of predictions. What a killed process was
-removing goes the next time.
+or that awaits approval, the dataset of such a run, and complete tables of predictions. It removes what an earlier call
+was removing when it was killed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,11 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
-from cnnpipe.manifest import MANIFEST_FILE, read_origin
+from cnnpipe.manifest import MANIFEST_FILE, PROMOTION_FILE, TRAINING_FILE, read_origin
 from cnnpipe.nightly import prefect_home, server_log
-from cnnpipe.registry import (
-    RUN_ID,
-    TRAINING_LOCK,
-    alias_lock,
-    list_names,
-    list_predecessors,
-    list_runs,
-    promotion_history,
-    rolled_back_runs,
-)
+from cnnpipe.registry import RUN_ID, TRAINING_LOCK, alias_lock, list_names, list_runs, replay_history
 from cnnpipe.settings import CleanSettings, read_toml
-from cnnpipe.storage import TEMPORARY_NAME, remove_folder, storage_errors, write_file
+from cnnpipe.storage import TEMPORARY_NAME, remove_path, storage_errors, write_file
 
 _KEPT_PREDECESSORS: Final = 5
 """Number of champions before the present one that stay for a rollback, however old they are."""
@@ -55,7 +46,7 @@ class Entry:
     """A file or folder that was removed or is kept."""
 
     kind: str
-    """`run`, `prepared dataset`, `task result`, `interrupted classification` or `server log`."""
+    """`run`, `prepared dataset`, `task result` or `interrupted classification`."""
     path: str
     bytes: int
     """Size of its files."""
@@ -101,7 +92,7 @@ def clean_up(
     """Remove what is older than the settings allow.
 
     Args:
-        names: names whose runs and prepared datasets are looked at; what belongs to no name is removed anyhow.
+        names: names whose runs and prepared datasets are looked at; old files of no name are removed in any case.
         data: folder of prepared datasets.
         artifacts: folder of runs and champions.
         run: run folder to keep with its dataset, however old they are.
@@ -116,7 +107,7 @@ def clean_up(
     def settle(kind: str, path: Path, old: bool) -> None:
         (removed if old else kept).append(Entry(kind, str(path), _size(path)))
         if old and not dry_run:
-            remove_folder(path)
+            remove_path(path)
 
     for name in names:
         if (artifacts / name).is_dir():
@@ -124,19 +115,17 @@ def clean_up(
                 for each, old in _judge_runs(artifacts, name, settings.keep_runs, run):
                     settle("run", each, old)
     in_use = _datasets_in_use(artifacts, run)
-    for name, folders in list_prepared(data).items():
-        for number, folder in enumerate(folders if name in names else ()):
-            settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
+    prepared = list_prepared(data)
+    for number, folder in (each for name in names for each in enumerate(prepared.get(name, ()))):
+        settle("prepared dataset", folder, number >= settings.keep_prepared and folder.resolve() not in in_use)
     home = prefect_home(artifacts)
     for kind, path in _old_files(artifacts, home, settings.keep_days):
-        removed.append(Entry(kind, str(path), _size(path)))
-        if not dry_run:
-            with storage_errors(path), suppress(FileNotFoundError):  # another night removes it too
-                path.unlink()
-                if path.parent.parent.name == "predictions" and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
-    if not dry_run:
-        _cut_log(server_log(home))
+        settle(kind, path, old=True)
+    log = server_log(home)
+    if not dry_run and log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:  # that of a server that runs on
+        with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
+            shutil.copyfile(log, temporary)
+        os.truncate(log, 0)  # the server appends
     disk = next(folder for folder in (artifacts, *artifacts.resolve().parents) if folder.is_dir())
     database = sum(map(_size, home.glob("prefect.db*")))
     return Cleaning(tuple(removed), tuple(kept), database, shutil.disk_usage(disk).free)
@@ -145,15 +134,15 @@ def clean_up(
 def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None) -> Iterator[tuple[Path, bool]]:
     """Yield each run of a name and whether it can be removed; its training lock is held until the next one is taken.
 
-    The newest `keep_runs` trained runs stay. Another one was interrupted or failed in training; only the next training
-    would continue it, so it can be removed as soon as there is a newer run.
+    The newest `keep_runs` trained runs stay. A run that was interrupted or failed in training can be removed as soon as
+    there is a newer run: only the next training would continue it.
     """
     hidden = (artifacts / name / "runs").glob(".*")
     yield from ((leftover, True) for leftover in hidden if TEMPORARY_NAME.fullmatch(leftover.name))
     runs = [run for run in list_runs(artifacts, name) if RUN_ID.fullmatch(run.name) and not run.is_symlink()]
-    needed = {*list_predecessors(artifacts, name)[-1 - _KEPT_PREDECESSORS :], *([current.name] if current else ())}
-    needed |= rolled_back_runs(promotion_history(artifacts, name))  # the gate refuses a model that equals one of them
-    trained = [run for run in runs if _is_trained(run)]
+    champions, rolled_back = replay_history(artifacts, name)  # the gate refuses a model that equals a rolled-back one
+    needed = {*champions[-1 - _KEPT_PREDECESSORS :], *rolled_back, *([current.name] if current else ())}
+    trained = [run for run in runs if any((run / file).is_file() for file in (TRAINING_FILE, MANIFEST_FILE))]
     newest = {*trained[-keep_runs:], *runs[-1:]}
     for run in runs:
         old, lock = run not in newest and run.name not in needed and not _is_busy(run), FileLock(run / TRAINING_LOCK)
@@ -166,13 +155,6 @@ def _judge_runs(artifacts: Path, name: str, keep_runs: int, current: Path | None
         lock.release()
 
 
-def _is_trained(run: Path) -> bool:
-    """Return whether a run is complete, or has only the later stages to go: training has removed its folder."""
-    return (run / MANIFEST_FILE).is_file() or (
-        (run / "model.keras").is_file() and not (run / TRAINING_LOCK).parent.is_dir()
-    )
-
-
 def _is_busy(run: Path) -> bool:
     """Return whether a run awaits approval, or is not complete and was changed within a day."""
     if not (run / MANIFEST_FILE).is_file():
@@ -180,7 +162,7 @@ def _is_busy(run: Path) -> bool:
             return max(map(_changed, (run, *run.rglob("*")))) > time.time() - _DAY_SECONDS
         return True  # a folder has just been removed
     with suppress(OSError, ValueError, AttributeError, CnnpipeError):
-        decision = run / "promotion.json"
+        decision = run / PROMOTION_FILE
         hours = float(read_toml(run / "config.toml").get("promote", {}).get("approval_hours", 0))
         waits = json.loads(decision.read_bytes()).get("state") == "AwaitingApproval"
         return waits and _changed(decision) > time.time() - 3600 * hours
@@ -200,28 +182,19 @@ def _datasets_in_use(artifacts: Path, current: Path | None) -> set[Path]:
 
 
 def _old_files(artifacts: Path, home: Path, keep_days: int) -> Iterator[tuple[str, Path]]:
-    """Yield the kind and path of old results of tasks, files of interrupted classifications, and the previous log."""
+    """Yield the kind and path of old results of tasks, and of what interrupted classifications have left."""
     oldest = time.time() - keep_days * _DAY_SECONDS
-    files = [("task result", path) for path in home.glob("results/*")]
-    files.append(("server log", server_log(home).with_suffix(".log.1")))
+    yield from (("task result", path) for path in home.glob("results/*") if _changed(path) < oldest)
     for folder in artifacts.glob("predictions/*/"):
         with suppress(FileNotFoundError):  # another night has just removed it
             inside = list(folder.iterdir())
-            if all(_changed(path) < oldest for path in inside):
-                files += [("interrupted classification", path) for path in inside if _is_unfinished(path.name)]
-    yield from ((kind, path) for kind, path in files if path.is_file() and _changed(path) < oldest)
-
-
-def _is_unfinished(name: str) -> bool:
-    return bool(JOB_FILE.fullmatch(os.fsencode(name)) or TEMPORARY_NAME.fullmatch(name))
-
-
-def _cut_log(log: Path) -> None:
-    """Empty the log of a server that runs on, once it is long; its content becomes the previous log."""
-    if log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:
-        with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
-            shutil.copyfile(log, temporary)
-        os.truncate(log, 0)  # the server appends
+            left = [
+                path
+                for path in inside
+                if JOB_FILE.fullmatch(os.fsencode(path.name)) or TEMPORARY_NAME.fullmatch(path.name)
+            ]
+            if left and all(_changed(path) < oldest for path in inside):
+                yield from (("interrupted classification", path) for path in ([folder] if left == inside else left))
 
 
 def _changed(path: Path) -> float:

@@ -46,7 +46,7 @@ from cnnpipe.prepare.report import (
     check_contrast,
     check_limits,
     compute_statistics,
-    list_changes,
+    measure_shift,
 )
 from cnnpipe.prepare.sources import (
     LEFT_OUT,
@@ -57,6 +57,7 @@ from cnnpipe.prepare.sources import (
     DigitsSource,
     FolderSource,
     SourceImages,
+    first_few,
     hash_pixels,
     list_image_folder,
     pack_digests,
@@ -164,12 +165,26 @@ def prepare_dataset(
 
 
 def _list_changes(dataset: PreparedDataset, champion: Path, settings: PrepareSettings) -> list[str]:
-    """Return how a dataset differs from the champion's by more than the limits allow."""
-    train, new = SPLITS[TRAIN], []
-    with suppress(DatasetError):  # an older version trained the champion, and its dataset is gone
-        known = find_shared(dataset.digests(train), *read_digests(champion).values())
-        new = [path for path, is_known in zip(dataset.paths(train), known, strict=True) if not is_known]
-    return list_changes(dataset.class_names, dataset.statistics, new, read_manifest(champion).model, settings)
+    """Return how a dataset differs from the champion's by more than the limits allow, one line for each limit."""
+    model, train, changes = read_manifest(champion).model, SPLITS[TRAIN], []
+    other_model = "or train another model with --name"
+    new = [name for name in dataset.class_names if name not in model.class_names]
+    gone = [name for name in model.class_names if name not in dataset.class_names]
+    if settings.same_classes and (new or gone):
+        parts = "; ".join(f"{what}: {first_few(names)}" for what, names in (("new", new), ("gone", gone)) if names)
+        text = f"the classes are not those of the champion {model.run_id}, {parts} (same_classes)"
+        changes.append(f"{text}; restore the folder, allow it with --no-same-classes, {other_model}")
+    statistics = (dataset.statistics, model.training_statistics)
+    if (shift := measure_shift(*statistics)) > settings.max_pixel_shift:
+        means = [" ".join(f"{value:.0f}" for value in each.channel_mean) for each in statistics]
+        text = f"the train images differ by {shift:.2f} from those of the champion {model.run_id}, more than"
+        text += f" {settings.max_pixel_shift:.4g} (max_pixel_shift): mean RGB {means[0]}, was {means[1]}"
+        with suppress(DatasetError):  # an older version trained the champion, and its dataset is gone
+            known = find_shared(dataset.digests(train), *read_digests(champion).values())
+            paths = [path for path, is_known in zip(dataset.paths(train), known, strict=True) if not is_known]
+            text += f"; {len(paths):,} images are new: {first_few(paths)}" if paths else ""
+        changes.append(f"{text}; check the images, raise the limit, {other_model}")
+    return changes
 
 
 def open_source(

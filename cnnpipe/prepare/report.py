@@ -14,8 +14,8 @@ from PIL import Image
 
 from cnnpipe.errors import DatasetError, ImageError
 from cnnpipe.images.decode import highest_value, read_file
-from cnnpipe.manifest import ModelInfo, TrainingStatistics
-from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, TRAIN, SourceImages, Unreadable, first_few
+from cnnpipe.manifest import TrainingStatistics
+from cnnpipe.prepare.sources import LEFT_OUT, SPLITS, SourceImages, Unreadable, first_few
 from cnnpipe.settings import PrepareSettings
 
 # What is worth a warning; the limits in the settings, which stop the run, are others.
@@ -85,7 +85,9 @@ def build_report(images: SourceImages, splits: npt.NDArray[np.int8]) -> DataRepo
             leaked, f"{len(leaked):,} of {total:,} images of {split} are also in another, where they were left out"
         )
     found += _warn(duplicates, f"{len(duplicates):,} images repeat another one of their split")
-    contradictions = _find_contradictions(labels, digests, paths)
+    first: dict[str, int] = {}
+    twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
+    contradictions = [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
     found += _warn(contradictions, f"{len(contradictions)} images are in two classes")
     different = Counter(label for label, _ in set(zip(labels.tolist(), digests, strict=True)))
     totals = {name: f"{name} ({different[label]:,} different in all)" for label, name in enumerate(class_names)}
@@ -130,28 +132,19 @@ def _find_leaks(
     given_split: npt.NDArray[np.int8], splits: npt.NDArray[np.int8], digests: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[Leak], list[str]]:
     """Return the leaks in the order of the images, and `path = original` for each duplicate within a split."""
-    first: list[dict[str, int]] = [{} for _ in SPLITS]  # of each split as given
+    first: dict[tuple[int, str], int] = {}  # of each split as given
+    for index, key in enumerate(zip(given_split.tolist(), digests, strict=True)):
+        first.setdefault(key, index)
     kept: dict[tuple[int, str], int] = {}
-    duplicates = []
-    for index, (given, split, digest) in enumerate(zip(given_split.tolist(), splits.tolist(), digests, strict=True)):
-        first[given].setdefault(digest, index)
-        if split != LEFT_OUT and (original := kept.setdefault((split, digest), index)) != index:
+    leaks, duplicates = [], []
+    for index in np.flatnonzero(splits != LEFT_OUT).tolist():
+        given, split, digest = int(given_split[index]), int(splits[index]), digests[index]
+        if (original := kept.setdefault((split, digest), index)) != index:
             duplicates.append(f"{paths[index]} = {paths[original]}")
-    leaks = []
-    for index in np.flatnonzero((given_split != TRAIN) & (splits != LEFT_OUT)).tolist():
-        split = given_split[index]
-        for other in range(split):  # train comes before val, and val before test
-            if (twin := first[other].get(digests[index])) is not None:
-                leaks.append(Leak(paths[index], SPLITS[split], paths[twin], SPLITS[other]))
-                break
+        twins = [(other, first[other, digest]) for other in range(given) if (other, digest) in first]
+        for other, twin in twins[:1]:  # train comes before val, and val before test
+            leaks.append(Leak(paths[index], SPLITS[given], paths[twin], SPLITS[other]))
     return leaks, duplicates
-
-
-def _find_contradictions(labels: npt.NDArray[np.int64], digests: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Return the names of images that are in two classes, so that one of their labels is wrong."""
-    first: dict[str, int] = {}
-    twins = [(first.setdefault(digest, index), index) for index, digest in enumerate(digests)]
-    return [f"{paths[one]} and {paths[two]}" for one, two in twins if labels[one] != labels[two]]
 
 
 def _describe_imbalance(train: dict[str, int], ratio: float) -> str:
@@ -199,36 +192,6 @@ def check_limits(report: DataReport, settings: PrepareSettings, details: str) ->
             f"{_describe_imbalance(report.class_counts['train'], report.imbalance)}; at most "
             f"{settings.max_imbalance:g} are allowed (max_imbalance); balance them or raise the limit; see {details}"
         )
-
-
-def list_changes(
-    class_names: Sequence[str],
-    statistics: TrainingStatistics,
-    new_images: Sequence[str],
-    champion: ModelInfo,
-    settings: PrepareSettings,
-) -> list[str]:
-    """Return how a dataset differs from the champion's by more than the limits allow, one line for each limit.
-
-    Args:
-        statistics: statistics of the train images.
-        new_images: names of the train images that the champion's dataset does not have, as far as is known.
-    """
-    changes, other_model = [], "or train another model with --name"
-    new = [name for name in class_names if name not in champion.class_names]
-    gone = [name for name in champion.class_names if name not in class_names]
-    if settings.same_classes and (new or gone):
-        parts = "; ".join(_warn(new, "new") + _warn(gone, "gone"))
-        text = f"the classes are not those of the champion {champion.run_id}, {parts} (same_classes)"
-        changes.append(f"{text}; restore the folder, allow it with --no-same-classes, {other_model}")
-    before, limit = champion.training_statistics, settings.max_pixel_shift
-    if (shift := measure_shift(statistics, before)) > limit:
-        means = [" ".join(f"{value:.0f}" for value in each.channel_mean) for each in (statistics, before)]
-        text = f"the train images differ by {shift:.2f} from those of the champion {champion.run_id}, more than"
-        found = _warn(new_images, f"; {len(new_images):,} images are new")
-        text = f"{text} {limit:.4g} (max_pixel_shift): mean RGB {means[0]}, was {means[1]}{''.join(found)}"
-        changes.append(f"{text}; check the images, raise the limit, {other_model}")
-    return changes
 
 
 def measure_shift(statistics: TrainingStatistics, before: TrainingStatistics) -> float:

@@ -96,21 +96,21 @@ def compare_runs(champion: Path, run: Path, loaded: LoadedRun) -> Comparison:
     own, theirs = read_probabilities(run, len(unseen)), score_run(champion, loaded)
     labels, paths = dataset.labels("test"), dataset.paths("test")
     right, champion_right = own.argmax(axis=1) == labels, theirs.argmax(axis=1) == labels
-    only_run, only_champion = (np.flatnonzero(unseen & one & ~other) for one, other in
-                               ((right, champion_right), (champion_right, right)))  # fmt: skip
+    only_run = np.flatnonzero(unseen & right & ~champion_right)
+    only_champion = np.flatnonzero(unseen & champion_right & ~right)
     num_images, gained, lost = int(unseen.sum()), len(only_run), len(only_champion)
-    right, champion_right, labels = right[unseen], champion_right[unseen], labels[unseen]
+    answers = right[unseen], champion_right[unseen], labels[unseen]
     return Comparison(
         num_images=num_images,
         num_left_out=len(unseen) - num_images,
-        accuracy=int(right.sum()) / num_images,
-        champion_accuracy=int(champion_right.sum()) / num_images,
+        accuracy=float(right[unseen].mean()),
+        champion_accuracy=float(champion_right[unseen].mean()),
         gained=gained,
         lost=lost,
         p_value=mcnemar_test(gained, lost),
         lower_bound=bound_difference(gained, lost, num_images),
         same_model=give_same(own, theirs, loaded),
-        worst_class=find_worst_class(right, champion_right, labels, dataset.class_names, limits.max_class_drop),
+        worst_class=find_worst_class(*answers, dataset.class_names, limits.max_class_drop),
         gained_paths=tuple(paths[index] for index in only_run[:_NUM_EXAMPLES]),
         lost_paths=tuple(paths[index] for index in only_champion[:_NUM_EXAMPLES]),
     )
@@ -162,8 +162,8 @@ def find_worst_class(
 ) -> ClassChange:
     """Return the class whose recall falls most, of those that fall by more than `max_drop` and by more than chance.
 
-    If no class does, of all that have images. A fall counts at a p value below 0.05, or lower where many classes have
-    enough discordant pairs to reach that.
+    If no class does, return the one whose recall falls most of all that have images. A fall counts at a p value below
+    0.05, or lower where many classes have enough discordant pairs to reach that.
 
     Args:
         right: answers of the run; `champion_right` those of the champion for the same images.

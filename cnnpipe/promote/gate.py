@@ -50,7 +50,7 @@ from cnnpipe.registry import (
     promote_run,
     promotion_history,
     registry_place,
-    rolled_back_runs,
+    replay_history,
 )
 from cnnpipe.session import open_session
 from cnnpipe.settings import PromoteSettings
@@ -103,13 +103,14 @@ def conclude_run(
 ) -> Decision:
     """Decide on an exported run, complete it, and move the champion alias if it is promoted.
 
-    Writes `promotion.json` and, last, `manifest.json`. A complete run keeps its decision. Only if it has passed, was
-    never made champion, and there has been another champion since, it is decided on again. A rollback is not undone.
+    Writes `promotion.json` and, last, `manifest.json`. A complete run is decided on again only if it passed, was never
+    made champion, and another champion came since. A rollback is not undone.
 
     Args:
         forced: a reason to promote the run whatever the rules say; decided and recorded again.
-        approved: a person's reason to promote the run if it waits for approval, or would.
-        refused: a person's reason not to promote it.
+        approved: a person's reason to promote the run if it waits for approval; if there has been another champion
+            since it was decided on, the rules are applied again first, and may refuse it.
+        refused: a person's reason not to promote a run that waits for approval.
     Returns:
         The decision; `promoted` is whether the run is the champion now.
     Raises:
@@ -121,10 +122,14 @@ def conclude_run(
     with alias_lock(artifacts, name):  # nobody else may move the alias between reading the champion and moving it
         found = None if forced is not None else _standing_decision(run, artifacts, name)
         decision = found or _decide(run, artifacts, name, forced)
-        if approved is not None and decision.state == "AwaitingApproval":
-            decision = decision.end_as("Promoted", f"{decision.reason}; approved: {approved}")
-        elif refused is not None and decision.state == "AwaitingApproval":
-            decision = decision.end_as("NotPromoted", f"refused: {refused}")
+        if decision.state == "AwaitingApproval":
+            last = next(reversed(promotion_history(artifacts, name)), None)
+            if last and last.run_id == run.name:  # promoted by force while it waited
+                approved = last.reason
+            if approved is not None:
+                decision = decision.end_as("Promoted", f"{decision.reason}; approved: {approved}")
+            elif refused is not None:
+                decision = decision.end_as("NotPromoted", f"refused: {refused}")
         if decision != found:
             write_json(run / PROMOTION_FILE, asdict(decision))
         _complete_run(run, decision)
@@ -132,19 +137,6 @@ def conclude_run(
             promote_run(artifacts, name, run.name, decision.reason)
     logger.info("%s %s: %s", name, STATES_IN_WORDS[decision.state], decision.reason)
     return decision
-
-
-def approve_run(run: Path, reason: str) -> Decision:
-    """Promote a run that waits for approval; otherwise do as `conclude_run`, whose exceptions it raises.
-
-    If there has been another champion since the run was decided on, the rules are applied again, and may refuse it.
-    """
-    return conclude_run(run, approved=reason)
-
-
-def refuse_run(run: Path, reason: str) -> Decision:
-    """Refuse a run that waits for approval; otherwise do as `conclude_run`, whose exceptions it raises."""
-    return conclude_run(run, refused=reason)
 
 
 def read_decision(run: Path) -> Decision:
@@ -174,43 +166,14 @@ def _standing_decision(run: Path, artifacts: Path, name: str) -> Decision | None
 
 
 def _decide(run: Path, artifacts: Path, name: str, forced: str | None) -> Decision:
-    """Decide by the rules that need the history too, and by the way of promotion that the settings ask for."""
-    loaded = load_run(run)
-    if forced is not None:
-        return decide_promotion(run, None, loaded).end_as("Promoted", forced)
-    decision = decide_promotion(run, champion_run(artifacts, name), loaded)
-    if decision.promoted and (twin := _find_twin(run, artifacts, name, loaded)):
-        reason = f"it is the same model as {twin}, which was rolled back from"
-        decision = decision.end_as("NotPromoted", reason)
-    if decision.promoted and loaded.settings.promote.promotion == "manual":
-        decision = decision.end_as("AwaitingApproval", decision.reason)
-    return decision
-
-
-def _find_twin(run: Path, artifacts: Path, name: str, loaded: LoadedRun) -> str | None:
-    """Return the id of a run that was rolled back from and gives the same probabilities, or None."""
-    own = read_probabilities(run, loaded.dataset.num_images["test"])
-    for run_id in sorted(rolled_back_runs(promotion_history(artifacts, name)) - {run.name}):
-        try:
-            if give_same(own, score_run(artifacts / name / "runs" / run_id, loaded), loaded):
-                return run_id
-        except CnnpipeError as error:  # it was removed, is damaged, or takes images of another size
-            logger.info("not compared with %s, which was rolled back from: %s", run_id, error)
-    return None
-
-
-def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Decision:
-    """Apply the rules to an exported run, on the test split of its dataset.
-
-    Args:
-        champion: the champion's run folder, or None before the first promotion.
-        loaded: the run's settings and dataset.
-    """
-    evaluation, limits = read_evaluation(run), loaded.settings.promote
-    checks, comparison = _check_run(run, evaluation, loaded), None
-    problem = next((check.problem for check in checks.values() if check.problem), None)
+    """Apply the rules to an exported run, on the test split of its dataset."""
+    loaded, evaluation, comparison = load_run(run), read_evaluation(run), None
+    limits, champion = loaded.settings.promote, None if forced is not None else champion_run(artifacts, name)
+    checks = _check_run(run, evaluation, loaded)
     state: RunState = "NotPromoted"
-    if problem is not None:
+    if forced is not None:
+        state, reason = "Promoted", forced
+    elif problem := next((check.problem for check in checks.values() if check.problem), ""):
         reason = problem
     elif champion is None or champion.name == run.name:
         rank = "first champion" if champion is None else "already champion"
@@ -226,6 +189,11 @@ def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Dec
                 f"to replace it: cnnpipe models promote {shlex.quote(str(run))} --force; "
                 f"to keep both: cnnpipe train {shlex.quote(loaded.location)} --name NAME"
             )
+    if state == "Promoted" and forced is None:
+        if twin := _find_twin(run, artifacts, name, loaded):
+            state, reason = "NotPromoted", f"it is the same model as {twin}, which was rolled back from"
+        elif limits.promotion == "manual":
+            state = "AwaitingApproval"
     return Decision(
         promoted=state == "Promoted",
         reason=reason,
@@ -243,6 +211,18 @@ def decide_promotion(run: Path, champion: Path | None, loaded: LoadedRun) -> Dec
     )
 
 
+def _find_twin(run: Path, artifacts: Path, name: str, loaded: LoadedRun) -> str | None:
+    """Return the id of a run that was rolled back from and gives the same probabilities, or None."""
+    own = read_probabilities(run, loaded.dataset.num_images["test"])
+    for run_id in sorted(replay_history(artifacts, name)[1] - {run.name}):
+        try:
+            if give_same(own, score_run(artifacts / name / "runs" / run_id, loaded), loaded):
+                return run_id
+        except CnnpipeError as error:  # it was removed, is damaged, or takes images of another size
+            logger.info("not compared with %s, which was rolled back from: %s", run_id, error)
+    return None
+
+
 def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str, Check]:
     """Return the floors and budgets by name, in the order of the rules."""
     limits, accuracy, recall = loaded.settings.promote, evaluation.accuracy, evaluation.average("recall")
@@ -251,8 +231,10 @@ def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str
     def check(name: str, value: float, limit: float | None, passed: bool, problem: str) -> None:
         checks[name] = Check(value, limit, "" if passed else problem.format(value, limit))
 
-    least = limits.min_accuracy
-    check("accuracy", accuracy, least, accuracy >= least, "test accuracy {:.4f} is below the floor of {:.4f}")
+    def check_floor(name: str, value: float, floor: float) -> None:
+        check(name.removeprefix("test "), value, floor, value >= floor, name + " {:.4f} is below the floor of {:.4f}")
+
+    check_floor("test accuracy", accuracy, limits.min_accuracy)
     largest = max(each.support for each in evaluation.per_class) / evaluation.num_images
     chance = float(binomtest(evaluation.num_correct, evaluation.num_images, largest, "greater").pvalue)
     problem = "test accuracy {:.4f} is not significantly above {:.4f}, that of always giving the largest class "
@@ -262,8 +244,7 @@ def _check_run(run: Path, evaluation: Evaluation, loaded: LoadedRun) -> dict[str
     problem = "macro recall {:.4f} is not above {:.4f}, that of always giving one class"
     check("macro recall of one class", recall, constant, recall > constant, problem)
     if limits.min_macro_recall is not None:
-        least = limits.min_macro_recall
-        check("macro recall", recall, least, recall >= least, "macro recall {:.4f} is below the floor of {:.4f}")
+        check_floor("macro recall", recall, limits.min_macro_recall)
     files = [run / name for name in MODEL_FILES.values() if (run / name).is_file()]
     compared = {MODEL_FILES[each]: record.get("sha256") for each, record in read_parity(run).items()}
     changed = [file.name for file in files if sha256_file(file) != compared.pop(file.name, None)]

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from cnnpipe.errors import TrainingError
 from cnnpipe.machine import package_versions
-from cnnpipe.manifest import MANIFEST_FILE, best_epoch
+from cnnpipe.manifest import MANIFEST_FILE, TRAINING_FILE, best_epoch
 from cnnpipe.prepare.dataset import PreparedDataset
 from cnnpipe.registry import TRAINING_LOCK, create_run, list_runs
 from cnnpipe.settings import RetrainSettings
@@ -38,10 +38,8 @@ __all__ = ["Checkpoints", "Epochs", "TrainingJob", "open_training", "training_st
 
 logger = logging.getLogger(__name__)
 
-_RECORD_FILE: Final = "training.json"
 _FOLDER: Final = "training"
 _JOB_FILE: Final = "job.json"
-_LOCK_FILE: Final = "lock"
 _CHECKPOINT_FILE: Final = "checkpoint.npz"
 
 _PACKAGES: Final = ("tensorflow", "keras", "numpy")
@@ -115,12 +113,12 @@ class Checkpoints:
     @property
     def result(self) -> dict[str, Any] | None:
         """Result that `finish` has kept, or None while the training is not complete."""
-        record = _read_json(self.run / _RECORD_FILE)
+        record = _read_json(self.run / TRAINING_FILE)
         return None if record is None else dict(record["result"])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Keep the result of the complete training, values for JSON; raises StorageError if it cannot be written."""
-        write_json(self.run / _RECORD_FILE, {"job": asdict(self.job), "result": result})
+        write_json(self.run / TRAINING_FILE, {"job": asdict(self.job), "result": result})
 
     def save(self, state: Sequence[keras.Variable], epochs: Epochs) -> None:
         """Write all state after an epoch, whole or not at all.
@@ -227,7 +225,10 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
                 logger.info("another process trains %s; this one trains in a folder of its own", run)
                 continue
         if _has_job(run, job):
-            _remove_half_written(run)
+            with storage_errors(run):
+                for file in (*run.iterdir(), *(run / _FOLDER).iterdir()):  # what was half written
+                    if TEMPORARY_NAME.fullmatch(file.name):
+                        file.unlink(missing_ok=True)
             logger.info("resuming %s, which was interrupted; use --no-resume to start over", run)
             return run, lock
         lock.release()  # completed meanwhile
@@ -237,7 +238,7 @@ def _find_interrupted(artifacts: Path, name: str, job: TrainingJob) -> tuple[Pat
 
 def _has_job(run: Path, job: TrainingJob) -> bool:
     """Return whether a run is incomplete, and its training, finished or not, is that of the job."""
-    found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / _RECORD_FILE) or {}).get("job")
+    found = _read_json(run / _FOLDER / _JOB_FILE) or (_read_json(run / TRAINING_FILE) or {}).get("job")
     return bool(found == asdict(job)) and not (run / MANIFEST_FILE).exists()
 
 
@@ -249,18 +250,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _remove_half_written(run: Path) -> None:
-    with storage_errors(run):
-        for file in (*run.iterdir(), *(run / _FOLDER).iterdir()):
-            if TEMPORARY_NAME.fullmatch(file.name):
-                file.unlink(missing_ok=True)
-
-
 def _remove_training(run: Path) -> None:
     """Remove the state of a training; the job goes first, so that the rest is never resumed."""
     folder = run / _FOLDER
     with storage_errors(folder):
-        for name in (_JOB_FILE, _CHECKPOINT_FILE, _LOCK_FILE):
-            (folder / name).unlink(missing_ok=True)
+        for file in (folder / _JOB_FILE, folder / _CHECKPOINT_FILE, run / TRAINING_LOCK):
+            file.unlink(missing_ok=True)
     with suppress(OSError):  # another process has just tried the lock, or somebody put a file there
         folder.rmdir()

@@ -76,17 +76,15 @@ def find_repeated_run(settings: RetrainSettings, prepared: Path, artifacts: Path
         # The fingerprint stands for the dataset's path, and the folder of the runs for its name.
         return each.model_dump(exclude={"clean": True, "train": {"resume"}, "prepare": {"dataset", "name"}})
 
-    runs = reversed(list_runs(artifacts, settings.prepare.resolved_name))
-    run = next((each for each in runs if (each / MANIFEST_FILE).is_file()), None)
+    runs = [run for run in list_runs(artifacts, settings.prepare.resolved_name) if (run / MANIFEST_FILE).is_file()]
     fingerprint = load_prepared(prepared).fingerprint
-    with suppress(CnnpipeError, OSError, ValueError, LookupError):  # a damaged or much older run is not repeated
+    with suppress(CnnpipeError, OSError, ValueError, LookupError):  # no run, or a damaged or much older one
         if (
-            run is not None
-            and read_manifest(run).model.dataset_fingerprint == fingerprint
-            and json.loads((run / "environment.json").read_bytes())["versions"] == package_versions()
-            and deciding(load_toml(RetrainSettings, run / "config.toml")) == deciding(settings)
+            read_manifest(runs[-1]).model.dataset_fingerprint == fingerprint
+            and json.loads((runs[-1] / "environment.json").read_bytes())["versions"] == package_versions()
+            and deciding(load_toml(RetrainSettings, runs[-1] / "config.toml")) == deciding(settings)
         ):
-            return run
+            return runs[-1]
     return None
 
 

@@ -19,7 +19,7 @@ from cnnpipe.errors import ModelError, RegistryError
 from cnnpipe.prepare.dataset import PreparedDataset, load_prepared
 from cnnpipe.registry import Promotion, list_runs, promotion_history, resolve_run, rollback
 from cnnpipe.settings import CleanSettings
-from cnnpipe.storage import remove_folder
+from cnnpipe.storage import remove_path
 
 DAY = 86_400.0
 
@@ -117,7 +117,7 @@ def test_a_run_under_way_stays_and_a_dead_one_goes(place: Path) -> None:
 
 def test_failed_trainings_do_not_take_the_place_of_trained_runs(place: Path) -> None:
     _add_runs(place, 1, 2)
-    trained = _add_run(place, 3, "model.keras")  # only the later stages failed
+    trained = _add_run(place, 3, "model.keras", "training.json")  # only the later stages failed
     for day in range(4, 9):
         _add_run(place, day, "config.toml", days=0.1)
     _clean(place, keep_runs=2)
@@ -186,11 +186,13 @@ def test_results_of_tasks_and_interrupted_classifications_go_after_some_days(pla
 
     cleaning = _clean(place)
 
-    assert {entry.path for entry in cleaning.removed} == {str(path) for path in (stale, *dead, half)}
+    assert {entry.path for entry in cleaning.removed} == {str(path) for path in (stale, dead[0].parent, half)}
+    assert not stale.exists()
     assert fresh.is_file()
     assert runs_on.is_file()
     assert all(path.is_file() for path in table)
     assert not dead[0].parent.exists()
+    assert not half.exists()
 
 
 def test_a_long_log_of_a_server_that_runs_on_becomes_the_previous_log(place: Path) -> None:
@@ -219,8 +221,8 @@ def test_a_damaged_history_stops_before_anything_is_removed(place: Path) -> None
     assert _days_left(place) == [1, 2, 3]
 
 
-def test_removing_a_folder_that_another_process_removes_is_no_error(tmp_path: Path) -> None:
-    remove_folder(tmp_path / "gone")
+def test_removing_what_another_process_removes_is_no_error(tmp_path: Path) -> None:
+    remove_path(tmp_path / "gone")
 
 
 def _prune(place: Path, *arguments: str) -> tuple[int, str]:
@@ -263,7 +265,7 @@ def test_prune_of_an_unknown_name_says_which_there_are(place: Path) -> None:
     status, output = _prune(place, "dogs")
     assert status == 1
     assert "error: nothing of dogs in " in output
-    assert "which have cats" in output
+    assert "whose names are: cats; check the folders" in output
 
 
 def test_a_command_that_meets_a_removed_run_says_so(place: Path) -> None:

@@ -15,7 +15,7 @@ from cnnpipe.errors import RegistryError
 from cnnpipe.manifest import RunManifest, read_manifest, write_manifest
 from cnnpipe.prepare.dataset import PreparedDataset, read_digests
 from cnnpipe.prepare.sources import SPLITS
-from cnnpipe.promote.gate import approve_run, conclude_run, read_decision
+from cnnpipe.promote.gate import conclude_run, read_decision
 from cnnpipe.registry import champion_run, list_runs, promote_run, promotion_history, rollback, summarize_runs
 from cnnpipe.storage import sha256_file
 
@@ -324,7 +324,7 @@ def test_a_run_that_passes_waits_for_approval_if_asked_to_and_is_promoted_by_it(
     assert [row.state for row in summarize_runs(folder)] == ["awaiting", "passed"]
     assert conclude_run(run) == waiting  # only a person ends it
     shutil.rmtree(folder.parent / "tiny")  # by then the dataset may have been removed
-    approved = approve_run(run, "seen by Ada")
+    approved = conclude_run(run, approved="seen by Ada")
     assert (approved.state, approved.reason) == ("Promoted", f"{waiting.reason}; approved: seen by Ada")
     assert champion_run(folder, "tiny") == run
     assert read_decision(run) == approved
@@ -342,17 +342,31 @@ def test_approval_of_a_run_that_another_champion_has_overtaken_decides_again(
     other = Path(shutil.copytree(run, run.with_name(THIRD)))
     promote_run(folder, "tiny", other.name, "by hand")
 
-    decision = approve_run(run, "late")
+    decision = conclude_run(run, approved="late")
 
     assert (decision.state, decision.reason) == ("Unchanged", f"it is the same model as the champion {THIRD}")
     assert champion_run(folder, "tiny") == other
     assert read_manifest(run).state == "Unchanged"
 
 
+def test_a_run_that_was_promoted_by_force_while_it_waited_is_not_refused_any_more(
+    folder: Path, digits: PreparedDataset
+) -> None:
+    run = better(folder, digits, promotion="manual")
+    waiting = conclude_run(run)
+    promote_run(folder, "tiny", run.name, "by hand")
+
+    decision = conclude_run(run, refused="nobody answered")
+
+    assert (decision.state, decision.reason) == ("Promoted", f"{waiting.reason}; approved: by hand")
+    assert champion_run(folder, "tiny") == run
+    assert read_manifest(run).state == "Promoted"
+
+
 def test_a_refused_run_is_not_approved(folder: Path, digits: PreparedDataset) -> None:
     run = better(folder, digits, promotion="manual", min_accuracy=1.0, max_megabytes=0.001)
-    assert approve_run(run, "please").state == "NotPromoted"
-    assert approve_run(run, "please").state == "NotPromoted"
+    assert conclude_run(run, approved="please").state == "NotPromoted"
+    assert conclude_run(run, approved="please").state == "NotPromoted"
 
 
 def test_the_night_after_a_rollback_does_not_undo_it(folder: Path, digits: PreparedDataset) -> None:
@@ -396,7 +410,7 @@ def test_a_decision_that_cannot_be_read_is_one_line(
     (run / "promotion.json").write_text(content)
 
     with pytest.raises(RegistryError, match=rf"promotion\.json cannot be read: {problem}[^\n]*; promote the run with"):
-        approve_run(run, "yes")
+        conclude_run(run, approved="yes")
 
 
 def remember(run: Path, **values: str | None) -> None:

@@ -18,7 +18,7 @@ from tiny_runs import Pool, write_run
 from cnnpipe.errors import StorageError
 from cnnpipe.manifest import MANIFEST_FILE, PROMOTION_FILE, digest_file, read_manifest
 from cnnpipe.prepare.dataset import PreparedDataset
-from cnnpipe.promote.gate import approve_run, conclude_run
+from cnnpipe.promote.gate import conclude_run
 from cnnpipe.registry import champion_run, list_runs, promotion_history, summarize_runs
 
 CHAMPION, CHALLENGER = "20260101T020000Z", "20260102T020000Z"
@@ -30,7 +30,7 @@ Stage = Literal["conclude", "approve"]
 
 
 def _promote(run: Path, stage: Stage) -> None:
-    approve_run(run, "yes") if stage == "approve" else conclude_run(run)
+    conclude_run(run, approved="yes" if stage == "approve" else None)
 
 
 def _promote_with_fault(run: Path, stage: Stage, fault: Fault, number: int) -> None:

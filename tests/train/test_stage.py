@@ -1,4 +1,4 @@
-"""What the stage `train` recognises as done: a night on which nothing changed."""
+"""The stage `train` recognises a night on which nothing changed."""
 
 from __future__ import annotations
 
