@@ -182,8 +182,10 @@ def _check_schedule(nightly: Nightly, log: Path) -> str:
             f"{text}: no run of {', '.join(idle)} is due; look into {log} and, in the UI, for a paused schedule, "
             "then start again"
         )
-    if nightly.next_runs and not nightly.schedulers:
-        raise ServerError(f"{text}; start the scheduler with `make serve`, or stop the server with `make stop`")
+    if nightly.server_pid and (lost := sorted(nightly.next_runs.keys() - nightly.schedulers.keys())):
+        raise ServerError(
+            f"{text}; start what is missing with `make serve`, or delete retrain/{lost[0]}-nightly in the UI"
+        )
     return text
 
 

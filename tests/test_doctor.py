@@ -153,9 +153,17 @@ def test_process_whose_record_is_lost_is_a_problem(tmp_path: Path) -> None:
         assert re.match(r"server: a process of cnnpipe holds .*; end the process by hand", only_problem(tmp_path))
 
 
-def test_schedule_that_is_paused_is_a_problem_beside_one_that_runs(tmp_path: Path) -> None:
-    nightly = Nightly("http://127.0.0.1:4200", 1, True, {"cats": 2, "dogs": 3}, {"cats": "2026-11-27 02:00 UTC"}, None)
-    with pytest.raises(
-        ServerError, match=r"no run of dogs is due; look into \S+ and, in the UI, for a paused schedule"
-    ):
+@pytest.mark.parametrize(
+    ("schedulers", "problem"),
+    [
+        ({"cats": 2, "dogs": 3}, r"no run of dogs is due; look into \S+ and, in the UI, for a paused schedule"),
+        ({}, r"start what is missing with `make serve`, or delete retrain/cats-nightly in the UI"),
+    ],
+)
+def test_one_schedule_of_several_that_is_paused_or_that_nothing_runs_is_a_problem(
+    tmp_path: Path, schedulers: dict[str, int], problem: str
+) -> None:
+    due = {"cats": "2026-11-27 02:00 UTC"} | ({} if schedulers else {"owls": "2026-11-27 02:00 UTC"})
+    nightly = Nightly("http://127.0.0.1:4200", 1, True, schedulers or {"owls": 4}, due, None)
+    with pytest.raises(ServerError, match=problem):
         doctor._check_schedule(nightly, tmp_path / "server.log")
