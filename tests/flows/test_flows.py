@@ -62,7 +62,6 @@ from flows.artifacts import _code, _text
 from flows.classify_flow import classify
 from flows.flow_runs import (
     crash_silent_runs,
-    ensure_training_limit,
     progress_artifact,
     training_slot,
     wait_for_approval,
@@ -230,7 +229,7 @@ def test_a_night_on_which_nothing_changed_is_skipped_without_tensorflow_and_says
 
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout.splitlines()[-1])
-    reason = f"nothing changed since {retrained.run.name}, which was refused: test accuracy 0.* --force trains all"
+    reason = f"nothing changed since {retrained.run.name}, NotPromoted: test accuracy 0.* --force trains all"
     assert re.match(reason, values["reason"])
     assert (values["state"], values["run"], values["promoted"]) == ("Unchanged", str(retrained.run), False)
     assert values["accuracy"] == retrained.retried.result()["accuracy"]
@@ -571,7 +570,8 @@ def test_trainings_of_several_names_take_turns_and_retrainings_of_one_name_too(
         limit = client.read_global_concurrency_limit_by_name("training")
         assert (limit.limit, limit.active_slots) == (1, 0)
         client.upsert_global_concurrency_limit_by_name("training", 2)  # a person's choice
-        assert ensure_training_limit("cpu") == "training"
+        with training_slot("cpu"):
+            pass
         assert client.read_global_concurrency_limit_by_name("training").limit == 2
 
 
