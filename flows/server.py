@@ -331,7 +331,7 @@ def _port_of_killed_server(home: Path) -> int | None:
     pidfile = server_pidfile(home)
     with suppress(OSError, ValueError, KeyError):
         if not pidfile.is_running():
-            return urlsplit(json.loads(pidfile.record_path.read_bytes())["api_url"]).port
+            return urlsplit(str(json.loads(pidfile.record_path.read_bytes())["api_url"])).port
     return None
 
 

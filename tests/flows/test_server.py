@@ -452,7 +452,7 @@ flows.serve.run_command(flows.serve._serve)
 
 
 @pytest.mark.slow
-def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set_back(
+def test_two_schedulers_start_their_server_again_once_if_it_is_killed_or_the_clock_is_set_back(
     place: Place, tmp_path: Path
 ) -> None:
     def new_server() -> int:
@@ -462,17 +462,23 @@ def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set
 
     set_back = tmp_path / "set back"
     server = _server_pid(place)
-    with _serving(place, "clock", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as serving:
+    with (
+        _serving(place, "clock", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as serving,
+        _serving(place, "second", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as second,
+    ):
         announced = serving.next_run()
+        second.next_run()
         time.sleep(20)  # it has looked for runs, and knows the time
         set_back.touch()
         server = new_server()
+        time.sleep(15)  # longer than between two looks for runs
+        assert _server_pid(place) == server
         os.kill(server, signal.SIGKILL)
         server = new_server()
         wait_for(lambda: f"clock, {look_at_nightly(place.home).next_runs.get('clock')}" == announced)
-        assert "the server has ended; the server is started again" in serving.output()
-        assert "the clock was set back; the server is started again" in serving.output()
-        time.sleep(15)  # longer than between two looks for runs
+        assert "the clock was set back; the server is started again" in serving.output() + second.output()
+        assert f"starting a Prefect server on port {place.port}" in serving.output() + second.output()
+        time.sleep(15)
         assert _server_pid(place) == server
     assert serving.process.returncode == 0
 
