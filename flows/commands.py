@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cnnpipe.console import DEBUG_VARIABLE, field_lines, make_app, print_note, run_app, show_result
 from cnnpipe.errors import CnnpipeError, FailureBudgetError, ServerError, one_line
@@ -49,14 +49,18 @@ def run_flow(
         logging.raiseExceptions = False
     server = ensure_server(prefect_home(artifacts))
     with _lost_server(server):
-        import prefect
+        from prefect.client.orchestration import get_client
+        from prefect.flow_engine import run_flow_sync
 
         from flows.flow_runs import crash_silent_runs, run_url
 
         crash_silent_runs()
         flow = getattr(importlib.import_module(f"flows.{name}_flow"), name)
-        with prefect.tags(name, *tags):
-            state: State[Any] = flow(**parameters, return_state=True)
+        # Not by `prefect.tags`: tasks with tags ask the server for slots, and are not retried if it is away then.
+        with get_client(sync_client=True) as client:
+            values = flow.serialize_parameters(parameters)
+            flow_run = client.create_flow_run(flow, parameters=values, tags=[name, *tags])
+        state = cast("State[Any]", run_flow_sync(flow, flow_run, parameters, return_type="state"))
         address = run_url(str(state.state_details.flow_run_id))
         print_note(f"look at this run:   {address}")
         print_note(f"to stop the server: {server.how_to_stop}")

@@ -28,7 +28,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectAlreadyExists, Pause, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, Pause, PrefectHTTPStatusError
 from prefect.input import RunInput, keyset_from_paused_state
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
@@ -254,11 +254,13 @@ def training_slot(device: str) -> Iterator[None]:
     """
     name = "gpu" if device != "cpu" and ask_driver().gpus else "training"
     with get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):
-            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-        limit = client.read_global_concurrency_limit_by_name(name)
-    if limit.active_slots >= limit.limit:
-        logger.info("other trainings have the machine; waiting for a slot of the limit %s", name)
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name)
+            if limit.active_slots >= limit.limit:
+                logger.info("other trainings have the machine; waiting for a slot of the limit %s", name)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # by another run, meanwhile
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     slot = ExitStack()
     slot.enter_context(concurrency(name, strict=True, lease_duration=120, raise_on_lease_renewal_failure=False))
     try:

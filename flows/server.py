@@ -225,13 +225,13 @@ def stop_server(home: Path) -> list[str]:
     home = home.resolve()
     if not home.is_dir():
         return []
-    stopped = []
-    for pid in dict.fromkeys(each.stop(_SERVE_STOP_SECONDS) for each in serve_pidfiles(home).values()):
-        stopped += [] if pid is None else [f"stopped the scheduler (process {pid})"]
+    pids = dict.fromkeys(each.stop(_SERVE_STOP_SECONDS) for each in serve_pidfiles(home).values())
+    stopped = [f"stopped the scheduler (process {pid})" for pid in pids if pid is not None]
     with _one_at_a_time(home):
         server = running_server(home)
         if server is not None and server_pidfile(home).stop(_STOP_SECONDS) is not None:
             stopped.append(f"stopped the Prefect server at {server.ui_url} (process {server.pid})")
+        server_pidfile(home).record_path.unlink(missing_ok=True)  # one that was killed is not started again either
     return stopped
 
 

@@ -27,13 +27,15 @@ from zoneinfo import ZoneInfo
 import httpx
 import psutil
 import pytest
+from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from servers import AUTH, LOGIN, ROOT, Place, ask, assert_quiet, clean_environment, free_port, wait_for
 
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.nightly import logged_errors, look_at_nightly, server_log, server_pidfile
 from flows.commands import _lost_server
-from flows.server import Server, configured_api_url, ensure_server, stop_server
+from flows.server import Server, _port_of_killed_server, configured_api_url, ensure_server, stop_server
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -636,6 +638,14 @@ def test_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_pa
     assert look_at_nightly(place.home).shown()["server"] == "not running"
 
 
+def test_a_killed_server_is_not_started_again_after_a_stop(tmp_path: Path) -> None:
+    port = free_port()
+    server_pidfile(tmp_path).write(os.getpid(), f"http://127.0.0.1:{port}/api")
+    assert _port_of_killed_server(tmp_path) == port
+    assert stop_server(tmp_path) == []
+    assert _port_of_killed_server(tmp_path) is None
+
+
 @pytest.mark.usefixtures("_clean_environment")
 @pytest.mark.skipif(sys.platform == "darwin", reason="names are text there")
 def test_a_folder_whose_path_is_not_text_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -657,10 +667,16 @@ def test_server_module_loads_no_prefect() -> None:
         (httpx.ConnectError("refused"), r"has stopped answering \(refused\), and this run has ended with it"),
     ],
 )
-def test_a_server_that_is_lost_between_stages_is_one_line(error: Exception, message: str) -> None:
+def test_a_server_that_is_lost_between_stages_is_one_line_and_not_waited_for_at_the_end(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "6")
     server = Server("http://127.0.0.1:1/api", "http://127.0.0.1:1", started=False, pid=None, how_to_stop="by hand")
     with pytest.raises(ServerError, match=rf"at http://127\.0\.0\.1:1 {message}"), _lost_server(server):
         raise error
+    assert get_current_settings().client.max_retries == 0
+    monkeypatch.undo()
+    refresh_global_settings_context()
 
 
 @pytest.mark.parametrize(
