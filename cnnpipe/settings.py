@@ -336,10 +336,7 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def validate_settings(
-    model: type[SettingsT],
-    values: dict[str, Any],
-    origin: str,
-    options: Mapping[tuple[str, ...], str] | None = None,
+    model: type[SettingsT], values: dict[str, Any], origin: str, options: Mapping[tuple[str, ...], str] | None = None
 ) -> SettingsT:
     """Build settings from plain values.
 

@@ -68,7 +68,7 @@ async def run_what_is_due(
                         await _crash_unstarted(client, identifier)
                 own = None if server.pid is None else server_pidfile(home).read()
                 checked, outdated = time.time(), False
-            await runner._scheduled_run_poller._get_and_submit_flow_runs()
+            await runner._scheduled_run_poller._get_and_submit_flow_runs()  # one turn of the loop of `Runner.start`
             warned = False
         except (httpx.HTTPError, PrefectException, CnnpipeError) as error:
             if not warned:
