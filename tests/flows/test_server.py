@@ -247,7 +247,7 @@ def test_retrain_prints_the_run_its_address_and_how_to_stop_the_server(
 ) -> None:
     assert (retrained.returncode, _errors(retrained.stderr)) == (0, [])
     result = dict(line.split(maxsplit=1) for line in retrained.stdout.splitlines())
-    assert list(result) == ["run", "accuracy", "promoted", "reason"]
+    assert list(result) == ["state", "run", "accuracy", "promoted", "reason"]
     assert (Path(result["run"]) / "manifest.json").is_file()
     address = _address(retrained.stderr)
     assert place.flow_run(address)["state_name"] == "Promoted"
