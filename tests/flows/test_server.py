@@ -506,7 +506,8 @@ def test_serve_offers_its_deployments_and_prints_the_run_that_is_scheduled(place
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
     assert f"PREFECT_API_URL={place.api_url}" in serving.output()
     deployments = {each["name"]: each for each in ask(f"{place.api_url}/deployments/filter", {})}
-    assert set(deployments) == {"often-nightly", "bulk"}
+    assert {"often-nightly", "bulk"} <= set(deployments)  # slow tests leave others
+    assert "nightly" not in deployments
     assert {each["parameters"]["artifacts"] for each in deployments.values()} == {str(place.artifacts)}
     status = place.server("status")
     assert status["server"]["healthy"] is True
@@ -546,9 +547,9 @@ def test_a_second_dataset_shares_the_server_and_stopping_it_leaves_the_first_alo
     assert yearly.process.returncode == 0
     assert "Traceback" not in yearly.output()
     deployments = ask(f"{place.api_url}/deployments/filter", {})
-    assert {each["name"]: each["paused"] for each in deployments} == dict.fromkeys(
-        ("often-nightly", "yearly-nightly", "bulk"), False
-    )
+    paused = {each["name"]: each["paused"] for each in deployments}
+    assert paused.keys() >= {"often-nightly", "yearly-nightly", "bulk"}
+    assert not any(paused.values())
     shown = look_at_nightly(place.home).shown()
     assert shown["scheduler"] == f"often, process {serving.process.pid}"
     assert shown["next run"].endswith(f"; {announced} (its scheduler does not run here)")
