@@ -230,8 +230,7 @@ def look_at_nightly(home: Path) -> Nightly:
     """
     import httpx
 
-    read = {name: pidfile.read() for name, pidfile in serve_pidfiles(home).items()}
-    schedulers = {name: record for name, record in read.items() if record is not None}
+    schedulers = {name: record for name, pidfile in serve_pidfiles(home).items() if (record := pidfile.read())}
     server = server_pidfile(home).read()
     api_url = next(iter(schedulers.values()), server or {}).get("api_url")
     healthy, upcoming, problem = False, {}, Nightly.problem

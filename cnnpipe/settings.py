@@ -336,10 +336,7 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def validate_settings(
-    model: type[SettingsT],
-    values: dict[str, Any],
-    origin: str,
-    options: Mapping[tuple[str, ...], str] | None = None,
+    model: type[SettingsT], values: dict[str, Any], origin: str, options: Mapping[tuple[str, ...], str] | None = None
 ) -> SettingsT:
     """Build settings from plain values.
 
@@ -448,28 +445,26 @@ def takes_settings(
             given = {name: value for name in offered if (value := values.pop(name)) is not None}
             options = {offered[name][0]: name.upper() if name == argument else _option(name) for name in given}
 
-            def build(loaded: dict[str, Any], origin: str) -> Settings:
-                merge(loaded, given)
-                return validate_settings(model, loaded, origin, options)
-
             loaded = read_toml(config) if config else {}
-            if tables is None or tables not in loaded:
-                settings = build(loaded, str(config) if config else COMMAND_LINE)
-                function(settings=settings if tables is None else [settings], **values)
-                return
-            if alone := [options[offered[name][0]] for name in (argument, "name") if name in given]:
-                raise UsageError(f"{alone[0]} is for one dataset; leave it out, {config} has them in [{tables}.NAME]")
-            found = loaded.pop(tables)
-            if loaded or not (
-                isinstance(found, dict) and found and all(isinstance(each, dict) for each in found.values())
-            ):
-                raise ConfigError(f"{config} must have a table [{tables}.NAME] for each dataset, and nothing else")
-            for name, table in found.items():
-                merge(table, {each: table.pop(each) for each in offered if each in table})
-                merge(table, {argument: name, "name": name}, replace=False)
-            function(
-                settings=[build(table, f"[{tables}.{name}] of {config}") for name, table in found.items()], **values
-            )
+            found = {str(config) if config else COMMAND_LINE: loaded}
+            if tables in loaded:
+                if alone := [options[offered[name][0]] for name in (argument, "name") if name in given]:
+                    problem = f"leave it out, {config} has them in [{tables}.NAME]"
+                    raise UsageError(f"{alone[0]} is for one dataset; {problem}")
+                named = loaded.pop(tables)
+                if loaded or not (
+                    isinstance(named, dict) and named and all(type(each) is dict for each in named.values())
+                ):
+                    raise ConfigError(f"{config} must have a table [{tables}.NAME] for each dataset, and nothing else")
+                for name, table in named.items():
+                    merge(table, {each: table.pop(each) for each in offered if each in table})
+                    merge(table, {argument: name, "name": name}, replace=False)
+                found = {f"[{tables}.{name}] of {config}": table for name, table in named.items()}
+            settings = []
+            for origin, table in found.items():
+                merge(table, given)
+                settings.append(validate_settings(model, table, origin, options))
+            function(settings=settings[0] if tables is None else settings, **values)
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         parameters = [_parameter(name, field, name == argument) for name, (_, field) in offered.items()]

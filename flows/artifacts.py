@@ -97,13 +97,8 @@ def publish_decision(run: Path, decision: Decision) -> None:
 
     verdict, reason = STATES_IN_WORDS[decision.state].capitalize(), _text(decision.reason)
     checks = [
-        [
-            name,
-            f"{check.value:.4g}",
-            "" if check.limit is None else f"{check.limit:.4g}",
-            "no" if check.problem else "yes",
-        ]
-        for name, check in decision.checks.items()
+        (name, f"{each.value:.4g}", "" if each.limit is None else f"{each.limit:.4g}", "no" if each.problem else "yes")
+        for name, each in decision.checks.items()
     ]
     _publish(
         "promotion-decision",
@@ -123,10 +118,7 @@ def _comparison_blocks(decision: Decision) -> list[str]:
     """Return the numbers of the comparison with the champion, and the images that only one of the two has right."""
     if (compared := decision.comparison) is None:
         return []
-    numbers = {
-        **asdict(compared),
-        **{f"worst class: {name}": each for name, each in asdict(compared.worst_class).items()},
-    }
+    numbers = asdict(compared) | {f"worst class: {name}": each for name, each in asdict(compared.worst_class).items()}
     rows = [(name.replace("_", " "), each) for name, each in numbers.items() if type(each) in (str, int, float)]
     right = {"this run": compared.gained_paths, "the champion": compared.lost_paths}
     examples = [(name, path) for name, paths in right.items() for path in paths]

@@ -109,8 +109,8 @@ def _parse(words: list[str]) -> typer.Context:
 def _check(words: list[str]) -> list[str]:
     """Return the words with the folders that are in the environment, which a service does not have."""
     context = _parse(words)
-    source = {name: context.get_parameter_source(name) for name in ("data", "artifacts")}
-    return [*words, *(f"--{name}={context.params[name]}" for name, each in source.items() if "ENV" in str(each))]
+    named = [name for name in ("data", "artifacts") if "ENV" in str(context.get_parameter_source(name))]
+    return [*words, *(f"--{name}={context.params[name]}" for name in named)]
 
 
 ServeArguments = Annotated[
@@ -153,9 +153,9 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
     values = [word.partition("=")[2] if word.startswith("-") else word for word in words]
     values += _datasets(read_toml(expand_path(options["config"])) if options.get("config") else {})
     readable = {path for value in values if value and (path := expand_path(value).resolve()).exists()}
-    volumes = [(path, "") for path in (data, artifacts)] + [
-        (path, ", read_only: true") for path in sorted(readable - {data, artifacts})
-    ]
+    volumes = dict.fromkeys((data, artifacts), "") | dict.fromkeys(
+        sorted(readable - {data, artifacts}), ", read_only: true"
+    )
     mount = "      - {{type: bind, source: {0}, target: {0}{1}}}"
     text = _COMPOSE.format(
         context=_quote_for_compose(Path(flows.__file__).parents[1]),
@@ -166,7 +166,7 @@ def compose(words: ServeArguments, folder: FolderOption = Path(), overwrite: Ove
         timezone=_quote_for_compose(options.get("timezone") or local_timezone()),
         environment=_quote_for_compose(here / _ENVIRONMENT_FILE),
         folder=_quote_for_compose(here),
-        volumes="\n".join(mount.format(_quote_for_compose(path), more) for path, more in volumes),
+        volumes="\n".join(mount.format(_quote_for_compose(path), more) for path, more in volumes.items()),
         health=_quote_for_compose("CMD", "cnnpipe", "doctor", "--artifacts", artifacts),
     )
     files = {

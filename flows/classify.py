@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from cnnpipe.paths import escape_path
 from cnnpipe.settings import ClassifySettings, takes_settings
 from flows.commands import run_command, run_flow
 from flows.dask import Runner, check_runner
-
-if TYPE_CHECKING:
-    from prefect.client.schemas import State
 
 RunnerOption = Annotated[
     Runner, typer.Option("--runner", help="`local`: this process; `dask`: the workers of a Dask cluster.")
@@ -40,22 +37,11 @@ def _classify(
 ) -> None:
     """Classify every file of a folder, one row each, as the Prefect flow `classify`."""
     check_runner(runner, scheduler)
-
-    def run() -> State[Any]:
-        from prefect import tags
-
-        from flows.classify_flow import classify
-
-        folder = escape_path(str(artifacts.resolve()))
-        with tags("classify"):
-            state: State[Any] = classify(
-                settings, artifacts=folder, runner=runner, scheduler=scheduler, return_state=True
-            )
-        return state
-
+    folder = escape_path(str(artifacts.resolve()))
+    parameters = {"settings": settings, "artifacts": folder, "runner": runner, "scheduler": scheduler}
     shown = ("table", "found", "ok", "error", "resumed", "error_kinds", "images_per_second", "device", "precision",
              "precision_reason", "slowest_stage")  # fmt: skip
-    run_flow(run, artifacts, shown, as_json=as_json)
+    run_flow("classify", parameters, [], artifacts, shown, as_json=as_json)
 
 
 if __name__ == "__main__":

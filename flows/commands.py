@@ -5,12 +5,13 @@ Prefect is imported only when there is a server, because it reads the server's a
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cnnpipe.console import DEBUG_VARIABLE, field_lines, make_app, print_note, run_app, show_result
 from cnnpipe.errors import CnnpipeError, FailureBudgetError, ServerError, one_line
@@ -30,11 +31,13 @@ def run_command(function: Callable[..., None]) -> None:
     run_app(app)
 
 
-def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, ...], *, as_json: bool) -> None:
+def run_flow(
+    name: str, parameters: dict[str, Any], tags: list[str], artifacts: Path, shown: tuple[str, ...], *, as_json: bool
+) -> None:
     """Find or start a server, run a flow, and print its address in the UI and its result.
 
     Args:
-        run: imports the flow and runs it.
+        name: `retrain` or `classify`.
         artifacts: folder of runs and champions.
         shown: fields of the result to print for a person.
     """
@@ -46,10 +49,18 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
         logging.raiseExceptions = False
     server = ensure_server(prefect_home(artifacts))
     with _lost_server(server):
+        from prefect.client.orchestration import get_client
+        from prefect.flow_engine import run_flow_sync
+
         from flows.flow_runs import crash_silent_runs, run_url
 
         crash_silent_runs()
-        state = run()
+        flow = getattr(importlib.import_module(f"flows.{name}_flow"), name)
+        # Not by `prefect.tags`: tasks with tags ask the server for slots, and are not retried if it is away then.
+        with get_client(sync_client=True) as client:
+            values = flow.serialize_parameters(parameters)
+            flow_run = client.create_flow_run(flow, parameters=values, tags=[name, *tags])
+        state = cast("State[Any]", run_flow_sync(flow, flow_run, parameters, return_type="state"))
         address = run_url(str(state.state_details.flow_run_id))
         print_note(f"look at this run:   {address}")
         print_note(f"to stop the server: {server.how_to_stop}")
@@ -60,6 +71,7 @@ def run_flow(run: Callable[[], State[Any]], artifacts: Path, shown: tuple[str, .
 def _lost_server(server: Server) -> Iterator[None]:
     """Turn the loss of the server, or of its database, into one line, as a ServerError."""
     import httpx
+    from prefect.context import refresh_global_settings_context
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -77,6 +89,9 @@ def _lost_server(server: Server) -> Iterator[None]:
         if isinstance(lost, httpx.HTTPStatusError) and not unknown:
             status = f"answers {lost.response.status_code} {lost.response.reason_phrase}; its log says why"
             problem = UNAUTHORIZED if lost.response.status_code == 401 else status
+        # What is still to be sent, logs and events, is tried once more, not for minutes, before this process ends.
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "0"
+        refresh_global_settings_context()
         raise ServerError(
             f"the Prefect server at {server.ui_url} {problem}, and this run has ended with it; "
             "finished work is kept; run the command again, which finds or starts a server"

@@ -36,7 +36,7 @@ from cnnpipe.paths import escape_path
 from cnnpipe.progress import ProgressCallback
 
 if TYPE_CHECKING:  # Dask is an extra, and all of these are slow to import
-    from distributed import Client, Future, LocalCluster
+    from distributed import Client, Future
     from prefect import State, Task
     from prefect_dask import DaskTaskRunner
 
@@ -56,6 +56,17 @@ _SECONDS_TO_CONNECT: Final = 10.0
 
 _IGNORE_INTERRUPT: Final = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 """Run by each worker at its start: Ctrl-C goes to all processes of a terminal, and this one ends its workers itself."""
+
+_LOCAL_CLUSTER: Final = {
+    "threads_per_worker": 1,
+    "host": _LOOPBACK,
+    # Any free port: Dask listens for its dashboard even where there is none.
+    "dashboard_address": f"{_LOOPBACK}:0",
+    "scheduler_kwargs": {"dashboard": False},
+    "memory_limit": 0,  # the engine keeps its own; Dask would kill a worker by what it guesses
+    "preload": _IGNORE_INTERRUPT,
+    "silence_logs": logging.ERROR,
+}
 
 _SHARDS_PER_WORKER: Final = 4
 """Shards handed out at a time: enough that no worker waits, few enough that memory stays bounded."""
@@ -208,7 +219,6 @@ class _ShardsUnderWay:
         self._classification = classification
         self._task = task
         self._runner = runner
-        self._client = runner.client
         self._submitter = submitter
         self._shown = classification.show(progress)
         self._workers: set[str] = set()
@@ -274,9 +284,9 @@ class _ShardsUnderWay:
     def _count_workers(self) -> int:
         """Return the number of workers, and log those that were lost."""
         try:
-            if self._client.status != "running":
+            if self._runner.client.status != "running":
                 raise _lost_scheduler()
-            workers = set(self._client.nthreads())
+            workers = set(self._runner.client.nthreads())
         except OSError as error:
             raise _lost_scheduler() from error
         for address in self._workers - workers:
@@ -322,7 +332,9 @@ def cluster_task_runner(scheduler: str | None, task: Task[..., Any]) -> Iterator
 
     with ExitStack() as stack:
         if scheduler is None:
-            runner = DaskTaskRunner(cluster=stack.enter_context(_local_cluster()))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cnnpipe-dask-"))
+            own = {"n_workers": usable_cores(), "local_directory": scratch, **_LOCAL_CLUSTER}
+            runner = DaskTaskRunner(cluster_kwargs=own)
         else:
             _check_scheduler(scheduler)
             runner = DaskTaskRunner(address=scheduler, client_kwargs={"timeout": _SECONDS_TO_CONNECT})
@@ -380,26 +392,3 @@ def _check_workers(client: Client, scheduler: str | None, task: Task[..., Any]) 
             )
     cores = client.nthreads().values()
     _logger.info("Dask workers: %d, with %d cores in all", len(cores), sum(cores))
-
-
-@contextmanager
-def _local_cluster() -> Iterator[LocalCluster]:
-    """Start a cluster on the loopback interface, and end it with the block."""
-    from distributed import LocalCluster
-
-    with (
-        tempfile.TemporaryDirectory(prefix="cnnpipe-dask-") as scratch,
-        LocalCluster(
-            n_workers=usable_cores(),
-            threads_per_worker=1,
-            host=_LOOPBACK,
-            # Any free port: Dask listens for its dashboard even where there is none.
-            dashboard_address=f"{_LOOPBACK}:0",
-            scheduler_kwargs={"dashboard": False},
-            memory_limit=0,  # the engine keeps its own; Dask would kill a worker by what it guesses
-            local_directory=scratch,
-            preload=_IGNORE_INTERRUPT,
-            silence_logs=logging.ERROR,
-        ) as cluster,
-    ):
-        yield cluster

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -46,14 +47,17 @@ async def run_what_is_due(
         deployments: what the runner executes, by the id on the server.
         home: folder of the server.
     """
-    checked = 0.0  # when the last check was
+    checked, own = 0.0, None  # when the last check was, and the record of this project's server then
     outdated = warned = False  # whether the runs begin on a day that is far away now; whether there was trouble since
     while True:
         try:
-            set_back = time.time() < checked - _SECONDS_BETWEEN_CHECKS
-            if set_back:
-                if server.pid is not None:
-                    _restart(home)
+            if time.time() < checked - _SECONDS_BETWEEN_CHECKS:
+                if own is not None and server_pidfile(home).read() == own:  # else another scheduler has done it
+                    logger.warning("the clock was set back; the server is started again")
+                    with suppress(ProcessLookupError):
+                        os.kill(
+                            own["pid"], signal.SIGTERM
+                        )  # its record stays, so a thread of `ensure_server` starts it
                 checked, outdated = 0.0, True
             if time.time() > checked + _SECONDS_BETWEEN_CHECKS:
                 async with get_client() as client:
@@ -62,8 +66,9 @@ async def run_what_is_due(
                             await deployment.aapply()
                         await _cancel_missed(client, identifier, deployment)
                         await _crash_unstarted(client, identifier)
+                own = None if server.pid is None else server_pidfile(home).read()
                 checked, outdated = time.time(), False
-            await runner._scheduled_run_poller._get_and_submit_flow_runs()
+            await runner._scheduled_run_poller._get_and_submit_flow_runs()  # one turn of the loop of `Runner.start`
             warned = False
         except (httpx.HTTPError, PrefectException, CnnpipeError) as error:
             if not warned:
@@ -72,13 +77,6 @@ async def run_what_is_due(
                 )
             warned = True
         await asyncio.sleep(runner.query_seconds)
-
-
-def _restart(home: Path) -> None:
-    """End this project's server; as its record stays, `ensure_server` has a thread that starts it again."""
-    logger.warning("the clock was set back; the server is started again")
-    if record := server_pidfile(home).read():
-        os.kill(record["pid"], signal.SIGTERM)
 
 
 async def _find_runs(client: PrefectClient, deployment: UUID, **wanted: Any) -> list[dict[str, Any]]:
@@ -95,15 +93,11 @@ async def _cancel_missed(client: PrefectClient, identifier: UUID, deployment: Ru
         "tags": {"all_": ["auto-scheduled"]},
     }
     reason = "missed while nothing ran the schedule; only the newest missed run is made up for"
-    newest: UUID | None = None
-    while found := [
-        id_ for run in await _find_runs(client, identifier, **missed) if (id_ := UUID(run["id"])) != newest
-    ]:
-        if newest is None:
-            newest = found.pop(0)
-            await client.update_flow_run(newest, parameters=deployment.parameters)
-        for each in found:
-            await client.set_flow_run_state(each, Cancelled(message=reason))
+    for number, run in enumerate(await _find_runs(client, identifier, **missed)):
+        if number == 0:
+            await client.update_flow_run(UUID(run["id"]), parameters=deployment.parameters)
+        else:
+            await client.set_flow_run_state(UUID(run["id"]), Cancelled(message=reason))
 
 
 async def _crash_unstarted(client: PrefectClient, identifier: UUID) -> None:

@@ -41,18 +41,16 @@ from cnnpipe.machine import ask_driver
 from cnnpipe.progress import ProgressCallback, StageProgress
 from cnnpipe.storage import make_folder, storage_errors
 
-__all__ = ["crash_silent_runs", "delete_old_runs", "ensure_training_limit", "progress_artifact", "run_url",
-           "send_library_logs", "training_slot", "wait_for_approval", "wait_for_turn"]  # fmt: skip
+__all__ = ["crash_silent_runs", "delete_old_runs", "progress_artifact", "run_url", "send_library_logs",
+           "training_slot", "wait_for_approval", "wait_for_turn"]  # fmt: skip
 
 logger = logging.getLogger("cnnpipe.runs")
 
 SILENCE: Final = timedelta(minutes=6)
 """How long a run may send no heartbeat until it counts as crashed: twice Prefect's default interval."""
 
-_AUTOMATION: Final = "cnnpipe: crash runs without a heartbeat"
-_EXPIRY_AUTOMATION: Final = "cnnpipe: end runs that nobody approved in time"
 _EXPIRED_MESSAGE: Final = "The flow was paused and never resumed."
-"""Message of the state that the server gives to such a run. Source: prefect.server.services.pause_expirations"""
+"""Message of a run that waited too long; see prefect.server.services.pause_expirations."""
 # After these a run sends no heartbeat.
 _LAST_STATES: Final = (*(each.title() for each in TERMINAL_STATES), "Promoted", "NotPromoted", "Unchanged",
                        "AwaitingApproval", "TimedOut", "Suspended")  # fmt: skip
@@ -78,51 +76,54 @@ def crash_silent_runs(silence: timedelta = SILENCE) -> None:
         silence: how long the server waits for a heartbeat.
     Source: https://docs.prefect.io/v3/advanced/detect-zombie-flows
     """
-    heartbeat = "prefect.flow-run.heartbeat"
-    trigger = EventTrigger(
+    heartbeat, minutes = "prefect.flow-run.heartbeat", silence / timedelta(minutes=1)
+    message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
+    _install(
+        "crash runs without a heartbeat",
+        ("retrain", "classify"),
+        ChangeFlowRunState(state=StateType.CRASHED, message=message),
         after={"prefect.flow-run.Pending", heartbeat},
         expect={heartbeat, *(f"prefect.flow-run.{name}" for name in _LAST_STATES)},
-        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        match_related=_of_flows("retrain", "classify"),
-        for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
-        threshold=1,
         within=silence,
     )
-    minutes = silence / timedelta(minutes=1)
-    message = f"the process of this run has sent no heartbeat for {minutes:.3g} minutes: it or its machine went down"
-    crash = ChangeFlowRunState(state=StateType.CRASHED, message=message)
-    about = "Marks a run of cnnpipe whose process is gone as Crashed."
-    _install(AutomationCore(name=_AUTOMATION, description=about, trigger=trigger, actions=[crash]))
 
 
-def end_expired_approvals() -> None:
-    """Let the server end a run that nobody approved in time as NotPromoted, by an automation in its database.
-
-    Without it such a run ends as Failed, though its model and the champion are whole.
-    """
-    trigger = EventTrigger(
+def _end_expired_approvals() -> None:
+    """Let the server end a run that nobody approved in time as NotPromoted; without this it ends it as Failed."""
+    message = "nobody approved the model in time"
+    _install(
+        "end runs that nobody approved in time",
+        ("retrain",),
+        ChangeFlowRunState(state=StateType.COMPLETED, name="NotPromoted", message=message),
+        resource={"prefect.state-message": _EXPIRED_MESSAGE},
         expect={"prefect.flow-run.Failed"},
-        match=ResourceSpecification(
-            {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": _EXPIRED_MESSAGE}
-        ),
-        match_related=_of_flows("retrain"),
-        for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
-        threshold=1,
         within=timedelta(0),
     )
-    end = ChangeFlowRunState(state=StateType.COMPLETED, name="NotPromoted", message="nobody approved the model in time")
-    about = "Ends a run of cnnpipe that nobody approved in time as NotPromoted."
-    _install(AutomationCore(name=_EXPIRY_AUTOMATION, description=about, trigger=trigger, actions=[end]))
 
 
-def _of_flows(*names: str) -> ResourceSpecification:
-    return ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": [*names]})
-
-
-def _install(automation: AutomationCore) -> None:
-    """Create an automation on the server, or update that of an earlier version."""
+def _install(
+    name: str,
+    flows: tuple[str, ...],
+    action: ChangeFlowRunState,
+    *,
+    resource: dict[str, str] | None = None,
+    **trigger: Any,
+) -> None:
+    """Create an automation for the runs of flows on the server, or update that of an earlier version."""
+    of_flows = {"prefect.resource.role": "flow", "prefect.resource.name": [*flows]}
+    automation = AutomationCore(
+        name=f"cnnpipe: {name}",
+        actions=[action],
+        trigger=EventTrigger(
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*", **(resource or {})}),
+            match_related=ResourceSpecification(of_flows),
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            **trigger,
+        ),
+    )
     try:
         with get_client(sync_client=True) as client:
             found = client.read_automations_by_name(automation.name)
@@ -241,8 +242,12 @@ def wait_for_turn(artifacts: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def ensure_training_limit(device: str = "auto") -> str:
-    """Return the name of the server's concurrency limit for trainings, made if it is missing, for one at a time.
+@contextmanager
+def training_slot(device: str) -> Iterator[None]:
+    """Hold a slot of the machine's concurrency limit, `gpu` or `training`, made for one at a time if it is missing.
+
+    A server that goes away meanwhile neither ends the work nor fails it. The server frees the slot of a process that
+    was killed after two minutes.
 
     Args:
         device: the setting `train.device`.
@@ -256,28 +261,15 @@ def ensure_training_limit(device: str = "auto") -> str:
         except ObjectNotFound:
             with suppress(ObjectAlreadyExists):  # by another run, meanwhile
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    return name
-
-
-@contextmanager
-def training_slot(device: str) -> Iterator[None]:
-    """Hold a slot of the machine's concurrency limit; a server that is away neither ends the work nor fails it.
-
-    The server frees the slot of a process that was killed after two minutes.
-
-    Args:
-        device: the setting `train.device`.
-    """
-    stack = ExitStack()
-    limit = ensure_training_limit(device)
-    stack.enter_context(concurrency(limit, strict=True, lease_duration=120, raise_on_lease_renewal_failure=False))
+    slot = ExitStack()
+    slot.enter_context(concurrency(name, strict=True, lease_duration=120, raise_on_lease_renewal_failure=False))
     try:
         yield
     finally:
         try:
-            stack.close()
+            slot.close()
         except Exception as error:  # noqa: BLE001 (whatever the client raises: the work is done)
-            logger.warning("the slot of the limit %s was not given back: %s; it expires", limit, one_line(error))
+            logger.warning("the slot of the limit %s was not given back: %s; it expires", name, one_line(error))
 
 
 class Approval(RunInput):
@@ -296,7 +288,7 @@ def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
     Args:
         run: folder of the run to approve.
         verdict: sentence of the gate about it.
-        hours: after which the server gives up waiting; see `end_expired_approvals`.
+        hours: after which the server gives up waiting; see `_end_expired_approvals`.
     Raises:
         Pause: which ends this process's part of the flow run.
     """
@@ -309,7 +301,7 @@ def wait_for_approval(run: str, verdict: str, hours: float) -> Approval:
     )
     keys = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = {str(key): value for key, value in keys.items()}
-    end_expired_approvals()
+    _end_expired_approvals()
     with get_client(sync_client=True) as client:
         answer = propose_state_sync(client, state, flow_run_id=UUID(runtime.flow_run.id))
     if answer.is_running():  # a key pauses a run only once: it was resumed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,10 +11,6 @@ from cnnpipe.console import ArtifactsOption, DataOption, JsonOption, command
 from cnnpipe.paths import escape_path
 from cnnpipe.settings import RetrainSettings, takes_settings
 from flows.commands import run_command, run_flow
-
-if TYPE_CHECKING:
-    from prefect.client.schemas import State
-
 
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Train even if neither images nor settings have changed since the newest run.")
@@ -31,18 +27,10 @@ def _retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Train a CNN, check it, export it to ONNX and promote it if it passes, as the Prefect flow `retrain`."""
-
-    def run() -> State[Any]:
-        from prefect import tags
-
-        from flows.retrain_flow import retrain
-
-        folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts.resolve()))}
-        with tags("retrain", settings.prepare.resolved_name):
-            state: State[Any] = retrain(**dict(settings), force=force, **folders, return_state=True)
-        return state
-
-    run_flow(run, artifacts, ("state", "run", "accuracy", "promoted", "reason"), as_json=as_json)
+    folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts.resolve()))}
+    parameters = {**dict(settings), "force": force, **folders}
+    shown = ("state", "run", "accuracy", "promoted", "reason")
+    run_flow("retrain", parameters, [settings.prepare.resolved_name], artifacts, shown, as_json=as_json)
 
 
 if __name__ == "__main__":

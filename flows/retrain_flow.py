@@ -68,8 +68,9 @@ def _may_pass(stage: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 _STAGE: Final[dict[str, Any]] = {
     "cache_policy": INPUTS + TASK_SOURCE + RUN_ID,
     "persist_result": True,
-    "retries": 3,
-    "retry_delay_seconds": [10, 60, 600],  # so that a server may be away for ten minutes
+    # With three times 126 s of the client's own, see flows.server, a server may be away for ten minutes.
+    "retries": 2,
+    "retry_delay_seconds": [60, 300],
     "retry_condition_fn": _may_pass,
 }
 
@@ -135,22 +136,17 @@ def retrain(
         decision |= {"state": "Unchanged", "reason": f"{reason}; --force trains all the same"}
         logger.info(decision["reason"])
     elif decision["state"] == "AwaitingApproval":
-        decision |= _await_approval(run, decision, promote.approval_hours)
+        if runtime.deployment.id is None:  # nobody could start this run again
+            command = f"cnnpipe models promote {prepare.resolved_name}/{decision['run_id']}"
+            decision["reason"] += f"; to approve it: {command}"
+        else:
+            answer = wait_for_approval(run, decision["reason"], promote.approval_hours)
+            decision |= answer_approval(run, answer.approve == "yes", answer.reason)
     message = decision["reason"]
     if not cleaned.is_completed():  # it is red in the UI, and the night ends as it was decided
         message += f"; the stage clean failed: {cleaned.message}"
         logger.warning(message)
     return Completed(name=decision["state"], message=message, data={"run": escape_path(run), **decision})
-
-
-def _await_approval(run: str, decision: dict[str, Any], hours: float) -> dict[str, Any]:
-    """Return the decision after a person's answer; a run without a deployment says how to answer instead."""
-    if runtime.deployment.id is None:  # nobody could start this run again
-        folder = Path(run)
-        command = f"cnnpipe models promote {folder.parent.parent.name}/{folder.name}"
-        return {"reason": f"{decision['reason']}; to approve it: {command}"}
-    answer = wait_for_approval(run, decision["reason"], hours)
-    return answer_approval(run, answer.approve == "yes", answer.reason)
 
 
 @task(name="prepare", **_STAGE)

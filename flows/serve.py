@@ -179,22 +179,23 @@ def build_deployments(
     from flows.classify_flow import classify
     from flows.retrain_flow import retrain
 
-    folders = {"artifacts": escape_path(str(artifacts))}
+    folders = {"data": escape_path(str(data)), "artifacts": escape_path(str(artifacts))}
     one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    version = cnnpipe.__version__
     deployments = [
         retrain.to_deployment(
             f"{settings.name}-nightly",
             schedules=[Cron(schedule.cron, timezone=schedule.timezone, slug="nightly")],
-            parameters=settings.model_dump(mode="json", exclude={"schedule"})
-            | {"data": escape_path(str(data))}
-            | folders,
+            parameters=settings.model_dump(mode="json", exclude={"schedule"}) | folders,
             concurrency_limit=one,
             tags=["retrain", settings.name],
-            version=cnnpipe.__version__,
+            version=version,
         )
         for settings, schedule in nights
     ]
-    bulk = classify.to_deployment("bulk", parameters=dict(folders), tags=["classify"], version=cnnpipe.__version__)
+    bulk = classify.to_deployment(
+        "bulk", parameters={"artifacts": folders["artifacts"]}, tags=["classify"], version=version
+    )
     # Typed as awaitable too, which they are only inside of an event loop.
     return cast("list[RunnerDeployment]", [*deployments, bulk])
 
@@ -230,14 +231,13 @@ def parse_schedule(settings: ServeSettings) -> CronSchedule:
     try:
         ZoneInfo(timezone)
         return CronSchedule(cron=cron, timezone=timezone)
-    except ValidationError as error:
-        wanted = "--cron must be five fields, minute hour day month weekday, such as '0 2 * * *'"
-        raise UsageError(f"{wanted}, received {cron!r} for {settings.name}") from error
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        wanted = (
-            f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r} for {settings.name}"
-        )
-        raise UsageError(wanted) from error
+    except (ValidationError, ZoneInfoNotFoundError, ValueError, OSError) as error:
+        wanted = f"--timezone must be an IANA name, such as Europe/Berlin or UTC, received {timezone!r}"
+        if isinstance(error, ValidationError):
+            wanted = (
+                f"--cron must be five fields, minute hour day month weekday, such as '0 2 * * *', received {cron!r}"
+            )
+        raise UsageError(f"{wanted} for {settings.name}") from error
 
 
 def local_timezone() -> str:

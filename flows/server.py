@@ -78,7 +78,9 @@ _PREFECT_ENVIRONMENT: Final = {
     # The library logs outside of runs too, for example from threads that decode images.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # see flows.flow_runs.crash_silent_runs
-    "PREFECT_CLIENT_MAX_RETRIES": "9",  # with pauses of 2 to 512 s: a server may be away for ten minutes
+    # With pauses of 2, 4, … 64 s, 126 s in all: as long as a killed server may take to come back. Stages, which are
+    # retried, wait for longer.
+    "PREFECT_CLIENT_MAX_RETRIES": "6",
 }
 """Environment of every Prefect process of this project: no telemetry, no advertising. The user's own values win."""
 
@@ -145,8 +147,8 @@ def _own_server(home: Path, api_url: str, pid: int, *, started: bool) -> Server:
 def ensure_server(home: Path, *, port: int | None = None) -> Server:
     """Find or start a Prefect server, and point this process and its children at it.
 
-    Call it before prefect is imported, which reads its settings of telemetry and logging then. The address may change
-    later.
+    Call it before prefect is imported, which reads its settings of telemetry and logging then. As long as this process
+    lives, a thread starts the server again if it is killed.
 
     Args:
         home: folder of the artifacts' own server, see `prefect_home`; also keeps the results of tasks.
@@ -178,7 +180,8 @@ def ensure_server(home: Path, *, port: int | None = None) -> Server:
             ui_url = os.environ.get("PREFECT_UI_URL") or api_url.removesuffix("/api")
             server = Server(api_url, ui_url, False, None, how_to_stop="where it was started, which was not here")
     if server.pid is not None:
-        threading.Thread(target=_start_again_if_killed, args=(home, server.api_url), daemon=True).start()
+        port = urlsplit(server.api_url).port
+        threading.Thread(target=_start_again_if_killed, args=(home, port), daemon=True).start()
     os.environ["PREFECT_API_URL"] = server.api_url
     for name in ("no_proxy", "NO_PROXY"):  # a proxy, where one is set, gets no requests to this machine
         hosts = [each for each in os.environ.get(name, "").split(",") if each]
@@ -222,13 +225,13 @@ def stop_server(home: Path) -> list[str]:
     home = home.resolve()
     if not home.is_dir():
         return []
-    stopped = []
-    for pid in dict.fromkeys(each.stop(_SERVE_STOP_SECONDS) for each in serve_pidfiles(home).values()):
-        stopped += [] if pid is None else [f"stopped the scheduler (process {pid})"]
+    pids = dict.fromkeys(each.stop(_SERVE_STOP_SECONDS) for each in serve_pidfiles(home).values())
+    stopped = [f"stopped the scheduler (process {pid})" for pid in pids if pid is not None]
     with _one_at_a_time(home):
         server = running_server(home)
         if server is not None and server_pidfile(home).stop(_STOP_SECONDS) is not None:
             stopped.append(f"stopped the Prefect server at {server.ui_url} (process {server.pid})")
+        server_pidfile(home).record_path.unlink(missing_ok=True)  # one that was killed is not started again either
     return stopped
 
 
@@ -328,19 +331,18 @@ def _port_of_killed_server(home: Path) -> int | None:
     pidfile = server_pidfile(home)
     with suppress(OSError, ValueError, KeyError):
         if not pidfile.is_running():
-            record = json.loads(pidfile.record_path.read_text(encoding="utf-8"))
-            return urlsplit(str(record["api_url"])).port
+            return urlsplit(str(json.loads(pidfile.record_path.read_bytes())["api_url"])).port
     return None
 
 
-def _start_again_if_killed(home: Path, api_url: str) -> None:
-    """Start the server again whenever it is killed: runs under way, and the schedule, wait a minute for it."""
-    port, warned = urlsplit(api_url).port, False
+def _start_again_if_killed(home: Path, port: int) -> None:
+    """Start the server again whenever it is killed: runs under way, and the schedule, wait for it."""
+    warned = False
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         try:
             if _port_of_killed_server(home) == port:
-                with _one_at_a_time(home):
+                with _one_at_a_time(home):  # of several commands, the first one starts it; a stop deletes the record
                     if _port_of_killed_server(home) == port:
                         _start_server(home, port)
         except CnnpipeError as error:

@@ -41,11 +41,16 @@ class Training:
     def __init__(self, place: Place, epochs: int = 10, **variables: str) -> None:
         self.process = place.start("-m", "flows.retrain", "digits", "--epochs", str(epochs), "--json", **variables)
         self.heard = ""
+        self.hear(f"epoch 1/{epochs}")
+
+    def hear(self, text: str) -> str:
+        """Wait until the command has printed a text on stderr, and return all that it has printed there."""
         assert self.process.stderr is not None
-        while f"epoch 1/{epochs}" not in self.heard:
+        while text not in self.heard:
             line = self.process.stderr.readline()
             assert line, self.heard
             self.heard += line
+        return self.heard
 
     def end(self) -> dict[str, object]:
         """Return the JSON result of the command, whose exit status must agree with it."""
@@ -107,6 +112,16 @@ def test_database_that_is_locked_for_a_minute_delays_a_run_at_most(place: Place)
     assert training.end()["promoted"] is True
     assert _states(place) == ["Promoted"]
     _assert_next_run_works(place)
+
+
+def test_server_that_is_away_for_longer_than_a_request_waits_is_waited_for_by_the_stage(place: Place) -> None:
+    training = Training(place, PREFECT_CLIENT_MAX_RETRIES="1")
+    place.server("stop")
+    heard = training.hear("evaluate failed with an error that may pass, and is tried again: ConnectError")
+    assert "the server does not take the progress of this run" in heard
+    place.server("start", "--port", str(place.port))
+    assert training.end()["promoted"] is True
+    assert _states(place) == ["Promoted"]
 
 
 def test_server_that_cannot_come_back_ends_the_run_with_one_line_and_the_next_run_works(place: Place) -> None:

@@ -27,13 +27,15 @@ from zoneinfo import ZoneInfo
 import httpx
 import psutil
 import pytest
+from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from servers import AUTH, LOGIN, ROOT, Place, ask, assert_quiet, clean_environment, free_port, wait_for
 
 from cnnpipe.errors import ServerError, UsageError
 from cnnpipe.nightly import logged_errors, look_at_nightly, server_log, server_pidfile
 from flows.commands import _lost_server
-from flows.server import Server, configured_api_url, ensure_server, stop_server
+from flows.server import Server, _port_of_killed_server, configured_api_url, ensure_server, stop_server
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
@@ -452,7 +454,7 @@ flows.serve.run_command(flows.serve._serve)
 
 
 @pytest.mark.slow
-def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set_back(
+def test_two_schedulers_start_their_server_again_once_if_it_is_killed_or_the_clock_is_set_back(
     place: Place, tmp_path: Path
 ) -> None:
     def new_server() -> int:
@@ -462,17 +464,23 @@ def test_a_scheduler_starts_its_server_again_if_it_is_killed_or_the_clock_is_set
 
     set_back = tmp_path / "set back"
     server = _server_pid(place)
-    with _serving(place, "clock", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as serving:
+    with (
+        _serving(place, "clock", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as serving,
+        _serving(place, "second", "0 0 1 1 *", program=CLOCK_AHEAD, SET_BACK=str(set_back)) as second,
+    ):
         announced = serving.next_run()
+        second.next_run()
         time.sleep(20)  # it has looked for runs, and knows the time
         set_back.touch()
         server = new_server()
+        time.sleep(15)  # longer than between two looks for runs
+        assert _server_pid(place) == server
         os.kill(server, signal.SIGKILL)
         server = new_server()
         wait_for(lambda: f"clock, {look_at_nightly(place.home).next_runs.get('clock')}" == announced)
-        assert "the server has ended; the server is started again" in serving.output()
-        assert "the clock was set back; the server is started again" in serving.output()
-        time.sleep(15)  # longer than between two looks for runs
+        assert "the clock was set back; the server is started again" in serving.output() + second.output()
+        assert f"starting a Prefect server on port {place.port}" in serving.output() + second.output()
+        time.sleep(15)
         assert _server_pid(place) == server
     assert serving.process.returncode == 0
 
@@ -498,7 +506,8 @@ def test_serve_offers_its_deployments_and_prints_the_run_that_is_scheduled(place
     assert introduction[-1].startswith("Ctrl-C ends the schedule; ")
     assert f"PREFECT_API_URL={place.api_url}" in serving.output()
     deployments = {each["name"]: each for each in ask(f"{place.api_url}/deployments/filter", {})}
-    assert set(deployments) == {"often-nightly", "bulk"}
+    assert {"often-nightly", "bulk"} <= set(deployments)  # slow tests leave others
+    assert "nightly" not in deployments
     assert {each["parameters"]["artifacts"] for each in deployments.values()} == {str(place.artifacts)}
     status = place.server("status")
     assert status["server"]["healthy"] is True
@@ -538,9 +547,9 @@ def test_a_second_dataset_shares_the_server_and_stopping_it_leaves_the_first_alo
     assert yearly.process.returncode == 0
     assert "Traceback" not in yearly.output()
     deployments = ask(f"{place.api_url}/deployments/filter", {})
-    assert {each["name"]: each["paused"] for each in deployments} == dict.fromkeys(
-        ("often-nightly", "yearly-nightly", "bulk"), False
-    )
+    paused = {each["name"]: each["paused"] for each in deployments}
+    assert paused.keys() >= {"often-nightly", "yearly-nightly", "bulk"}
+    assert not any(paused.values())
     shown = look_at_nightly(place.home).shown()
     assert shown["scheduler"] == f"often, process {serving.process.pid}"
     assert shown["next run"].endswith(f"; {announced} (its scheduler does not run here)")
@@ -630,6 +639,14 @@ def test_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_pa
     assert look_at_nightly(place.home).shown()["server"] == "not running"
 
 
+def test_a_killed_server_is_not_started_again_after_a_stop(tmp_path: Path) -> None:
+    port = free_port()
+    server_pidfile(tmp_path).write(os.getpid(), f"http://127.0.0.1:{port}/api")
+    assert _port_of_killed_server(tmp_path) == port
+    assert stop_server(tmp_path) == []
+    assert _port_of_killed_server(tmp_path) is None
+
+
 @pytest.mark.usefixtures("_clean_environment")
 @pytest.mark.skipif(sys.platform == "darwin", reason="names are text there")
 def test_a_folder_whose_path_is_not_text_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -651,10 +668,16 @@ def test_server_module_loads_no_prefect() -> None:
         (httpx.ConnectError("refused"), r"has stopped answering \(refused\), and this run has ended with it"),
     ],
 )
-def test_a_server_that_is_lost_between_stages_is_one_line(error: Exception, message: str) -> None:
+def test_a_server_that_is_lost_between_stages_is_one_line_and_not_waited_for_at_the_end(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "6")
     server = Server("http://127.0.0.1:1/api", "http://127.0.0.1:1", started=False, pid=None, how_to_stop="by hand")
     with pytest.raises(ServerError, match=rf"at http://127\.0\.0\.1:1 {message}"), _lost_server(server):
         raise error
+    assert get_current_settings().client.max_retries == 0
+    monkeypatch.undo()
+    refresh_global_settings_context()
 
 
 @pytest.mark.parametrize(
