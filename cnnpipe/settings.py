@@ -215,10 +215,10 @@ class PromoteSettings(Settings):
     min_macro_recall: Fraction | None = None
     """Lowest mean recall of the classes of a champion. Default: more than that of a model that always gives one."""
     max_accuracy_drop: Fraction = 0.005
-    """Accuracy that a model which is as good as the champion on the test images may really lose, with 95 % confidence,
-    to replace it."""
+    """Loss of accuracy that must be ruled out, with 95 % confidence, before a model that scores no better than the
+    champion by more than chance replaces it."""
     max_class_drop: Fraction = 0.05
-    """Recall that any class may lose to the champion. A loss counts only if it is more than chance explains."""
+    """Largest recall that any class may lose against the champion. A loss that chance explains does not count."""
     max_megabytes: float | None = Field(None, gt=0.0)
     """Largest size of each model file, in millions of bytes. Default: no limit."""
     max_milliseconds: float | None = Field(None, gt=0.0)
