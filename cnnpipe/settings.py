@@ -215,8 +215,8 @@ class PromoteSettings(Settings):
     min_macro_recall: Fraction | None = None
     """Lowest mean recall of the classes of a champion. Default: more than that of a model that always gives one."""
     max_accuracy_drop: Fraction = 0.005
-    """Loss of accuracy that must be ruled out, with 95 % confidence, before a model that scores no better than the
-    champion by more than chance replaces it."""
+    """Loss of accuracy that must be ruled out, with 95 % confidence, before a model that is not significantly better
+    replaces the champion."""
     max_class_drop: Fraction = 0.05
     """Largest recall that any class may lose against the champion. A loss that chance explains does not count."""
     max_megabytes: float | None = Field(None, gt=0.0)
