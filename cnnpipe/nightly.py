@@ -25,9 +25,12 @@ from cnnpipe.storage import make_folder, storage_errors, write_json
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["UNAUTHORIZED", "Nightly", "PidFile", "auth_string", "http_client", "logged_errors", "look_at_nightly",
-           "make_private_folder", "next_runs", "prefect_home", "prefect_variables", "serve_pidfile", "serve_pidfiles",
-           "server_log", "server_pidfile"]  # fmt: skip
+__all__ = ["MAX_LOG_BYTES", "UNAUTHORIZED", "Nightly", "PidFile", "auth_string", "http_client", "logged_errors",
+           "look_at_nightly", "make_private_folder", "next_runs", "prefect_home", "prefect_variables", "serve_pidfile",
+           "serve_pidfiles", "server_log", "server_pidfile"]  # fmt: skip
+
+MAX_LOG_BYTES: Final = 5_000_000
+"""Size from which the log of a server becomes the previous log: at its next start, or in the stage `clean`."""
 
 _TIMEOUT_SECONDS: Final = 5.0
 _LOCK_SECONDS: Final = 2.0  # whoever asks whether a process lives holds its lock for an instant

@@ -230,7 +230,7 @@ class PromoteSettings(Settings):
 
 
 class CleanSettings(Settings):
-    """What to keep when older nights are removed."""
+    """Limits on what is kept of earlier nights."""
 
     keep_runs: int = Field(30, ge=1)
     """Number of trained runs to keep of each name, the newest, besides the champion and the five before it."""

@@ -54,10 +54,8 @@ async def run_what_is_due(
             if time.time() < checked - _SECONDS_BETWEEN_CHECKS:
                 if own is not None and server_pidfile(home).read() == own:  # else another scheduler has done it
                     logger.warning("the clock was set back; the server is started again")
-                    with suppress(ProcessLookupError):
-                        os.kill(
-                            own["pid"], signal.SIGTERM
-                        )  # its record stays, so a thread of `ensure_server` starts it
+                    with suppress(ProcessLookupError):  # its record stays, so a thread of `ensure_server` starts it
+                        os.kill(own["pid"], signal.SIGTERM)
                 checked, outdated = 0.0, True
             if time.time() > checked + _SECONDS_BETWEEN_CHECKS:
                 async with get_client() as client:

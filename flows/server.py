@@ -40,6 +40,7 @@ from filelock import AcquireReturnProxy, FileLock
 from cnnpipe.console import ArtifactsOption, JsonOption, command, make_app, run_app, show_result
 from cnnpipe.errors import CnnpipeError, ServerError, UsageError, one_line
 from cnnpipe.nightly import (
+    MAX_LOG_BYTES,
     UNAUTHORIZED,
     auth_string,
     http_client,
@@ -68,7 +69,6 @@ _SERVE_STOP_SECONDS: Final = 60.0  # it also ends the flow runs under way
 _LOCAL_PROBE_SECONDS: Final = 5.0
 _REMOTE_PROBE_SECONDS: Final = 15.0
 _SECONDS_BETWEEN_LOOKS: Final = 5.0
-_MAX_LOG_BYTES: Final = 5_000_000
 _ARTIFACTS: Final = Path("artifacts")
 
 _PREFECT_ENVIRONMENT: Final = {
@@ -366,7 +366,7 @@ def _spawn(home: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     log, lock = server_log(home), server_pidfile(home).lock_path
     arguments = ["-c", _HOLD_LOCK_AND_SERVE, str(lock), "server", "start", "--host", host, "--port", str(port)]
     with storage_errors(log):
-        if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
+        if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
             return subprocess.Popen(

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from cnnpipe.errors import CnnpipeError
 from cnnpipe.images.leftovers import JOB_FILE
 from cnnpipe.manifest import MANIFEST_FILE, PROMOTION_FILE, TRAINING_FILE, read_origin
-from cnnpipe.nightly import prefect_home, server_log
+from cnnpipe.nightly import MAX_LOG_BYTES, prefect_home, server_log
 from cnnpipe.registry import RUN_ID, TRAINING_LOCK, alias_lock, list_names, list_runs, replay_history
 from cnnpipe.settings import CleanSettings, read_toml
 from cnnpipe.storage import TEMPORARY_NAME, remove_path, storage_errors, write_file
@@ -37,7 +37,6 @@ _KEPT_PREDECESSORS: Final = 5
 _DAY_SECONDS: Final = 86_400.0
 """Seconds without a change after which a run that is not complete counts as dead: nobody works on it."""
 
-_MAX_LOG_BYTES: Final = 5_000_000
 _PREPARED: Final = re.compile(r"(.+)-[0-9a-f]{12}")
 
 
@@ -122,7 +121,7 @@ def clean_up(
     for kind, path in _old_files(artifacts, home, settings.keep_days):
         settle(kind, path, old=True)
     log = server_log(home)
-    if not dry_run and log.is_file() and log.stat().st_size > _MAX_LOG_BYTES:  # that of a server that runs on
+    if not dry_run and log.is_file() and log.stat().st_size > MAX_LOG_BYTES:  # that of a server that runs on
         with write_file(log.with_suffix(".log.1")) as temporary, storage_errors(log):
             shutil.copyfile(log, temporary)
         os.truncate(log, 0)  # the server appends

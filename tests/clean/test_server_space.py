@@ -1,4 +1,4 @@
-"""What the stage `clean` deletes from a real Prefect server, and the size of what a run puts there."""
+"""The stage `clean` on a real Prefect server: the runs it deletes, and the size of the pictures of a run."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from flows.commands import _lost_server
 from flows.server import Server, _port_of_killed_server, configured_api_url, ensure_server, stop_server
 
 LOCKED: Final = r".* Encountered error during state validation: .*database is locked"
-"""What a busy server with SQLite logs; the client repeats the request. Source: Prefect's issue 18934."""
+"""Line that a busy server with SQLite logs; the client repeats the request. Source: Prefect's issue 18934."""
 
 NO_DATE: Final = (
     r"[-\d]{10} [:\d]{8} prefect\.server\.services\.scheduler - Error scheduling deployment UUID\('[-\da-f]+'\)\.: "
